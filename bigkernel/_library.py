@@ -1,0 +1,74 @@
+"""The torch.library handles, and the native module that adds kernels to them.
+
+Each op is defined twice with one schema: ``torch.ops.bigkernel.<op>``, to which the native module
+adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<op>``, which is always plain
+PyTorch. Choosing a backend is choosing a namespace (see ``backend.py``), so a forced PyTorch run
+goes through the same schema, checks and autograd formula as a native one.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMESPACES = ("bigkernel", "bigkernel_torch")
+_libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
+registered: list[str] = []
+# (op, device type) -> whether the native module has a kernel. Filled at registration, so that
+# torch.compile traces a look-up and not a call into the dispatcher.
+kernels: dict[tuple[str, str], bool] = {}
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None = None,
+) -> None:
+    """Define op ``name`` with its PyTorch implementation, its fake and its autograd formula.
+
+    ``autograd(namespace)`` returns ``(backward, setup_context)``; the namespace lets the formula
+    call the backward op of the same backend.
+    """
+    for namespace, library in _libraries.items():
+        library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        library.impl(name, impl, "CompositeExplicitAutograd")
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, fake, lib=library)
+        if autograd is not None:
+            backward, setup_context = autograd(getattr(torch.ops, namespace))
+            torch.library.register_autograd(
+                qualified, backward, setup_context=setup_context, lib=library
+            )
+    registered.append(name)
+    for device_type in ("cpu", "cuda"):
+        kernels[name, device_type] = (
+            native is not None
+            and torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"bigkernel::{name}", device_type.upper()
+            )
+        )
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("BIGKERNEL_NATIVE") == "0":
+        return None, "BIGKERNEL_NATIVE=0"
+    try:
+        return importlib.import_module("bigkernel._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "bigkernel._C":
+            raise
+        return None, "the native module was not built (pip install without BIGKERNEL_NATIVE=0)"
+    except ImportError as error:
+        if "BIGKERNEL_CPU_ISA" in str(error):
+            raise ValueError(str(error)) from None
+        return None, f"the native module did not load: {error}"
+
+
+native, native_error = _load()
+

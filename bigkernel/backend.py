@@ -1,0 +1,165 @@
+"""Which backend runs an op: cuda, cpu (both native) or torch (plain PyTorch).
+
+Chosen by the tensors' device and by what was built; overridden by ``use_backend`` or the
+environment variable ``BIGKERNEL_BACKEND``. A call that the automatic choice cannot serve natively
+goes to PyTorch with one warning that names the reason; ``BIGKERNEL_STRICT=1`` makes that an error.
+"""
+
+import os
+import warnings
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkernel import _library
+
+BACKENDS = ("cuda", "cpu", "torch")
+
+
+class FallbackWarning(UserWarning):
+    """A call ran in plain PyTorch although a native backend was expected."""
+
+
+def _valid(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"{where} must be one of {', '.join(BACKENDS)}, got {name!r}. "
+            "Leave it out for the automatic choice."
+        )
+    return name
+
+
+_forced: str | None = _valid(os.environ.get("BIGKERNEL_BACKEND") or None, "BIGKERNEL_BACKEND")
+_warned: set[tuple[str, str]] = set()
+
+
+class use_backend:  # noqa: N801 - reads as a verb, like torch.set_grad_enabled
+    """Use one backend for every op from now on, or inside a ``with`` block.
+
+    ``name`` is "cuda", "cpu", "torch" or None for the automatic choice. A named native backend
+    that cannot run a call raises RuntimeError instead of falling back. Holds for the process.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        self._previous = _forced
+        _forced = _valid(name, "use_backend(name)")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+class use_cpu_isa:  # noqa: N801
+    """Use one CPU instruction set from now on, or inside a ``with`` block; see ``cpu_isas``."""
+
+    def __init__(self, name: str) -> None:
+        if _library.native is None:
+            raise RuntimeError(f"No instruction set to choose: {_library.native_error}.")
+        self._previous = _library.native.cpu_isa()
+        _library.native.set_cpu_isa(name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert _library.native is not None
+        _library.native.set_cpu_isa(self._previous)
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets that this machine and this build can run; empty without native code."""
+    return list(_library.native.cpu_isas()) if _library.native is not None else []
+
+
+def _why_no_kernel(op: str, device_type: str) -> str:
+    if _library.native is None:
+        return str(_library.native_error)
+    if device_type == "cuda" and _library.native.build_info()["cuda"] is None:
+        return "this build has no CUDA kernels"
+    return f"there is no native kernel of {op} for device type {device_type!r}"
+
+
+def decide(op: str, device_type: str, reason: str | None = None) -> tuple[str, str | None]:
+    """(backend, why no faster one) for a call of ``op``; raises if a forced backend cannot run."""
+    why = reason if _library.kernels.get((op, device_type), False) else _why_no_kernel(op, device_type)
+    if _forced == "torch":
+        return "torch", "use_backend('torch') or BIGKERNEL_BACKEND=torch"
+    if _forced is not None:
+        if _forced != device_type:
+            raise RuntimeError(
+                f"bigkernel.{op}: backend {_forced!r} was asked for, but the tensors are on "
+                f"{device_type!r}. Move them, or use_backend(None)."
+            )
+        if why is not None:
+            raise RuntimeError(
+                f"bigkernel.{op}: backend {_forced!r} was asked for and cannot run this call: "
+                f"{why}. use_backend(None) lets PyTorch take it."
+            )
+    return (device_type, None) if why is None else ("torch", why)
+
+
+def select(op: str, device: torch.device, reason: str | None = None) -> Any:
+    """The op namespace that a call of ``op`` on ``device`` goes to.
+
+    ``reason`` says why the native kernel cannot take this particular call, None if it can.
+    """
+    backend, why = decide(op, device.type, reason)
+    if backend != "torch":
+        return torch.ops.bigkernel
+    if _forced is None and why is not None and not torch.compiler.is_compiling():
+        _fall_back(op, why)
+    return torch.ops.bigkernel_torch
+
+
+def _fall_back(op: str, why: str) -> None:
+    message = f"bigkernel.{op} runs in plain PyTorch: {why}."
+    if os.environ.get("BIGKERNEL_STRICT") == "1":
+        raise RuntimeError(f"{message} BIGKERNEL_STRICT=1 makes this an error.")
+    if (op, why) not in _warned:
+        _warned.add((op, why))
+        warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def explain(op: str, *tensors: Tensor) -> str:
+    """One sentence: which backend runs ``op`` on these tensors, and why not a faster one.
+
+    ``op`` is a name in ``torch.ops.bigkernel`` ("attention_fwd") or its noun ("attention"). Without
+    tensors the sentence is about the CPU.
+    """
+    names = [n for n in _library.registered if n == op or n.startswith(f"{op}_")]
+    if not names:
+        raise ValueError(
+            f"explain: there is no op {op!r}. There are: {', '.join(sorted(_library.registered))}."
+        )
+    device_type = tensors[0].device.type if tensors else "cpu"
+    reason = None
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            reason = "float64 has no native kernel"
+        if tensor.device.type != device_type:
+            raise ValueError(
+                f"explain: all tensors must be on one device, got {device_type} and "
+                f"{tensor.device.type}."
+            )
+    backend, why = decide(names[0], device_type, reason)
+    detail = ""
+    if backend == "cpu":
+        assert _library.native is not None
+        detail = f" ({_library.native.cpu_isa()}, {torch.get_num_threads()} threads)"
+    return f"{op}: {backend}{detail}" + (f", because {why}" if why else "")

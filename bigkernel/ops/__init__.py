@@ -1,0 +1,1 @@
+"""The ops: one file each, with schema, argument checks, fake, autograd and the public function."""

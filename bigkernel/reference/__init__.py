@@ -1,0 +1,1 @@
+"""What is right, op by op, in plain PyTorch; also the `torch` backend."""

@@ -1,0 +1,56 @@
+// Checks that memory safety depends on, and the bridge from torch's dtypes. Binding code only.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+#include "common/dtypes.h"
+
+// BK_CHECK(condition, "attention_fwd", "k must have ", n, " heads, got ", m)
+#define BK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "bigkernel.", op, ": ", __VA_ARGS__)
+
+namespace bigkernel {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* argument) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      BK_CHECK(false, op, argument,
+               " must be float32, bfloat16, float16, uint8 or bool for the native kernel");
+  }
+  return DType::kFloat32;
+}
+
+// Calls f with a value of the element type: with_dtype(t, "op", "q", [&](auto tag) { using T =
+// decltype(tag); ... }).
+template <class F>
+void with_float_dtype(DType t, const char* op, const char* argument, F&& f) {
+  switch (t) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat16:
+      return f(fp16{});
+    default:
+      BK_CHECK(false, op, argument, " must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace bigkernel

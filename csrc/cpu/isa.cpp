@@ -1,0 +1,74 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace bigkernel {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+// __builtin_cpu_supports asks both CPUID and XGETBV, so a set whose registers the operating system
+// does not save does not count.
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Bf16:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return isa == Isa::kPortable;
+#endif
+}
+
+Isa best() {
+  for (int i = 3; i > 0; --i)
+    if (supported(Isa(i))) return Isa(i);
+  return Isa::kPortable;
+}
+
+Isa parse(const std::string& name, const char* where) {
+  std::string known;
+  for (int i = 0; i < 4; ++i) {
+    if (name == kNames[i]) {
+      if (supported(Isa(i))) return Isa(i);
+      throw std::invalid_argument(std::string(where) + ": this CPU has no " + name +
+                                  "; it runs up to " + isa_name(best()));
+    }
+    known += (i ? ", " : "") + std::string(kNames[i]);
+  }
+  throw std::invalid_argument(std::string(where) + " must be one of " + known + ", got '" + name +
+                              "'");
+}
+
+// The environment is read by the module's initialisation, which can raise; see python/module.cpp.
+std::atomic<Isa> g_isa{best()};
+
+}  // namespace
+
+Isa current_isa() { return g_isa.load(std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) { return kNames[int(isa)]; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < 4; ++i)
+    if (supported(Isa(i))) names.push_back(kNames[i]);
+  return names;
+}
+
+void force_isa(const std::string& name) { g_isa = parse(name, "BIGKERNEL_CPU_ISA"); }
+
+}  // namespace bigkernel

@@ -1,0 +1,47 @@
+// Which instruction set the CPU kernels use: chosen when the process starts, by what the CPU and
+// the operating system offer, never by the build host.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace bigkernel {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+Isa current_isa();
+const char* isa_name(Isa isa);
+std::vector<std::string> available_isas();  // what this machine and this build can run
+void force_isa(const std::string& name);    // throws std::invalid_argument
+
+}  // namespace bigkernel
+
+// A body compiled once per instruction set is declared in all of them and called through the
+// current one:
+//   BK_DECLARE_PER_ISA(void adam_update(const AdamArgs& args, int64_t begin, int64_t end))
+//   BK_CALL(adam_update)(args, begin, end);
+#if defined(__x86_64__)
+#define BK_DECLARE_PER_ISA(...) \
+  namespace portable {          \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx2 {              \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx512 {            \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx512_bf16 {       \
+  __VA_ARGS__;                  \
+  }
+#define BK_CALL(function)                                                            \
+  (::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512Bf16 ? avx512_bf16::function \
+   : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512   ? avx512::function      \
+   : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx2     ? avx2::function        \
+                                                               : portable::function)
+#else
+#define BK_DECLARE_PER_ISA(...) \
+  namespace portable {          \
+  __VA_ARGS__;                  \
+  }
+#define BK_CALL(function) portable::function
+#endif

@@ -1,0 +1,198 @@
+"""Builds bigkernel._C: op kernels behind LibTorch's stable ABI and a small pybind11 module.
+
+Environment:
+  BIGKERNEL_NATIVE=0     a pure-Python package, nothing is compiled
+  BIGKERNEL_CUDA=0|1     leave the CUDA kernels out | insist on them (default: where nvcc matches torch)
+  TORCH_CUDA_ARCH_LIST   GPU architectures, as torch spells them ("8.0;9.0+PTX")
+  BIGKERNEL_SANITIZE=1   AddressSanitizer and UBSan, for `make test-sanitize`
+  MAX_JOBS               compilers run at a time
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+DEVELOPER_ARCHS = "8.0;9.0+PTX"
+
+# The stable ABI's version that the binary asks for; any torch from 2.11 on loads it.
+TORCH_TARGET = "0x020b000000000000"
+
+# name -> (lanes of float, what GCC and Clang must be told)
+ISAS = {
+    "portable": (4, ""),
+    "avx2": (8, "avx2,fma,f16c"),
+    "avx512": (16, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+    "avx512_bf16": (16, "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+}
+
+
+def flag(name: str) -> bool | None:
+    """An on/off environment variable; None when it is not set."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}.")
+    return None if value == "" else value == "1"
+
+
+def find_toolkit() -> tuple[str, str] | str:
+    """The CUDA toolkit's (folder, version), or a sentence that says why there is none.
+
+    nvcc on the path may be a wrapper script somewhere else, so nvcc itself is asked where its
+    toolkit lies.
+    """
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.path.exists(nvcc):
+        return "nvcc was not found on PATH"
+    dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stdout + dryrun.stderr, re.M)
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+\.\d+)", version.stdout)
+    if top is None or release is None:
+        return f"{nvcc} does not say where its toolkit is"
+    return os.path.realpath(top.group(1).strip()), release.group(1)
+
+
+def choose_cuda() -> tuple[str, str] | None:
+    """The toolkit to build the CUDA kernels with, or None; prints the choice in one line."""
+    import torch
+
+    wanted = flag("BIGKERNEL_CUDA")
+    if wanted is False:
+        print("bigkernel: building for the CPU only (BIGKERNEL_CUDA=0)")
+        return None
+    toolkit = find_toolkit()
+    if isinstance(toolkit, str):
+        missing = toolkit
+    elif torch.version.cuda is None and not wanted:
+        missing = "the installed torch has no CUDA (BIGKERNEL_CUDA=1 builds the kernels all the same)"
+    elif torch.version.cuda and toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing = f"nvcc is {toolkit[1]} but torch was built with CUDA {torch.version.cuda}"
+    else:
+        print(f"bigkernel: building for CPU and CUDA (toolkit {toolkit[1]} in {toolkit[0]})")
+        return toolkit
+    if wanted:
+        raise SystemExit(f"BIGKERNEL_CUDA=1, but the CUDA kernels cannot be built: {missing}.")
+    print(f"bigkernel: building for the CPU only: {missing}")
+    return None
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a generated file; an unchanged one keeps its time, so that nothing is rebuilt."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def isa_sources() -> list[str]:
+    """One generated file per op and instruction set: flags, then the op's only vector body."""
+    folder = ROOT / "build" / "generated"
+    x86 = os.uname().machine in ("x86_64", "amd64")
+    sources = []
+    for body in sorted(ROOT.glob("csrc/*/cpu_body.h")):
+        op = body.parent.name
+        for isa, (lanes, target) in ISAS.items():
+            if target and not x86:
+                continue
+            text = (
+                f"#define BK_ISA {isa}\n#define BK_LANES {lanes}\n"
+                f"#define BK_ISA_{isa.upper()} 1\n"
+                '#include "cpu/isa_prologue.h"\n'
+            )
+            if target:
+                text += (
+                    "#if defined(__clang__)\n"
+                    f'#pragma clang attribute push(__attribute__((target("{target}"))), '
+                    "apply_to = function)\n#else\n"
+                    f'#pragma GCC push_options\n#pragma GCC target("{target}")\n#endif\n'
+                )
+            text += f'#include "cpu/vec.h"\n#include "{op}/cpu_body.h"\n'
+            if target:
+                text += (
+                    "#if defined(__clang__)\n#pragma clang attribute pop\n#else\n"
+                    "#pragma GCC pop_options\n#endif\n"
+                )
+            path = folder / f"{op}_{isa}.cpp"
+            write_if_changed(path, text)
+            sources.append(str(path.relative_to(ROOT)))
+    return sources
+
+
+def extension() -> Extension:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+
+    def relative(pattern: str) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
+
+    sources = relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp") + relative("csrc/python/*.cpp")
+    sources += isa_sources()
+    include = [str(ROOT / "csrc"), str(ROOT / "build" / "generated"), pybind11.get_include(), *cpp_extension.include_paths()]
+    libraries = ["torch", "torch_cpu"]
+    library_dirs = cpp_extension.library_paths()
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    cxx += ["-ffp-contract=fast", "-fno-math-errno", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "--threads", "2"]
+    link = []
+    if flag("BIGKERNEL_SANITIZE"):
+        sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
+        cxx = [*(f for f in cxx if f not in ("-O3", "-g0")), "-O1", *sanitize, "-fno-sanitize-recover=undefined"]
+        link += sanitize
+    archs = ""
+    toolkit = choose_cuda()
+    found = find_toolkit()
+    if not isinstance(found, str):
+        # On the include path even of a CPU-only build: every file is then compiled with the same
+        # flags, and turning CUDA on later compiles the CUDA files alone.
+        target = f"{found[0]}/targets/{os.uname().machine}-linux"
+        target = target if os.path.isdir(target) else found[0]
+        include.append(f"{target}/include")
+    if toolkit is not None:
+        sources += relative("csrc/*/cuda.cpp") + relative("csrc/*/*.cu")
+        cpp_extension.CUDA_HOME = toolkit[0]
+        if torch.version.cuda is None:
+            cpp_extension._check_cuda_version = lambda *_: None
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+            os.environ["TORCH_CUDA_ARCH_LIST"] = DEVELOPER_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
+        library_dirs.append(f"{target}/lib" if os.path.isdir(f"{target}/lib") else f"{target}/lib64")
+        # The runtime goes in statically: the file then loads beside any torch, with or without CUDA.
+        libraries += ["cudart_static", "rt", "pthread", "dl"]
+    write_if_changed(
+        ROOT / "build" / "generated" / "build_config.h",
+        f'#define BIGKERNEL_CUDA_VERSION "{toolkit[1] if toolkit else ""}"\n'
+        f'#define BIGKERNEL_CUDA_ARCHS "{archs}"\n',
+    )
+    return Extension(
+        "bigkernel._C",
+        sources=sources,
+        include_dirs=include,
+        libraries=libraries,
+        library_dirs=library_dirs,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        depends=relative("csrc/**/*.h"),
+        language="c++",
+    )
+
+
+if flag("BIGKERNEL_NATIVE") is False:
+    if flag("BIGKERNEL_CUDA"):
+        sys.exit("BIGKERNEL_CUDA=1 asks for compiled kernels, BIGKERNEL_NATIVE=0 forbids them.")
+    print("bigkernel: pure-Python package (BIGKERNEL_NATIVE=0)")
+    setup()
+else:
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError as error:
+        raise SystemExit(
+            "bigkernel: building the kernels needs torch in this environment: pip install torch, "
+            "then pip install --no-build-isolation (or set BIGKERNEL_NATIVE=0)."
+        ) from error
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+import os
+
+import pytest
+import torch
+
+import bigkernel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=bigkernel.cpu_isas() or ["none"])
+def cpu_isa(request: pytest.FixtureRequest):
+    """Runs the test under every instruction set that this machine has."""
+    if request.param == "none":
+        pytest.skip("the native module is not built")
+    with bigkernel.use_cpu_isa(request.param):
+        yield request.param
