@@ -70,7 +70,9 @@ def choose_cuda() -> tuple[str, str] | None:
     if isinstance(toolkit, str):
         missing = toolkit
     elif torch.version.cuda is None and not wanted:
-        missing = "the installed torch has no CUDA (BIGKERNEL_CUDA=1 builds the kernels all the same)"
+        missing = (
+            "the installed torch has no CUDA (BIGKERNEL_CUDA=1 builds the kernels all the same)"
+        )
     elif torch.version.cuda and toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
         missing = f"nvcc is {toolkit[1]} but torch was built with CUDA {torch.version.cuda}"
     else:
@@ -131,18 +133,38 @@ def extension() -> Extension:
     def relative(pattern: str) -> list[str]:
         return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
 
-    sources = relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp") + relative("csrc/python/*.cpp")
+    sources = (
+        relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp") + relative("csrc/python/*.cpp")
+    )
     sources += isa_sources()
-    include = [str(ROOT / "csrc"), str(ROOT / "build" / "generated"), pybind11.get_include(), *cpp_extension.include_paths()]
+    include = [
+        str(ROOT / "csrc"),
+        str(ROOT / "build" / "generated"),
+        pybind11.get_include(),
+        *cpp_extension.include_paths(),
+    ]
     libraries = ["torch", "torch_cpu"]
     library_dirs = cpp_extension.library_paths()
-    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+    ]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "--threads", "2"]
     link = []
     if flag("BIGKERNEL_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
-        cxx = [*(f for f in cxx if f not in ("-O3", "-g0")), "-O1", *sanitize, "-fno-sanitize-recover=undefined"]
+        cxx = [
+            *(f for f in cxx if f not in ("-O3", "-g0")),
+            "-O1",
+            *sanitize,
+            "-fno-sanitize-recover=undefined",
+        ]
         link += sanitize
     archs = ""
     toolkit = choose_cuda()
@@ -161,7 +183,9 @@ def extension() -> Extension:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = DEVELOPER_ARCHS
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
-        library_dirs.append(f"{target}/lib" if os.path.isdir(f"{target}/lib") else f"{target}/lib64")
+        library_dirs.append(
+            f"{target}/lib" if os.path.isdir(f"{target}/lib") else f"{target}/lib64"
+        )
         # The runtime goes in statically: the file then loads beside any torch, with or without CUDA.
         libraries += ["cudart_static", "rt", "pthread", "dl"]
     write_if_changed(

@@ -71,4 +71,3 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 native, native_error = _load()
-

@@ -97,7 +97,11 @@ def _why_no_kernel(op: str, device_type: str) -> str:
 
 def decide(op: str, device_type: str, reason: str | None = None) -> tuple[str, str | None]:
     """(backend, why no faster one) for a call of ``op``; raises if a forced backend cannot run."""
-    why = reason if _library.kernels.get((op, device_type), False) else _why_no_kernel(op, device_type)
+    why = (
+        reason
+        if _library.kernels.get((op, device_type), False)
+        else _why_no_kernel(op, device_type)
+    )
     if _forced == "torch":
         return "torch", "use_backend('torch') or BIGKERNEL_BACKEND=torch"
     if _forced is not None:

@@ -33,7 +33,7 @@ void force_isa(const std::string& name);    // throws std::invalid_argument
   namespace avx512_bf16 {       \
   __VA_ARGS__;                  \
   }
-#define BK_CALL(function)                                                            \
+#define BK_CALL(function)                                                              \
   (::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512Bf16 ? avx512_bf16::function \
    : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512   ? avx512::function      \
    : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx2     ? avx2::function        \

@@ -1,6 +1,6 @@
-// Short vectors of BK_LANES floats, in the compilers' own vector types: + - * / & | << < and ?: work
-// on them as they stand, on every architecture. Here is only what those types lack. Included once
-// for each instruction set, inside its flags (see setup.py), so everything lives in that set's
+// Short vectors of BK_LANES floats, in the compilers' own vector types: + - * / & | << < and ?:
+// work on them as they stand, on every architecture. Here is only what those types lack. Included
+// once for each instruction set, inside its flags (see setup.py), so everything lives in that set's
 // namespace. Arithmetic a * b + c becomes one FMA where the set has it (-ffp-contract=fast).
 #pragma once
 
@@ -125,7 +125,8 @@ BK_INLINE void store(bf16* p, VecF v) {
 template <>
 BK_INLINE void store(fp16* p, VecF v) {
 #if defined(BK_AVX512)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(BK_AVX2)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else

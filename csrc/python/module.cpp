@@ -32,8 +32,9 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "CUDA toolkit version or None, GPU architectures, compiler.");
-  m.def("cpu_isa", [] { return bigkernel::isa_name(bigkernel::current_isa()); },
-        "Instruction set the CPU kernels use now.");
+  m.def(
+      "cpu_isa", [] { return bigkernel::isa_name(bigkernel::current_isa()); },
+      "Instruction set the CPU kernels use now.");
   m.def("cpu_isas", &bigkernel::available_isas, "Instruction sets that this machine can run.");
   m.def("set_cpu_isa", &bigkernel::force_isa, py::arg("name"),
         "Use this instruction set from now on; ValueError where it does not exist.");

@@ -1,0 +1,106 @@
+# make demo     set up, train a language model and a vision transformer, show what they learned
+# make test     set up, build everything, run the tests
+# The rest: setup build lint format test-sanitize test-abi bench wheel clean
+
+PYTHON ?= python3
+VENV ?= .venv
+ABI_VENV ?= .venv-abi
+# What to install as PyTorch, and the other version that the same binary must load under.
+TORCH ?= torch>=2.11,<3
+ABI_TORCH ?= torch==2.13.0
+RUNS ?= runs
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+BIGKERNEL := $(BIN)/bigkernel
+# --no-compile: byte code is made when a module is first imported, not for all of PyTorch at once.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
+# The demo builds the CUDA kernels only for a GPU that is there.
+DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test setup build lint format test-sanitize test-abi bench wheel clean
+
+demo: $(VENV)/.demo
+	@$(BIGKERNEL) env
+	@$(BIGKERNEL) train text --preset demo --out $(RUNS)/demo-text --force
+	@$(BIGKERNEL) generate $(RUNS)/demo-text --prompt "The for statement" --seed 1
+	@$(BIGKERNEL) evaluate $(RUNS)/demo-text
+	@$(BIGKERNEL) train text --sample zh --preset demo --out $(RUNS)/demo-zh --force
+	@$(BIGKERNEL) generate $(RUNS)/demo-zh --prompt 这是我的第一篇AI博客 --seed 1
+	@$(BIGKERNEL) train images --preset demo --out $(RUNS)/demo-images --force
+	@$(BIGKERNEL) evaluate $(RUNS)/demo-images
+	@echo "Trained models, plots and samples are in $(RUNS)/demo-text, $(RUNS)/demo-zh and $(RUNS)/demo-images."
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: build
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "bigkernel needs Python 3.11 or later; choose one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt install python3-venv"; exit 1; }
+	@echo "Installing PyTorch into $(VENV) ..."
+	@$(PIP_INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
+	@touch $@
+
+# The compiler and pip's downloads go on side by side.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
+	@echo "Compiling the kernels and installing the other dependencies ..."
+	@{ $(DEMO_CUDA) $(BUILD_EXT) >build.log 2>&1; echo $$? >$(VENV)/.build_status; } & \
+	  BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[images]' && wait
+	@grep '^bigkernel:' build.log || true
+	@test "$$(cat $(VENV)/.build_status)" = 0 || { tail -40 build.log; exit 1; }
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "Installing the test dependencies ..."
+	@BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@touch $@
+
+build: $(VENV)/.test
+	@$(BUILD_EXT) >build.log 2>&1 || { tail -40 build.log; exit 1; }
+	@grep '^bigkernel:' build.log
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# The CPU kernels under AddressSanitizer and UBSan, in a build folder of their own. Python itself is
+# not instrumented, hence the preload; its own allocations at exit are not leaks of ours.
+SANITIZED := build/sanitize
+test-sanitize: $(VENV)/.test
+	BIGKERNEL_SANITIZE=1 BIGKERNEL_CUDA=0 $(BIN)/python setup.py --quiet build \
+	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp >build.log 2>&1 || { tail -40 build.log; exit 1; }
+	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitize \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -o pythonpath=$(SANITIZED)/lib tests/ops -k "not compile and not opcheck" $(PYTEST_ARGS)
+
+# One binary, two versions of PyTorch.
+test-abi: build $(ABI_VENV)/.torch
+	$(BIN)/python tests/check_abi.py --audit $(BIN)/torch-abi-audit $(BIN)/python $(ABI_VENV)/bin/python
+
+$(ABI_VENV)/.torch:
+	@$(PYTHON) -m venv $(ABI_VENV)
+	@$(ABI_VENV)/bin/python -m pip install --quiet --no-compile "$(ABI_TORCH)" numpy
+	@touch $@
+
+bench: build
+	$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
+
+wheel: $(VENV)/.torch
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist build.log bigkernel/_C*.so $(VENV)/.demo

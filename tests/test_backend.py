@@ -1,0 +1,133 @@
+"""Choosing a backend: automatic, forced, strict, explained, compiled."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import bigkernel
+from bigkernel import _library, backend
+
+
+def _double(x):
+    return x * 2
+
+
+# An op without native kernels, defined once for this file.
+_library.register(
+    "test_only_double", "(Tensor x) -> Tensor", impl=_double, fake=lambda x: torch.empty_like(x)
+)
+
+
+def double(x, reason=None):
+    return backend.select("test_only_double", x.device, reason).test_only_double(x)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(backend, "_forced", None)
+    monkeypatch.delenv("BIGKERNEL_STRICT", raising=False)
+
+
+def test_fallback_warns_once_and_names_the_reason():
+    with pytest.warns(backend.FallbackWarning, match=r"test_only_double.*PyTorch: .+\."):
+        double(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert double(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_fallback_is_an_error_under_strict(monkeypatch):
+    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
+    with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT=1"):
+        double(torch.ones(2))
+
+
+def test_forced_torch_is_silent():
+    with warnings.catch_warnings(), bigkernel.use_backend("torch"):
+        warnings.simplefilter("error")
+        double(torch.ones(2))
+
+
+def test_forced_backend_that_cannot_run_raises():
+    with bigkernel.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run this call"):
+        double(torch.ones(2))
+    with bigkernel.use_backend("cuda"), pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
+        double(torch.ones(2))
+
+
+def test_use_backend_sets_at_once_and_restores():
+    bigkernel.use_backend("torch")
+    assert backend.decide("test_only_double", "cpu")[0] == "torch"
+    with bigkernel.use_backend(None):
+        assert backend._forced is None
+    assert backend._forced == "torch"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "Torch"])
+def test_unknown_backend_is_refused(name):
+    with pytest.raises(ValueError, match="must be one of cuda, cpu, torch"):
+        bigkernel.use_backend(name)
+
+
+def test_explain_names_backend_and_reason():
+    text = bigkernel.explain("test_only_double", torch.ones(1))
+    assert text.startswith("test_only_double: torch, because ")
+    with pytest.raises(ValueError, match="there is no op 'no_such'"):
+        bigkernel.explain("no_such")
+
+
+def test_select_traces_without_a_graph_break():
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+@pytest.mark.parametrize("variable", ["BIGKERNEL_BACKEND", "BIGKERNEL_CPU_ISA"])
+def test_environment_variable_with_unknown_value_raises(variable):
+    if variable == "BIGKERNEL_CPU_ISA" and _library.native is None:
+        pytest.skip("the native module is not built")
+    done = _python("import bigkernel", **{variable: "mmx"})
+    assert done.returncode != 0
+    assert f"ValueError: {variable}" in done.stderr.splitlines()[-1]
+    assert "mmx" in done.stderr.splitlines()[-1]
+
+
+def test_environment_chooses_the_instruction_set():
+    if _library.native is None:
+        pytest.skip("the native module is not built")
+    code = "import bigkernel; print(bigkernel._library.native.cpu_isa())"
+    assert _python(code, BIGKERNEL_CPU_ISA="portable").stdout.strip() == "portable"
+
+
+def test_package_works_without_the_native_module():
+    code = (
+        "import torch, bigkernel, warnings; warnings.simplefilter('ignore')\n"
+        "assert bigkernel._library.native is None and bigkernel.cpu_isas() == []\n"
+        "q = torch.randn(1, 2, 8, 16, requires_grad=True)\n"
+        "bigkernel.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()\n"
+        "bigkernel.optim.AdamW([q]).step()\n"
+        "image = torch.zeros(2, 3, 40, 40, dtype=torch.uint8)\n"
+        "print(bigkernel.transforms.RandomResizedCrop(32)(image).shape)\n"
+        "print(bigkernel.explain('attention'))"
+    )
+    done = _python(code, BIGKERNEL_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 3, 32, 32])" in done.stdout
+    assert "because BIGKERNEL_NATIVE=0" in done.stdout
+
+
+def test_forced_instruction_set_is_restored(cpu_isa):
+    assert _library.native.cpu_isa() == cpu_isa
+    with pytest.raises(ValueError, match="BIGKERNEL_CPU_ISA must be one of"):
+        bigkernel.use_cpu_isa("sse9")
+    assert _library.native.cpu_isa() == cpu_isa

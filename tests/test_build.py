@@ -1,0 +1,99 @@
+"""setup.py's choices: native or not, CUDA or not, and what it says about them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigkernel import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+def test_pure_python_package_says_so():
+    done = setup_py("--name", BIGKERNEL_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    assert "bigkernel: pure-Python package (BIGKERNEL_NATIVE=0)" in done.stdout
+
+
+def test_cpu_only_build_says_so_in_one_line():
+    done = setup_py("--name", BIGKERNEL_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "bigkernel: building for the CPU only (BIGKERNEL_CUDA=0)" in done.stdout
+
+
+def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path):
+    # A PATH with a compiler and no nvcc; the usual place is looked at, too.
+    if os.path.exists("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("nvcc is in /usr/local/cuda, where setup.py finds it without PATH")
+    done = setup_py("--name", BIGKERNEL_CUDA="1", PATH="/nonexistent")
+    assert done.returncode != 0
+    assert "BIGKERNEL_CUDA=1, but the CUDA kernels cannot be built: nvcc was not" in done.stderr
+
+
+def test_without_nvcc_the_build_is_for_the_cpu():
+    if os.path.exists("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("nvcc is in /usr/local/cuda, where setup.py finds it without PATH")
+    done = setup_py("--name", BIGKERNEL_CUDA="", PATH="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    assert "building for the CPU only: nvcc was not found" in done.stdout
+
+
+@pytest.mark.parametrize("variable", ["BIGKERNEL_CUDA", "BIGKERNEL_NATIVE"])
+def test_nonsense_in_a_switch_is_refused(variable):
+    done = setup_py("--name", **{variable: "yes"})
+    assert done.returncode != 0
+    assert f"{variable} must be 0 or 1, got 'yes'" in done.stderr
+
+
+def test_contradicting_switches_are_refused():
+    done = setup_py("--name", BIGKERNEL_CUDA="1", BIGKERNEL_NATIVE="0")
+    assert done.returncode != 0
+    assert "BIGKERNEL_NATIVE=0 forbids them" in done.stderr
+
+
+def test_binary_needs_no_cuda_library():
+    if _library.native is None:
+        pytest.skip("the native module is not built")
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", str(_library.native.__file__)], capture_output=True, text=True
+    ).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert any(name.startswith("libtorch") for name in needed)
+    assert not [n for n in needed if "cuda" in n or n in ("libc10.so", "libtorch_python.so")], (
+        needed
+    )
+
+
+def test_build_info_names_what_was_compiled():
+    if _library.native is None:
+        pytest.skip("the native module is not built")
+    info = _library.native.build_info()
+    assert (info["cuda"] is None) == (info["cuda_archs"] == "")
+    assert _library.kernels["adam_step_", "cuda"] == (info["cuda"] is not None)
+
+
+def test_extension_is_importable_without_torch_imported_first():
+    if _library.native is None:
+        pytest.skip("the native module is not built")
+    assert importlib.util.find_spec("bigkernel._C") is not None
+    done = subprocess.run(
+        [sys.executable, "-c", "import bigkernel; print(bigkernel.cpu_isas())"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "portable" in done.stdout

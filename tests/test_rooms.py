@@ -1,0 +1,56 @@
+"""Every op has the same rooms: a new op that lacks one fails here."""
+
+from pathlib import Path
+
+import pytest
+
+import bigkernel.ops  # noqa: F401 - registers the ops
+from bigkernel import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.stem for path in (ROOT / "bigkernel" / "ops").glob("[a-z]*.py"))
+CUDA_OPS = {"adam"}  # the ops that have CUDA kernels so far
+
+ROOMS = [
+    "bigkernel/ops/{op}.py",
+    "bigkernel/reference/{op}.py",
+    "csrc/{op}/{op}.h",
+    "csrc/{op}/cpu.cpp",
+    "csrc/{op}/cpu_body.h",
+    "tests/ops/test_{op}.py",
+    "benchmarks/test_{op}.py",
+]
+CUDA_ROOMS = ["csrc/{op}/cuda.cpp", "csrc/{op}/{op}.cu"]
+
+
+def test_there_are_three_ops():
+    assert OPS == ["adam", "attention", "augment"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_every_room(op):
+    rooms = ROOMS + (CUDA_ROOMS if op in CUDA_OPS else [])
+    missing = [room.format(op=op) for room in rooms if not (ROOT / room.format(op=op)).exists()]
+    assert not missing, f"op {op} lacks {missing}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_registered_op_belongs_to_a_noun_and_has_a_native_kernel(op):
+    names = [name for name in _library.registered if name.split("_")[0] == op]
+    assert names, f"bigkernel/ops/{op}.py registers nothing"
+    if _library.native is not None:
+        for name in names:
+            assert _library.kernels[name, "cpu"], f"{name} has no CPU kernel"
+
+
+def test_no_op_outside_the_nouns():
+    nouns = {name.split("_")[0] for name in _library.registered if not name.startswith("test_only")}
+    assert nouns == set(OPS)
+
+
+@pytest.mark.parametrize("pattern", ["csrc/*/*.cu", "csrc/*/cpu_*.h", "csrc/*/[a-z]*.h"])
+def test_kernels_include_no_torch_header(pattern):
+    for path in ROOT.glob(pattern):
+        if path.parent.name in ("common", "cpu", "cuda"):
+            continue
+        assert "#include <torch" not in path.read_text(), f"{path} includes a torch header"
