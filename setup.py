@@ -2,7 +2,7 @@
 
 Environment:
   BIGKERNEL_NATIVE=0     a pure-Python package, nothing is compiled
-  BIGKERNEL_CUDA=0|1     leave the CUDA kernels out | insist on them (default: where nvcc matches torch)
+  BIGKERNEL_CUDA=0|1     leave the CUDA kernels out | insist on them (default: if nvcc matches)
   TORCH_CUDA_ARCH_LIST   GPU architectures, as torch spells them ("8.0;9.0+PTX")
   BIGKERNEL_SANITIZE=1   AddressSanitizer and UBSan, for `make test-sanitize`
   MAX_JOBS               compilers run at a time
@@ -46,9 +46,9 @@ def find_toolkit() -> tuple[str, str] | str:
     nvcc on the path may be a wrapper script somewhere else, so nvcc itself is asked where its
     toolkit lies.
     """
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")
     if not os.path.exists(nvcc):
-        return "nvcc was not found on PATH"
+        return "nvcc was found neither on PATH nor in CUDA_HOME"
     dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", dryrun.stdout + dryrun.stderr, re.M)
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
@@ -186,7 +186,7 @@ def extension() -> Extension:
         library_dirs.append(
             f"{target}/lib" if os.path.isdir(f"{target}/lib") else f"{target}/lib64"
         )
-        # The runtime goes in statically: the file then loads beside any torch, with or without CUDA.
+        # The runtime goes in statically: the file then loads beside any torch.
         libraries += ["cudart_static", "rt", "pthread", "dl"]
     write_if_changed(
         ROOT / "build" / "generated" / "build_config.h",

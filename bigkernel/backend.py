@@ -35,7 +35,7 @@ _forced: str | None = _valid(os.environ.get("BIGKERNEL_BACKEND") or None, "BIGKE
 _warned: set[tuple[str, str]] = set()
 
 
-class use_backend:  # noqa: N801 - reads as a verb, like torch.set_grad_enabled
+class use_backend:
     """Use one backend for every op from now on, or inside a ``with`` block.
 
     ``name`` is "cuda", "cpu", "torch" or None for the automatic choice. A named native backend
@@ -60,7 +60,7 @@ class use_backend:  # noqa: N801 - reads as a verb, like torch.set_grad_enabled
         _forced = self._previous
 
 
-class use_cpu_isa:  # noqa: N801
+class use_cpu_isa:
     """Use one CPU instruction set from now on, or inside a ``with`` block; see ``cpu_isas``."""
 
     def __init__(self, name: str) -> None:
