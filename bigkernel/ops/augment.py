@@ -1,0 +1,357 @@
+"""Augment: a batch of images through one map and one colour chain per sample, in a single pass.
+
+Every sample has a row in three tables. All of a chain of transforms (crops, flips, resizes,
+rotations, colour jitter, conversion, normalisation) folds into one such row, so the cost of a call
+is that of its output, not of the number of transforms.
+
+geometry, float64 [N, 16]
+    0..5    a b c d e f: the map from the output to the source. The centre of output pixel (x, y)
+            comes from the point ``sx = a (x + .5) + b (y + .5) + c``,
+            ``sy = d (x + .5) + e (y + .5) + f`` of the source, in pixel-edge coordinates: source
+            pixel i covers i..i+1. Points that are NaN, infinite or more than 2^20 pixels from the
+            origin give fill.
+    6..9    source box x0 y0 x1 y1, whole numbers: pixels outside it do not exist. It is cut to the
+            image; an empty box gives fill everywhere.
+    10..13  output box x0 y0 x1 y1: output pixels outside it are fill.
+    14      border, what taps outside the source box do. With s = the weighted sum of the taps
+            inside and m = the sum of their weights:
+            0  m (s - fill) + fill: what torchvision's rotate and affine do when given a fill. The
+               blend weighs s twice by m; it differs from 2 only in the edge's half-transparent
+               pixels.
+            1  taps are clamped into the box, as resize does. A filter that reaches over more than
+               two pixels (antialias) drops them and renormalises, as torch does; fill is left only
+               where no tap remains.
+            2  s + (1 - m) fill: a plain blend; with fill 0, what rotate and affine do without fill.
+    15      how nearest picks a pixel:
+            0  floor(sx): a point on the edge of two pixels takes the right one.
+            1  round(sx - .5), halves to even, as rotate and affine do.
+            2  as resize does: it takes floor(k * scale) for output pixel k of the resize, a
+               float32 product. a and e are the scales (negative where flipped), b = d = 0, and x0,
+               y0 of the source box are where the resized region begins; k follows from the map,
+               which is centre-aligned as for any other resize. (Any other map: as 0.)
+
+color, float32 [N, K, 2]
+    Up to K pairs (code, factor), applied in order to the sampled pixels, fill included; any code
+    may repeat. 0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue (factor in turns, -0.5 to
+    0.5), 5 greyscale (factor unused): torchvision's adjust_* and rgb_to_grayscale with 3 channels,
+    in real numbers and clamped to the range of the input, 0..255 for uint8 and 0..1 for floats.
+    Contrast takes the mean grey of the whole output image at that point of the chain.
+    Code + 16 works in whole numbers, as torchvision does on uint8 images: pixels are rounded
+    before, grey is cut to a whole number, the result is cut to a whole number. A chain of such
+    codes repeats torchvision's intermediate roundings; a chain of plain codes has none.
+    Images that have not three channels keep their saturation and hue and are grey already.
+
+fill, float32 [N, C] or [1, C], in the units of the input.
+
+Sampling (bilinear): a separable triangle filter around (sx, sy). Its half-width is one source
+pixel; with ``antialias`` it is ``max(1, hypot(a, b))`` along x and ``max(1, hypot(d, e))`` along y.
+For axis-aligned maps that is torch's ``interpolate(antialias=True)``; any other map, such as a
+resize followed by a rotation, is filtered as well. Nearest ignores ``antialias``.
+
+Last, out = (value * in_scale - mean) / std; uint8 output is rounded to nearest (halves to even) and
+clamped, and NaN becomes 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bigkernel import _library
+from bigkernel.backend import select
+from bigkernel.errors import check
+from bigkernel.reference import augment as reference
+
+SCHEMA = (
+    "(Tensor[] images, Tensor geometry, Tensor color, Tensor fill, Tensor? mean, Tensor? std, "
+    "SymInt out_h, SymInt out_w, bool channels_last_in, bool channels_last_out, "
+    "int interpolation, bool antialias, float in_scale, int out_dtype) -> Tensor"
+)
+IN_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OUT_DTYPES = reference.OUT_DTYPES  # the op's out_dtype is an index into this
+INTERPOLATIONS = ("nearest", "bilinear")
+Numbers = Tensor | Sequence[float] | float
+
+
+def _fake(
+    images: list[Tensor],
+    geometry: Tensor,
+    color: Tensor,
+    fill: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    out_h: int,
+    out_w: int,
+    channels_last_in: bool,
+    channels_last_out: bool,
+    interpolation: int,
+    antialias: bool,
+    in_scale: float,
+    out_dtype: int,
+) -> Tensor:
+    n, channels = geometry.shape[0], fill.shape[1]
+    shape = (n, out_h, out_w, channels) if channels_last_out else (n, channels, out_h, out_w)
+    like = images[0] if images else geometry
+    return like.new_empty(shape, dtype=OUT_DTYPES[out_dtype])
+
+
+_library.register("augment", SCHEMA, impl=reference.augment, fake=_fake)
+
+
+def augment(
+    images: Tensor | Sequence[Tensor],
+    geometry: Tensor,
+    color: Tensor | None = None,
+    *,
+    size: Sequence[int],
+    fill: Numbers = 0.0,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    in_scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last_in: bool = False,
+    channels_last_out: bool = False,
+) -> Tensor:
+    """Resample, recolour and normalise N images, each with parameters of its own.
+
+    images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C] with
+        ``channels_last_in``); uint8 in 0..255, or float32, bfloat16, float16, float64 in 0..1.
+    geometry: float64 [N, 16] and color: float32 [N, K, 2], the tables described at the top of this
+        module; without ``color`` nothing is recoloured. They may stay on the CPU.
+    size: (height, width) of the output.
+    fill: for output pixels that come from no source pixel: a number, C numbers, or a tensor [C],
+        [1, C] or [N, C]; in the units of the input.
+    mean, std: a number or C numbers; the result is (value * in_scale - mean) / std.
+    interpolation: "nearest" or "bilinear"; ``antialias`` widens the filter where the map shrinks.
+    in_scale: None scales between 0..255 and 0..1 where input and output dtype ask for it.
+    dtype: of the output: uint8, float32, bfloat16, float16 or float64; None keeps the input's.
+
+    Returns [N, C, height, width], or [N, height, width, C] with ``channels_last_out``.
+
+    Raises ValueError or TypeError naming the argument. There is no gradient. float64 images run in
+    PyTorch, everything else natively; arithmetic is in float32 (float64 for float64 images).
+    """
+    batch, n, channels = _check_images(images, channels_last_in)
+    device = batch[0].device if batch else geometry.device
+    source = batch[0].dtype if batch else torch.uint8
+    _check_table("geometry", geometry, torch.float64, (n, 16), "(N, 16)", device)
+    if color is None:
+        color = torch.zeros(n, 0, 2)
+    k = color.shape[1] if color.dim() == 3 else 0
+    _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
+    if batch:
+        check(
+            k == 0 or channels in (1, 3),
+            "augment",
+            "images",
+            "of 1 or 3 channels for colour",
+            f"{channels} channels",
+            "Leave color out, or select channels",
+        )
+    fill_table = _fill(fill, n, channels)
+    if not batch:
+        channels = fill_table.shape[1]
+    height, width = _check_size(size)
+    check(
+        interpolation in INTERPOLATIONS,
+        "augment",
+        "interpolation",
+        "'nearest' or 'bilinear'",
+        repr(interpolation),
+    )
+    dtype = source if dtype is None else dtype
+    check(
+        dtype in OUT_DTYPES,
+        "augment",
+        "dtype",
+        "uint8, float32, bfloat16, float16 or float64",
+        dtype,
+        cls=TypeError,
+    )
+    if in_scale is None:
+        if source == torch.uint8:
+            in_scale = 1.0 if dtype == torch.uint8 else 1 / 255
+        else:
+            in_scale = 255.0 if dtype == torch.uint8 else 1.0
+    reason = None
+    if torch.float64 in (source, dtype):
+        reason = "float64 has no native kernel"
+    return select("augment", device, reason).augment(  # type: ignore[no-any-return]
+        batch,
+        geometry,
+        color,
+        fill_table,
+        _per_channel("mean", mean, channels),
+        _per_channel("std", std, channels),
+        height,
+        width,
+        channels_last_in,
+        channels_last_out,
+        INTERPOLATIONS.index(interpolation),
+        antialias,
+        in_scale,
+        OUT_DTYPES.index(dtype),
+    )
+
+
+def _check_images(
+    images: Tensor | Sequence[Tensor], channels_last: bool
+) -> tuple[list[Tensor], int, int]:
+    """(the op's list, N, C) after checking that the images can form one batch."""
+    if isinstance(images, Tensor):
+        batch = [images]
+        layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
+        check(
+            images.dim() == 4,
+            "augment",
+            "images",
+            f"a batch {layout} or a list of images",
+            f"shape {tuple(images.shape)}",
+            "Add a batch dimension with images[None]",
+        )
+        n = images.shape[0]
+    else:
+        batch = list(images)
+        n = len(batch)
+        layout = "[H, W, C]" if channels_last else "[C, H, W]"
+        for i, image in enumerate(batch):
+            check(
+                isinstance(image, Tensor),
+                "augment",
+                f"images[{i}]",
+                "a tensor",
+                type(image).__name__,
+                "Convert PIL images and arrays first",
+                TypeError,
+            )
+            check(
+                image.dim() == 3,
+                "augment",
+                f"images[{i}]",
+                f"of shape {layout}",
+                f"shape {tuple(image.shape)}",
+            )
+    axis = -1 if channels_last else -3
+    for i, image in enumerate(batch):
+        name = "images" if isinstance(images, Tensor) else f"images[{i}]"
+        check(
+            image.dtype in IN_DTYPES,
+            "augment",
+            name,
+            "uint8, float32, bfloat16, float16 or float64",
+            image.dtype,
+            "Convert with .to(torch.uint8) or .float()",
+            TypeError,
+        )
+        check(
+            not image.requires_grad,
+            "augment",
+            name,
+            "without gradient",
+            "a tensor that requires one",
+            "Augment has no backward: pass images.detach()",
+        )
+        check(
+            image.dtype == batch[0].dtype,
+            "augment",
+            name,
+            f"{batch[0].dtype} like the first image",
+            image.dtype,
+            cls=TypeError,
+        )
+        check(
+            image.device == batch[0].device,
+            "augment",
+            name,
+            f"on {batch[0].device} like the first image",
+            image.device,
+        )
+        check(
+            image.shape[axis] == batch[0].shape[axis],
+            "augment",
+            name,
+            f"of {batch[0].shape[axis]} channels like the first image",
+            f"{image.shape[axis]} (shape {tuple(image.shape)})",
+            "channels_last_in says which dimension holds the channels",
+        )
+    return batch, n, batch[0].shape[axis] if batch else 0
+
+
+def _check_table(
+    name: str,
+    table: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    wanted: str,
+    device: torch.device,
+) -> None:
+    check(
+        table.dtype == dtype,
+        "augment",
+        name,
+        f"a {dtype} tensor",
+        table.dtype,
+        f"Convert it with .to({dtype})",
+        TypeError,
+    )
+    check(
+        tuple(table.shape) == shape,
+        "augment",
+        name,
+        f"of shape {wanted} with N = {shape[0]} images",
+        f"shape {tuple(table.shape)}",
+    )
+    check(
+        table.device.type in ("cpu", device.type),
+        "augment",
+        name,
+        f"on the CPU or on {device}",
+        table.device,
+    )
+
+
+def _check_size(size: Sequence[int]) -> tuple[int, int]:
+    check(
+        len(size) == 2 and all(side >= 0 for side in size),
+        "augment",
+        "size",
+        "(height, width), neither negative",
+        tuple(size),
+    )
+    return size[0], size[1]
+
+
+def _fill(fill: Numbers, n: int, channels: int) -> Tensor:
+    table = torch.as_tensor(fill, dtype=torch.float32)
+    if table.dim() == 0:
+        table = table.expand(1, max(channels, 1))
+    elif table.dim() == 1:
+        table = table.view(1, -1)
+    check(
+        table.dim() == 2
+        and table.shape[0] in (1, n)
+        and table.shape[1] in (channels or table.shape[1],),
+        "augment",
+        "fill",
+        f"a number, {channels} numbers or a tensor [N, C] = [{n}, {channels}]",
+        f"shape {tuple(table.shape)}",
+    )
+    return table
+
+
+def _per_channel(name: str, numbers: Numbers | None, channels: int) -> Tensor | None:
+    if numbers is None:
+        return None
+    row = torch.as_tensor(numbers, dtype=torch.float32)
+    check(
+        row.dim() == 0 or tuple(row.shape) in ((1,), (channels,)),
+        "augment",
+        name,
+        f"a number or {channels} numbers, one a channel",
+        f"shape {tuple(row.shape)}",
+    )
+    if name == "std" and not isinstance(numbers, Tensor):
+        check(bool((row != 0).all()), "augment", "std", "without a zero", numbers)
+    return row.expand(channels)

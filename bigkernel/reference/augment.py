@@ -1,0 +1,287 @@
+"""What the augment op computes, in plain PyTorch: the definition, and the ``torch`` backend.
+
+The tables are explained in ``bigkernel/ops/augment.py``. Sampling goes image by image (sizes and
+maps differ), vectorised over pixels; colour and normalisation go over the whole batch. Positions
+are computed in float64, pixel values in float32 (float64 for float64 images).
+
+Sources of the arithmetic: torchvision.transforms.v2.functional (adjust_*, rotate, affine) and
+torch.nn.functional.interpolate, which it calls to resize.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FAR = float(2**20)  # positions beyond this many pixels, infinities and NaN are fill
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+
+FILL_BLEND, CLAMP, FILL_OVER = 0, 1, 2  # geometry[14]
+NEAREST_FLOOR, NEAREST_EVEN, NEAREST_RESIZE = 0, 1, 2  # geometry[15]
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE = 1, 2, 3, 4, 5
+WHOLE_NUMBERS = 16  # added to a colour code
+
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64)
+
+
+def augment(
+    images: list[Tensor],
+    geometry: Tensor,
+    color: Tensor,
+    fill: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    out_h: int,
+    out_w: int,
+    channels_last_in: bool,
+    channels_last_out: bool,
+    interpolation: int,
+    antialias: bool,
+    in_scale: float,
+    out_dtype: int,
+) -> Tensor:
+    """The op; arguments as in its schema. See ``bigkernel.ops.augment`` for what they mean."""
+    device = images[0].device if images else geometry.device
+    source_dtype = images[0].dtype if images else torch.uint8
+    dtype = torch.float64 if source_dtype == torch.float64 else torch.float32
+    samples = list(images[0]) if len(images) == 1 and images[0].dim() == 4 else list(images)
+    n, channels = geometry.shape[0], fill.shape[1]
+    fill = fill.to(device, dtype).expand(n, channels)
+
+    value = torch.empty(n, channels, out_h, out_w, dtype=dtype, device=device)
+    for i, (image, row) in enumerate(zip(samples, geometry.tolist(), strict=True)):
+        planes = image.movedim(-1, 0) if channels_last_in else image
+        value[i] = sample(planes, row, fill[i], out_h, out_w, interpolation, antialias, dtype)
+
+    value = recolor(value, color, 255.0 if source_dtype == torch.uint8 else 1.0)
+    value = value * in_scale
+    if mean is not None:
+        value = value - mean.to(device, dtype).view(-1, 1, 1)
+    if std is not None:
+        value = value / std.to(device, dtype).view(-1, 1, 1)
+    if channels_last_out:
+        value = value.movedim(1, -1).contiguous()
+    if OUT_DTYPES[out_dtype] == torch.uint8:
+        value = value.nan_to_num(nan=0.0).round().clamp(0, 255)
+    return value.to(OUT_DTYPES[out_dtype])
+
+
+def sample(
+    image: Tensor,
+    row: list[float],
+    fill: Tensor,
+    out_h: int,
+    out_w: int,
+    interpolation: int,
+    antialias: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One image [C, H, W] through its row of ``geometry``: [C, out_h, out_w] in ``dtype``."""
+    device = image.device
+    a, b, c, d, e, f = row[:6]
+    border, rule = row[14], row[15]
+    x0, x1 = _box(row[6], row[8], image.shape[2])
+    y0, y1 = _box(row[7], row[9], image.shape[1])
+    fill = fill.view(-1, 1, 1)
+    out = fill.expand(-1, out_h, out_w).clone()
+    left, right = _box(row[10], row[12], out_w)
+    top, bottom = _box(row[11], row[13], out_h)
+    if x0 >= x1 or y0 >= y1 or left >= right or top >= bottom:
+        return out
+
+    x = torch.arange(left, right, device=device, dtype=torch.float64) + 0.5
+    y = (torch.arange(top, bottom, device=device, dtype=torch.float64) + 0.5).view(-1, 1)
+    # An axis-aligned map keeps [1, W] and [H, 1]: everything below broadcasts.
+    sx = (a * x + c).view(1, -1) if b == 0 else a * x + (b * y + c)
+    sy = e * y + f if d == 0 else d * x + (e * y + f)
+    reachable = (sx.abs() <= FAR) & (sy.abs() <= FAR)
+    sx, sy = (s.where(s.abs() <= FAR, torch.zeros_like(s)) for s in (sx, sy))
+
+    if interpolation == 0:
+        column = _nearest(sx, rule, a, b, row[6])
+        line = _nearest(sy, rule, e, d, row[7])
+        inside = reachable & (border == CLAMP)
+        inside = inside | (reachable & (column >= x0) & (column < x1) & (line >= y0) & (line < y1))
+        taken = image[:, line.clamp(y0, y1 - 1), column.clamp(x0, x1 - 1)].to(dtype)
+        out[:, top:bottom, left:right] = torch.where(inside, taken, fill)
+        return out
+
+    reach_x = min(max(1.0, math.hypot(a, b)), FAR) if antialias else 1.0
+    reach_y = min(max(1.0, math.hypot(d, e)), FAR) if antialias else 1.0
+    taps_x = _taps(sx, reach_x, x0, x1, border, dtype)
+    taps_y = _taps(sy, reach_y, y0, y1, border, dtype)
+    if b == 0 and d == 0:
+        weighted, cover = _separable(image[:, y0:y1], taps_x, taps_y, y0, dtype)
+    else:
+        weighted, cover = _gather(image, taps_x, taps_y, dtype)
+    if border == FILL_BLEND:
+        blended = cover * (weighted - fill) + fill
+    else:
+        blended = weighted + (1 - cover) * fill
+    out[:, top:bottom, left:right] = torch.where(reachable, blended, fill)
+    return out
+
+
+def _box(start: float, stop: float, size: int) -> tuple[int, int]:
+    """One side of a box, cut to 0..size; NaN makes it empty."""
+    if not start < stop:
+        return 0, 0
+    return int(max(min(start, size), 0)), int(max(min(stop, size), 0))
+
+
+def _nearest(s: Tensor, rule: float, step: float, cross: float, origin: float) -> Tensor:
+    """Index of the pixel nearest to the pixel-edge coordinate ``s``, by the wanted rule."""
+    if rule == NEAREST_EVEN:
+        return (s - 0.5).round().long()
+    usable = cross == 0 and 1 / FAR <= abs(step) <= FAR and abs(origin) <= FAR
+    if rule == NEAREST_RESIZE and usable:
+        # interpolate(mode="nearest") multiplies the output index by the scale in float32, and so
+        # lands on either side of a whole number; the same product gives the same pixel.
+        scale = torch.tensor(abs(step), dtype=torch.float64).float().to(s.device)
+        k = ((s - origin) / abs(step) - 0.5).round()
+        return (k.float() * scale).floor().long() + int(origin)
+    return s.floor().long()
+
+
+Taps = list[tuple[Tensor, Tensor]]  # (index, weight) of each tap; shaped like the positions
+
+
+def _taps(
+    s: Tensor, reach: float, start: int, stop: int, border: float, dtype: torch.dtype
+) -> Taps:
+    """Taps of a triangle filter of half-width ``reach`` around ``s``, none outside start..stop.
+
+    Weights sum to 1 before taps outside are dropped. Under CLAMP a dropped tap's weight goes to
+    the edge pixel (reach 1), or to all taps that are left (reach > 1, as antialiasing does).
+    """
+    first = (s - 0.5 - reach).floor().long() + 1
+    count = 2 if reach == 1.0 else int(2 * reach) + 1
+    # A window much wider than the box still only meets the box's pixels.
+    if count > stop - start + 2:
+        first, count = torch.full_like(first, start), stop - start
+    index = [first + t for t in range(count)]
+    weight = [(1 - (i + 0.5 - s).abs() / reach).clamp(min=0) for i in index]
+    inside = [(i >= start) & (i < stop) for i in index]
+    if border == CLAMP and reach == 1.0:
+        return [(i.clamp(start, stop - 1), w.to(dtype)) for i, w in zip(index, weight, strict=True)]
+    kept = [w.where(ok, torch.zeros_like(w)) for w, ok in zip(weight, inside, strict=True)]
+    if reach > 1.0:
+        total = torch.stack(kept).sum(0) if border == CLAMP else _window_sum(s, reach)
+        kept = [torch.where(total > 0, w / total, torch.zeros_like(w)) for w in kept]
+    return [(i.clamp(start, stop - 1), w.to(dtype)) for i, w in zip(index, kept, strict=True)]
+
+
+def _window_sum(s: Tensor, reach: float) -> Tensor:
+    """Sum of the triangle filter over every whole pixel, inside the image or not."""
+    # Pixels left of the centre lie at distances u, u + 1, ..., right of it at 1 - u, 2 - u, ...
+    right = (s - 0.5).ceil() + 0.5 - s  # 0 <= right < 1
+    total = torch.zeros_like(s)
+    for distance in (right, 1 - right):
+        n = (reach - distance).ceil().clamp(min=0)  # distances below reach
+        total = total + n - (n * distance + n * (n - 1) / 2) / reach
+    return total
+
+
+def _separable(
+    lines: Tensor, taps_x: Taps, taps_y: Taps, y0: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As ``_gather`` for an axis-aligned map; ``lines`` is the image from line ``y0`` on."""
+    shape = (lines.shape[0], lines.shape[1], taps_x[0][0].numel())
+    narrow = torch.zeros(shape, dtype=dtype, device=lines.device)
+    for column, weight in taps_x:
+        narrow += _weigh(lines[:, :, column.view(-1)].to(dtype), weight.view(-1))
+    shape = (lines.shape[0], taps_y[0][0].numel(), shape[2])
+    weighted = torch.zeros(shape, dtype=dtype, device=lines.device)
+    for line, weight in taps_y:
+        weighted += _weigh(narrow[:, line.view(-1) - y0], weight.view(-1, 1))
+    return weighted, _total(taps_y).view(-1, 1) * _total(taps_x).view(-1)
+
+
+def _total(taps: Taps) -> Tensor:
+    return torch.stack([weight for _, weight in taps]).sum(0)
+
+
+def _gather(image: Tensor, taps_x: Taps, taps_y: Taps, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weighted sum and sum of weights over the taps of every output pixel."""
+    shape = torch.broadcast_shapes(taps_x[0][0].shape, taps_y[0][0].shape)
+    weighted = torch.zeros(image.shape[0], *shape, dtype=dtype, device=image.device)
+    cover = torch.zeros(shape, dtype=dtype, device=image.device)
+    for line, weight_y in taps_y:
+        for column, weight_x in taps_x:
+            weight = weight_y * weight_x
+            weighted += _weigh(image[:, line, column].to(dtype), weight)
+            cover += weight
+    return weighted, cover
+
+
+def _weigh(tap: Tensor, weight: Tensor) -> Tensor:
+    # Not tap * 0: a NaN or infinity beside the wanted pixel must not reach it.
+    return torch.where(weight != 0, tap * weight, torch.zeros_like(tap))
+
+
+def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
+    """Apply each sample's list of (code, factor) pairs to [N, C, H, W] with values in 0..bound."""
+    table = color.tolist()
+    for k in range(color.shape[1]):
+        codes = [int(pairs[k][0]) for pairs in table]
+        for code in sorted(set(codes)):
+            if code == 0:
+                continue
+            rows = [i for i, c in enumerate(codes) if c == code]
+            factor = torch.tensor([table[i][k][1] for i in rows], dtype=value.dtype)
+            value[rows] = _adjust(value[rows], code, factor.to(value.device), bound)
+    return value
+
+
+def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
+    """One colour operation on [M, C, H, W] with a factor for each sample."""
+    whole, operation = code >= WHOLE_NUMBERS, code % WHOLE_NUMBERS
+    if code not in range(1, 6) and code - WHOLE_NUMBERS not in range(1, 6):
+        raise ValueError(f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}.")
+    if whole:
+        value = value.round()
+    colored = value.shape[1] == 3
+    if not colored and operation in (SATURATION, HUE, GREYSCALE):
+        return value
+    f = factor.view(-1, 1, 1, 1)
+    if operation == BRIGHTNESS:
+        result = (value * f).clamp(0, bound)
+    elif operation == HUE:
+        result = _turn_hue(value / bound, f) * (255.999 if whole else bound)
+    else:
+        grey = value
+        if colored:
+            red, green, blue = value.unbind(1)
+            grey = red * GREY[0]
+            grey = torch.add(grey, green, alpha=GREY[1])
+            grey = torch.add(grey, blue, alpha=GREY[2]).unsqueeze(1)
+            grey = grey.floor() if whole else grey
+        if operation == GREYSCALE:
+            return grey.expand_as(value)
+        if operation == CONTRAST:
+            grey = grey.mean((1, 2, 3), keepdim=True)
+        result = (value * f + grey * (1 - f)).clamp(0, bound)
+    return result.floor() if whole else result
+
+
+def _turn_hue(rgb: Tensor, factor: Tensor) -> Tensor:
+    """Shift the hue of [M, 3, H, W] in 0..1 by ``factor`` turns of the colour circle.
+
+    HSV after A. R. Smith, "Color gamut transform pairs" (SIGGRAPH 1978). With k = 5, 3, 1 + 6 h
+    modulo 6, a channel is v - v s * clamp(min(k, 4 - k), 0, 1), and v s is just max - min.
+    """
+    red, green, blue = rgb.unbind(1)
+    low, high = rgb.aminmax(dim=1)
+    chroma = high - low
+    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sector = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    hue = sector + 6 * factor.view(-1, 1, 1)
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = (hue + offset).remainder(6)
+        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
