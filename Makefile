@@ -81,10 +81,10 @@ SANITIZED := build/sanitize
 test-sanitize: $(VENV)/.test
 	BIGKERNEL_SANITIZE=1 BIGKERNEL_CUDA=0 $(BIN)/python setup.py --quiet build \
 	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp >build.log 2>&1 || { tail -40 build.log; exit 1; }
-	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	BIGKERNEL_EXPECT_SANITIZER=1 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitize \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(BIN)/python -m pytest -o pythonpath=$(SANITIZED)/lib tests/ops -k "not compile and not opcheck" $(PYTEST_ARGS)
+	  $(BIN)/pytest -o pythonpath=$(SANITIZED)/lib tests/ops -k "not compile and not opcheck" $(PYTEST_ARGS)
 
 # One binary, two versions of PyTorch.
 test-abi: build $(ABI_VENV)/.torch

@@ -10,6 +10,10 @@ import bigkernel
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if os.environ.get("BIGKERNEL_EXPECT_SANITIZER") == "1":
+        native = bigkernel._library.native
+        if native is None or not native.build_info()["sanitizer"]:
+            raise pytest.UsageError(f"the module under test is not the sanitized one: {native}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
