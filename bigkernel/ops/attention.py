@@ -1,0 +1,348 @@
+"""Attention, forward and backward: schema, checks, fake, autograd, and the public functions.
+
+What is computed is written down as a formula in ``bigkernel/reference/attention.py``. The algorithm
+of every backend is that of FlashAttention (Dao et al., 2022 and 2023): no score matrix, memory
+linear in the sequence lengths, and a backward pass that recomputes the probabilities from the
+log-sum-exp of each row.
+"""
+
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bigkernel import _library
+from bigkernel.backend import select
+from bigkernel.errors import check
+from bigkernel.ops._attention_checks import (
+    Align,
+    Window,
+    autocast,
+    check_cu_seqlens,
+    check_mask,
+    check_qkv,
+    check_scalars,
+    check_tensors,
+)
+from bigkernel.reference import attention_blocks
+from bigkernel.reference.attention_blocks import accumulate_dtype, empty_like_layout
+
+MAX_NATIVE_HEAD_DIM = 256
+
+
+class _Options(TypedDict, total=False):
+    """What `attention` and `attention_varlen` have in common; meaning and defaults are there."""
+
+    causal: bool
+    align: Align
+    window: Window
+    softcap: float
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    seed: Tensor | int | None
+    scale: float | None
+
+
+_OPTIONS = (
+    "Tensor? mask, Tensor? alibi_slopes, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, bool bottom_right, "
+    "SymInt window_left, SymInt window_right, float softcap, float dropout_p"
+)
+# Dense: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; mask [1|B, 1|Hq, 1|Sq, 1|Sk], bool
+# or floating; lse [B, Hq, Sq]. Packed, that is with cu_seqlens [B + 1] int32: q [Tq, Hq, D], k and
+# v [Tk, Hkv, D|Dv]; mask None; lse [Hq, Tq]. Both: alibi_slopes [Hq] or [B, Hq] float32; seed [1]
+# int64, needed if dropout_p > 0; window -1: no limit; last dimensions contiguous. Results are laid
+# out as `empty_like_layout` says: out and dq like q, dk like k, dv like v. lse is float32, float64
+# for float64 inputs. dmask has the mask's shape and dtype, or is an empty [0] of q's dtype.
+_SCHEMA_FWD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+_SCHEMA_BWD = (
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, bool needs_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
+)
+
+
+def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    packed = options[3] is not None
+    lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    lse = q.new_empty(lse_shape, dtype=accumulate_dtype(q.dtype))
+    return empty_like_layout(q, v.shape[-1]), lse
+
+
+def _fake_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (q, k, v))
+    mask, needs_dmask = options[0], options[-1]
+    return dq, dk, dv, mask.new_empty(mask.shape) if needs_dmask else q.new_empty(0)
+
+
+def _autograd(ops: Any) -> tuple[Any, Any]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:8], *output)
+        ctx.scalars = inputs[8:]
+        # So that a gradient of lse that nobody asked for is None, and not zeros to be added.
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, *options, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_dmask = ctx.needs_input_grad[3]
+        *dqkv, dmask = ops.attention_bwd(
+            _contiguous_rows(dout), dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dmask
+        )
+        return (
+            *dqkv,
+            dmask if needs_dmask else None,
+            *[None] * (len(options) - 1 + len(ctx.scalars)),
+        )
+
+    return backward, setup_context
+
+
+def _no_second_derivative(ops: Any) -> tuple[Any, Any]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            "bigkernel.attention has no second derivative; attention_reference in "
+            "bigkernel.reference.attention has one, with the score matrix in memory."
+        )
+
+    return backward, setup_context
+
+
+_library.register(
+    "attention_fwd",
+    _SCHEMA_FWD,
+    impl=attention_blocks.attention_fwd,
+    fake=_fake_fwd,
+    autograd=_autograd,
+)
+_library.register(
+    "attention_bwd",
+    _SCHEMA_BWD,
+    impl=attention_blocks.attention_bwd,
+    fake=_fake_bwd,
+    autograd=_no_second_derivative,
+)
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    align: Align = "top_left",
+    window: Window = (None, None),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + ...) v, without ever holding the score matrix.
+
+    Args:
+        q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64 (as are k and v). Any strides with
+            a contiguous last dimension are read in place; [B, Sq, Hq, D] transposed, for example.
+        k: [B, Hkv, Sk, D]. Hq must be a multiple of Hkv: query head h reads key head
+            h // (Hq / Hkv) (grouped-query attention; Hkv = 1 is multi-query attention).
+        v: [B, Hkv, Sk, Dv].
+        mask: broadcastable to [B, Hq, Sq, Sk]. Boolean: True takes part. Floating (q's dtype or
+            float32): added to the scores; it gets a gradient if it requires one.
+        causal: query i sees the keys up to its own position, i + off.
+        align: "top_left" (off = 0, as torch's `is_causal`) or "bottom_right" (off = Sk - Sq, as
+            FlashAttention): where the diagonal of causal, window and ALiBi lies.
+        window: (left, right): query i sees keys i + off - left to i + off + right. None or -1: no
+            limit on that side.
+        softcap: if positive, scores become softcap * tanh(score / softcap), before ALiBi and mask.
+        alibi_slopes: [Hq] or [B, Hq]; slope * |i + off - j| is subtracted. Gets no gradient.
+        dropout_p: probability with which an attention weight is zeroed; the others are divided by
+            1 - dropout_p. Which ones is a documented function of (seed, batch, head, row, column),
+            the same on every backend: `bigkernel.reference.attention.dropout_keep`.
+        seed: for dropout: an int or an int64 tensor of one element. None draws one from torch's
+            default generator.
+        scale: factor of q k^T; None: 1 / sqrt(D).
+        return_lse: also return lse [B, Hq, Sq], the natural logarithm of the sum of the
+            exponentiated scores (before dropout), float32, or float64 for float64 inputs. It is
+            differentiable.
+
+    Returns:
+        out [B, Hq, Sq, Dv] in q's dtype and memory layout, or (out, lse).
+
+    A row in which every key is masked gives 0, lse -inf and no gradient. Inside torch.autocast
+    the inputs are cast as torch's own attention casts them. Sums are kept in float32. float64 and
+    head dims above 256 run in plain PyTorch (`bigkernel.backend` says so, once). Results are the
+    same bits at each run. There is no second derivative.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+    """
+    op = "attention"
+    q, k, v, mask = autocast(q, k, v, mask)
+    check_qkv(op, q, k, v, 4, "[B, H, S, D]")
+    check(
+        k.shape[0] == q.shape[0],
+        op,
+        "k and v",
+        f"of q's batch size, {q.shape[0]}",
+        k.shape[0],
+        "Expand the one whose batch size is 1",
+    )
+    if mask is not None:
+        mask = check_mask(op, mask, q, k)
+    tensors = (mask, *check_tensors(op, q, alibi_slopes, q.shape[0], dropout_p, seed), None, None)
+    scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
+    out, lse = _run(q, k, v, *tensors, q.shape[2], k.shape[2], *scalars)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    align: Align = "top_left",
+    window: Window = (None, None),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of sequences of different lengths, packed one after the other without padding.
+
+    Sequence b holds queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys that
+    cu_seqlens_k says; no sequence sees another. The result is that of one `attention` call for
+    each sequence; dropout draws with b as the batch index.
+
+    Args:
+        q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]. Contiguous last dimension, any strides.
+        cu_seqlens_q: int32 [B + 1] on q's device: 0, then the running total of the lengths, up to
+            Tq. Lengths of 0 are fine.
+        cu_seqlens_k: the same for k and v, up to Tk.
+        max_seqlen_q: an upper bound of the lengths, if you know one (None: Tq), for kernels that
+            size their launch by it.
+        max_seqlen_k: the same for k and v.
+
+    The other arguments are those of `attention`, sequence by sequence; alibi_slopes is [Hq] or
+    [B, Hq]. There is no mask.
+
+    Returns:
+        out [Tq, Hq, Dv], or (out, lse) with lse [Hq, Tq].
+
+    Raises:
+        ValueError, TypeError: as `attention`, and if cu_seqlens do not fit the packed tensors.
+    """
+    op = "attention_varlen"
+    q, k, v, _ = autocast(q, k, v, None)
+    check_qkv(op, q, k, v, 3, "[T, H, D]")
+    max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+    max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+    check(
+        cu_seqlens_q.shape == cu_seqlens_k.shape,
+        op,
+        "cu_seqlens_k",
+        f"as long as cu_seqlens_q, {cu_seqlens_q.shape[0]}",
+        cu_seqlens_k.shape[0],
+        "Both have one more element than there are sequences",
+    )
+    batch = cu_seqlens_q.shape[0] - 1
+    tensors = (None, *check_tensors(op, q, alibi_slopes, batch, dropout_p, seed))
+    scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
+    out, lse = _run(
+        q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scalars
+    )
+    return (out, lse) if return_lse else out
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Pick the backend and call its op."""
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    widest = max(head_dim, value_dim)
+    reason = None
+    if q.dtype == torch.float64:
+        reason = "float64 has no native kernel"
+    elif widest > MAX_NATIVE_HEAD_DIM:
+        reason = f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
+    ops = select("attention_fwd", q.device, reason)
+    q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+    if ops is torch.ops.bigkernel and head_dim != value_dim:
+        # The kernels have one head dim. Zeros add nothing to a score, nor to the columns kept.
+        q, k = (pad(x, (0, widest - head_dim)) for x in (q, k))
+        v = pad(v, (0, widest - value_dim))
+        out, lse = ops.attention_fwd(q, k, v, *options)
+        return out[..., :value_dim], lse
+    return ops.attention_fwd(q, k, v, *options)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x, copied only if its last dimension has gaps (or stride 0, as gradients of a sum have)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

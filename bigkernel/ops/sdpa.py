@@ -1,0 +1,142 @@
+"""`scaled_dot_product_attention` with the signature and the semantics of torch's."""
+
+import torch
+from torch import Tensor
+
+from bigkernel.errors import check
+from bigkernel.ops._attention_checks import autocast
+from bigkernel.ops.attention import attention
+
+_OP = "scaled_dot_product_attention"
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: [..., Hq, L, E]; [N, L, E] and [L, E] work too. Leading dimensions, and heads unless
+            enable_gqa, broadcast against those of key and value, without copies up to 4-D.
+        key: [..., H, S, E].
+        value: [..., H, S, Ev].
+        attn_mask: broadcastable to [..., Hq, L, S]; boolean (True takes part) or floating (added).
+            A floating one gets a gradient if it requires one.
+        dropout_p: applied whenever it is positive, as torch does: pass 0 in evaluation. The seed
+            comes from torch's default generator; which weights are dropped differs from torch.
+        is_causal: query i sees keys 0 to i (top-left alignment). Not together with attn_mask.
+        scale: factor of the scores; None: 1 / sqrt(E).
+        enable_gqa: Hq may be a multiple of key's and value's number of heads.
+
+    Returns:
+        [..., Hq, L, Ev] in the query's dtype.
+
+    A row in which every key is masked gives 0 (torch gave NaN or 0, depending on its version and
+    on the backend it picked). Memory is linear in L and S. Nested tensors are not taken: pack the
+    sequences and call `bigkernel.ops.attention_varlen`.
+
+    Raises:
+        RuntimeError: attn_mask and is_causal are both given (as in torch).
+        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+    """
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check(
+            not x.is_nested,
+            _OP,
+            name,
+            "a plain tensor",
+            "a nested one",
+            "Pack the sequences and call bigkernel.ops.attention_varlen",
+            TypeError,
+        )
+        check(x.dim() >= 2, _OP, name, "at least 2-dimensional", f"shape {tuple(x.shape)}")
+    check(
+        attn_mask is None or not is_causal,
+        _OP,
+        "attn_mask",
+        "None when is_causal=True",
+        "both",
+        "Put the causal part into the mask",
+        RuntimeError,
+    )
+    rank = max(query.dim(), key.dim(), value.dim())
+    q, k, v = (_lift(x, max(rank, 4)) for x in (query, key, value))
+    q, k, v = _heads(q, k, v, enable_gqa)
+    try:
+        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except RuntimeError:
+        check(
+            False,
+            _OP,
+            "batch dimensions",
+            "the same or 1",
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}",
+        )
+        raise
+    mask = attn_mask
+    if mask is not None:
+        full = (*lead, *q.shape[-3:-1], k.shape[-2])
+        fits = mask.dim() <= rank and all(
+            size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False)
+        )
+        check(
+            fits,
+            _OP,
+            "attn_mask",
+            f"broadcastable to {full[-rank:]}",
+            f"shape {tuple(mask.shape)}",
+        )
+        mask = _lift(mask, max(rank, 4))
+        mask = mask.flatten(0, -4) if mask.shape[:-3].numel() == 1 else _one_batch(mask, lead)
+    q, k, v = (_one_batch(x, lead) for x in (q, k, v))
+    out = attention(q, k, v, mask=mask, causal=is_causal, dropout_p=dropout_p, scale=scale)
+    return out.reshape((*lead, *out.shape[1:])[-rank:])
+
+
+def _lift(x: Tensor, rank: int) -> Tensor:
+    """x with dimensions of size 1 put in front."""
+    return x[(None,) * (rank - x.dim())]
+
+
+def _one_batch(x: Tensor, lead: torch.Size) -> Tensor:
+    """x [..., H, S, D] with its leading dimensions expanded and made one: [B, H, S, D]."""
+    x = x.expand(*lead, *x.shape[-3:])
+    return x if len(lead) == 1 else x.reshape(lead.numel(), *x.shape[-3:])
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with the head counts that `attention` takes."""
+    hq, hk, hv = (x.shape[-3] for x in (q, k, v))
+    if enable_gqa:
+        for name, heads in (("key", hk), ("value", hv)):
+            check(
+                hq % heads == 0 if heads else hq == 0,
+                _OP,
+                "query's number of heads",
+                f"a multiple of {name}'s, {heads}",
+                hq,
+            )
+        if hk != hv:
+            k, v = k.repeat_interleave(hq // hk, -3), v.repeat_interleave(hq // hv, -3)
+        return q, k, v
+    if hk == hv and hk in (1, hq):
+        return q, k, v  # one head of keys for all is multi-query attention: nothing to expand
+    heads = max(hq, hk, hv)
+    check(
+        all(h in (1, heads) for h in (hq, hk, hv)),
+        _OP,
+        "the numbers of heads of query, key and value",
+        "the same or 1",
+        (hq, hk, hv),
+        "enable_gqa=True lets several query heads share one of key and value",
+    )
+    q, k, v = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (q, k, v))
+    return q, k, v
