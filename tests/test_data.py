@@ -1,0 +1,353 @@
+"""Corpora, tokenizers, packing, images: what is read, and what is said when it cannot be.
+
+Feature list: embedded corpus, files, folders, jsonl; both splits; the three tokenizers, saved and
+loaded; TextDataset; PackedDataset and PackingCollator; digits; image folders, ragged batches; every
+bad input named in the documentation.
+"""
+
+import hashlib
+import json
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from bigkernel.data import (
+    DataError,
+    ImageData,
+    PackedDataset,
+    PackingCollator,
+    TextDataset,
+    build_tokenizer,
+    collate_images,
+    load_corpus,
+    load_digits,
+    load_image_folder,
+    split_corpus,
+    unpack,
+)
+
+ENGLISH = ["The quick brown fox jumps over the lazy dog. " * 4, "A second document, shorter."]
+CHINESE = "这是我的第一篇AI博客，讲机器学习。"
+
+
+def save_image(path, size=(9, 7), mode="RGB", value=100):
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new(mode, size, value).save(path)
+
+
+# Corpora
+
+
+def test_corpus_default_is_the_standard_library():
+    corpus = load_corpus()
+    assert corpus.name == "pydoc_data.topics"
+    assert corpus.num_bytes > 300_000 and len(corpus.documents) > 50
+    assert corpus.sha256 == load_corpus(None).sha256 and len(corpus.sha256) == 64
+    assert all(document.strip() for document in corpus.documents)
+
+
+def test_corpus_text_file(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffzeile eins\r\nzwei äöü\n".encode())
+    corpus = load_corpus(file)
+    assert corpus.documents == ["zeile eins\nzwei äöü\n"]
+    assert corpus.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert corpus.num_bytes == corpus.num_characters + 3
+
+
+def test_corpus_jsonl(tmp_path):
+    file = tmp_path / "a.jsonl"
+    texts = ["one", "two\u2028lines", ""]
+    file.write_text("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts) + "\n\n")
+    assert load_corpus(str(file)).documents == texts[:2]
+
+
+def test_corpus_folder_reads_text_in_name_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "b.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "third"}')
+    (tmp_path / ".hidden" / "d.txt").write_text("never")
+    (tmp_path / "picture.png").write_bytes(b"\0\1")
+    assert load_corpus(tmp_path).documents == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.txt", b" \n\n", "a.txt is empty"),
+        ("a.txt", b"abc\0def", "binary file (NUL at byte offset 3)"),
+        ("a.txt", b"caf\xe9 au lait", "byte 0xe9 at byte offset 3"),
+        ("a.txt", "hi".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text"', "line 2: not valid JSON"),
+        ("a.jsonl", b'{"body": "x"}', 'line 1: expected an object with a string field "text"'),
+        ("a.jsonl", b'{"text": 3}', 'line 1: expected an object with a string field "text"'),
+    ],
+)
+def test_corpus_rejects_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_corpus(tmp_path / name)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_corpus_rejects_missing_and_empty_places(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        load_corpus(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no text"):
+        load_corpus(tmp_path)
+    with pytest.raises(DataError, match="sample:zh"):
+        load_corpus("sample:tlh")
+
+
+@pytest.mark.parametrize("mode", ["contiguous", "document"])
+def test_split_corpus_parts_are_disjoint_and_repeatable(mode):
+    documents = [f"document {i} " * (i + 1) for i in range(20)]
+    train, held = split_corpus(documents, 0.2, mode, seed=3)
+    assert (train, held) == split_corpus(documents, 0.2, mode, seed=3)
+    assert train and held
+    if mode == "contiguous":
+        assert "".join(train + held) == "".join(documents)
+        share = sum(map(len, held)) / sum(map(len, documents))
+        assert 0.1 < share <= 0.2
+    else:
+        assert sorted(train + held) == sorted(documents) and len(held) == 4
+        assert held != split_corpus(documents, 0.2, mode, seed=4)[1]
+
+
+def test_split_corpus_single_document_and_bad_arguments():
+    assert split_corpus(["abcdefghij"], 0.3) == (["abcdefg"], ["hij"])
+    with pytest.raises(DataError, match="between 0 and 1"):
+        split_corpus(["abc"], 1.5)
+    with pytest.raises(DataError, match="one document"):
+        split_corpus(["abc"], 0.5, "document")
+    with pytest.raises(DataError, match="cannot be split"):
+        split_corpus(["a"], 0.5)
+    with pytest.raises(DataError, match="'contiguous' or 'document'"):
+        split_corpus(["abc"], 0.5, "random")
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "wordpiece"])
+def test_tokenizer_round_trip_and_reload(kind, tmp_path):
+    tokenizer = build_tokenizer(kind, [*ENGLISH, CHINESE], vocab_size=400)
+    ids = tokenizer(CHINESE, add_special_tokens=False)["input_ids"]
+    expected = CHINESE.lower() if kind == "wordpiece" else CHINESE
+    assert tokenizer.decode(ids) == expected
+    assert None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert len(tokenizer) <= 400
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(CHINESE) == tokenizer(CHINESE)
+    assert set(loaded(CHINESE)) == {"input_ids", "attention_mask"}
+    assert loaded.decode(ids) == expected
+
+
+def test_tokenizer_bytes_are_the_bytes_of_the_text():
+    tokenizer = build_tokenizer("bytes")
+    text = "".join(map(chr, [*range(0x180), 0x4E2D, 0x1F600])) + " <eos> <pad>"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([0xFF]) == "\ufffd"
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (
+        256,
+        257,
+        258,
+    )
+
+
+def test_tokenizer_wordpiece_is_berts():
+    tokenizer = build_tokenizer("wordpiece", [*ENGLISH, CHINESE])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Fox 博客")["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and tokens[-3:-1] == ["博", "客"]
+    assert tokenizer.unk_token_id in tokenizer("☃")["input_ids"]
+
+
+def test_tokenizer_rejects_what_it_cannot_build(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="corpus is empty"):
+        build_tokenizer("bpe", ["  "])
+    with pytest.raises(DataError, match="at least 259"):
+        build_tokenizer("bpe", ENGLISH, vocab_size=100)
+    with pytest.raises(DataError, match="more than 5"):
+        build_tokenizer("wordpiece", ENGLISH, vocab_size=5)
+    with pytest.raises(DataError, match="cannot be read"):
+        build_tokenizer(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="cannot be fetched") as error:
+        build_tokenizer("some-owner/no-such-tokenizer")
+    assert "\n" not in str(error.value)
+
+
+# Text datasets
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_text_dataset_pads_and_cuts(side):
+    tokenizer = build_tokenizer("bytes")
+    tokenizer.padding_side = side
+    batch = next(iter(DataLoader(TextDataset(["abc", "x" * 99], tokenizer, 8), batch_size=2)))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 8)
+    assert batch["input_ids"].dtype == torch.int64
+    kept = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    assert bytes(kept.tolist()) == b"abc"
+    assert (
+        batch["attention_mask"][0].tolist() == ([0] * 5 + [1] * 3)[:: 1 if side == "left" else -1]
+    )
+    assert batch["attention_mask"][1].all()
+
+
+def test_text_dataset_rejects_bad_arguments():
+    tokenizer = build_tokenizer("bytes")
+    assert TextDataset(["a"], tokenizer).max_length == 512
+    with pytest.raises(TypeError, match="list of strings"):
+        TextDataset("abc", tokenizer)
+    with pytest.raises(ValueError, match="at least 1"):
+        TextDataset(["abc"], tokenizer, 0)
+    with pytest.raises(TypeError, match=r"texts\[0\]"):
+        TextDataset([3], tokenizer)[0]
+
+
+def test_packed_dataset_keeps_documents_apart():
+    tokenizer = build_tokenizer("bytes")
+    data = PackedDataset(["abcde", "f", "ghi"], tokenizer, max_length=4)
+    rows = [bytes(t if t < 256 else 0x2E for t in row["input_ids"].tolist()) for row in data]
+    assert rows == [b"abcd", b"e.f.", b"ghi."]
+    assert [row["position_ids"].tolist() for row in data] == [
+        [0, 1, 2, 3],
+        [0, 1, 0, 1],
+        [0, 1, 2, 3],
+    ]
+    assert [row["labels"].tolist() for row in data] == [
+        [-100, 98, 99, 100],
+        [-100, 258, -100, 258],
+        [-100, 104, 105, 258],
+    ]
+    assert data.num_tokens == 12 and data.num_bytes == 5
+    assert len(PackedDataset(["abcdef"], tokenizer, 4)) == 2
+    assert len(PackedDataset(["abcdef"], tokenizer, 4, drop_last=True)) == 1
+
+
+def test_packed_dataset_rejects_a_short_corpus():
+    with pytest.raises(DataError, match="4 tokens, shorter than one sequence of 8"):
+        PackedDataset(["abc"], build_tokenizer("bytes"), 8)
+
+
+def test_packing_collator_gives_the_documents_offsets():
+    data = PackedDataset(["abcde", "f", "ghi"], build_tokenizer("bytes"), max_length=4)
+    batch = PackingCollator(max_length=4)([data[0], data[1], data[2]])
+    assert batch["input_ids"].shape == (1, 12)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 6, 8, 12]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
+    assert "attention_mask" not in batch
+    assert [len(piece) for piece in unpack(batch["labels"][0], batch["cu_seq_lens_k"])] == [
+        4,
+        2,
+        2,
+        4,
+    ]
+    assert PackingCollator()([data[1]])["max_length_q"] == 2
+    with pytest.raises(ValueError, match="longer than max_length=2"):
+        PackingCollator(2)([data[0]])
+    with pytest.raises(ValueError, match="no rows"):
+        PackingCollator()([])
+
+
+# Images
+
+
+def test_digits_and_their_split():
+    data = load_digits()
+    assert data.images.shape == (1797, 1, 8, 8) and data.images.dtype == torch.uint8
+    assert data.images.max() == 255 and data.label_names == list("0123456789")
+    train, held = data.split(0.2, seed=1)
+    assert len(train) + len(held) == 1797 and not set(train.indices) & set(held.indices)
+    assert (torch.bincount(held.labels) >= 34).all()
+    assert data.split(0.2, seed=1)[1].indices == held.indices
+    assert data.split(0.2, seed=2)[1].indices != held.indices
+    item = held[5]
+    assert item["sample_ids"] == held.indices[5]
+    assert torch.equal(item["pixel_values"], data.images[item["sample_ids"]])
+    batch = next(iter(DataLoader(train, batch_size=7, collate_fn=collate_images)))
+    assert batch["pixel_values"].shape == (7, 1, 8, 8)
+    assert batch["sample_ids"].tolist() == train.indices[:7]
+
+
+def test_image_folder_reads_ragged_images(tmp_path):
+    save_image(tmp_path / "cat" / "a.png", (9, 7))
+    save_image(tmp_path / "cat" / "deeper" / "b.PNG", (5, 6), "L")
+    save_image(tmp_path / "dog" / "c.gif", (4, 4), "P")
+    save_image(tmp_path / "dog" / "d.png", (4, 4), "RGBA", (1, 2, 3, 4))
+    (tmp_path / "dog" / "notes.txt").write_text("not an image")
+    data = load_image_folder(tmp_path)
+    assert data.label_names == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1, 1]
+    assert [tuple(image.shape) for image in data.images] == [
+        (3, 7, 9),
+        (3, 6, 5),
+        (3, 4, 4),
+        (3, 4, 4),
+    ]
+    assert data.images[3][:, 0, 0].tolist() == [1, 2, 3] and data.skipped == []
+    again = load_image_folder(tmp_path, keep_bytes=0)
+    assert again.sha256 == data.sha256
+    assert all(torch.equal(a, b) for a, b in zip(again.images, data.images, strict=True))
+    batch = collate_images([again.split(0.5)[0][i] for i in range(2)])
+    assert isinstance(batch["pixel_values"], list) and batch["labels"].shape == (2,)
+    assert next(iter(batch)) == "labels"
+
+
+def test_image_folder_names_and_skips_unreadable_images(tmp_path):
+    for name in ("a.png", "b.png"):
+        save_image(tmp_path / "cat" / name, (64, 64))
+        save_image(tmp_path / "dog" / name, (64, 64))
+    whole = (tmp_path / "cat" / "a.png").read_bytes()
+    (tmp_path / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cat" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "dog" / "text.jpg").write_text("hello")
+    with pytest.warns(UserWarning, match=r"3 of 7 images .*cut\.png.*empty\.jpg \(empty file\)"):
+        data = load_image_folder(tmp_path)
+    assert len(data) == 4 and len(data.skipped) == 3
+
+
+def test_image_folder_rejects_what_cannot_be_trained_on(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        load_image_folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no images in class folders"):
+        load_image_folder(tmp_path)
+    save_image(tmp_path / "cat" / "a.png")
+    with pytest.raises(DataError, match=r"one class only \(cat\)"):
+        load_image_folder(tmp_path)
+    (tmp_path / "cat" / "a.png").write_bytes(b"broken")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "b.png").write_bytes(struct.pack("<Q", 1))
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="none of the 2 images"):
+        load_image_folder(tmp_path)
+
+
+def test_image_split_needs_two_images_of_some_class():
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    data = ImageData(images, torch.tensor([0, 1]), ["a", "b"], "tiny", "")
+    with pytest.raises(DataError, match="none can be held back"):
+        data.split()
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match="scikit-learn"):
+        load_digits()
+
+
+def test_collate_takes_arrays_without_ids():
+    batch = collate_images([{"pixel_values": np.zeros((1, 2, 2), np.uint8), "labels": 1}] * 3)
+    assert set(batch) == {"labels", "pixel_values"} and batch["pixel_values"].shape == (3, 1, 2, 2)
