@@ -47,8 +47,10 @@ def save_image(path, size=(9, 7), mode="RGB", value=100):
 def test_corpus_default_is_the_standard_library():
     corpus = load_corpus()
     assert corpus.name == "pydoc_data.topics"
-    assert corpus.num_bytes > 300_000 and len(corpus.documents) > 50
-    assert corpus.sha256 == load_corpus(None).sha256 and len(corpus.sha256) == 64
+    assert corpus.num_bytes > 300_000
+    assert len(corpus.documents) > 50
+    assert corpus.sha256 == load_corpus(None).sha256
+    assert len(corpus.sha256) == 64
     assert all(document.strip() for document in corpus.documents)
 
 
@@ -96,7 +98,8 @@ def test_corpus_rejects_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         load_corpus(tmp_path / name)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_corpus_rejects_missing_and_empty_places(tmp_path):
@@ -113,13 +116,15 @@ def test_split_corpus_parts_are_disjoint_and_repeatable(mode):
     documents = [f"document {i} " * (i + 1) for i in range(20)]
     train, held = split_corpus(documents, 0.2, mode, seed=3)
     assert (train, held) == split_corpus(documents, 0.2, mode, seed=3)
-    assert train and held
+    assert train
+    assert held
     if mode == "contiguous":
         assert "".join(train + held) == "".join(documents)
         share = sum(map(len, held)) / sum(map(len, documents))
         assert 0.1 < share <= 0.2
     else:
-        assert sorted(train + held) == sorted(documents) and len(held) == 4
+        assert sorted(train + held) == sorted(documents)
+        assert len(held) == 4
         assert held != split_corpus(documents, 0.2, mode, seed=4)[1]
 
 
@@ -170,7 +175,9 @@ def test_tokenizer_bytes_are_the_bytes_of_the_text():
 def test_tokenizer_wordpiece_is_berts():
     tokenizer = build_tokenizer("wordpiece", [*ENGLISH, CHINESE])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("Fox 博客")["input_ids"])
-    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and tokens[-3:-1] == ["博", "客"]
+    assert tokens[0] == "[CLS]"
+    assert tokens[-1] == "[SEP]"
+    assert tokens[-3:-1] == ["博", "客"]
     assert tokenizer.unk_token_id in tokenizer("☃")["input_ids"]
 
 
@@ -233,7 +240,8 @@ def test_packed_dataset_keeps_documents_apart():
         [-100, 258, -100, 258],
         [-100, 104, 105, 258],
     ]
-    assert data.num_tokens == 12 and data.num_bytes == 5
+    assert data.num_tokens == 12
+    assert data.num_bytes == 5
     assert len(PackedDataset(["abcdef"], tokenizer, 4)) == 2
     assert len(PackedDataset(["abcdef"], tokenizer, 4, drop_last=True)) == 1
 
@@ -269,10 +277,13 @@ def test_packing_collator_gives_the_documents_offsets():
 
 def test_digits_and_their_split():
     data = load_digits()
-    assert data.images.shape == (1797, 1, 8, 8) and data.images.dtype == torch.uint8
-    assert data.images.max() == 255 and data.label_names == list("0123456789")
+    assert data.images.shape == (1797, 1, 8, 8)
+    assert data.images.dtype == torch.uint8
+    assert data.images.max() == 255
+    assert data.label_names == list("0123456789")
     train, held = data.split(0.2, seed=1)
-    assert len(train) + len(held) == 1797 and not set(train.indices) & set(held.indices)
+    assert len(train) + len(held) == 1797
+    assert not set(train.indices) & set(held.indices)
     assert (torch.bincount(held.labels) >= 34).all()
     assert data.split(0.2, seed=1)[1].indices == held.indices
     assert data.split(0.2, seed=2)[1].indices != held.indices
@@ -291,19 +302,22 @@ def test_image_folder_reads_ragged_images(tmp_path):
     save_image(tmp_path / "dog" / "d.png", (4, 4), "RGBA", (1, 2, 3, 4))
     (tmp_path / "dog" / "notes.txt").write_text("not an image")
     data = load_image_folder(tmp_path)
-    assert data.label_names == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1, 1]
+    assert data.label_names == ["cat", "dog"]
+    assert data.labels.tolist() == [0, 0, 1, 1]
     assert [tuple(image.shape) for image in data.images] == [
         (3, 7, 9),
         (3, 6, 5),
         (3, 4, 4),
         (3, 4, 4),
     ]
-    assert data.images[3][:, 0, 0].tolist() == [1, 2, 3] and data.skipped == []
+    assert data.images[3][:, 0, 0].tolist() == [1, 2, 3]
+    assert data.skipped == []
     again = load_image_folder(tmp_path, keep_bytes=0)
     assert again.sha256 == data.sha256
     assert all(torch.equal(a, b) for a, b in zip(again.images, data.images, strict=True))
     batch = collate_images([again.split(0.5)[0][i] for i in range(2)])
-    assert isinstance(batch["pixel_values"], list) and batch["labels"].shape == (2,)
+    assert isinstance(batch["pixel_values"], list)
+    assert batch["labels"].shape == (2,)
     assert next(iter(batch)) == "labels"
 
 
@@ -317,7 +331,8 @@ def test_image_folder_names_and_skips_unreadable_images(tmp_path):
     (tmp_path / "dog" / "text.jpg").write_text("hello")
     with pytest.warns(UserWarning, match=r"3 of 7 images .*cut\.png.*empty\.jpg \(empty file\)"):
         data = load_image_folder(tmp_path)
-    assert len(data) == 4 and len(data.skipped) == 3
+    assert len(data) == 4
+    assert len(data.skipped) == 3
 
 
 def test_image_folder_rejects_what_cannot_be_trained_on(tmp_path):
@@ -331,7 +346,10 @@ def test_image_folder_rejects_what_cannot_be_trained_on(tmp_path):
     (tmp_path / "cat" / "a.png").write_bytes(b"broken")
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "b.png").write_bytes(struct.pack("<Q", 1))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="none of the 2 images"):
+    with (
+        pytest.warns(UserWarning, match="2 of 2"),
+        pytest.raises(DataError, match="none of the 2 images"),
+    ):
         load_image_folder(tmp_path)
 
 
@@ -350,4 +368,5 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 def test_collate_takes_arrays_without_ids():
     batch = collate_images([{"pixel_values": np.zeros((1, 2, 2), np.uint8), "labels": 1}] * 3)
-    assert set(batch) == {"labels", "pixel_values"} and batch["pixel_values"].shape == (3, 1, 2, 2)
+    assert set(batch) == {"labels", "pixel_values"}
+    assert batch["pixel_values"].shape == (3, 1, 2, 2)

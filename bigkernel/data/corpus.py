@@ -50,8 +50,8 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
             every ``.txt``, ``.md`` and ``.jsonl`` file below it, in the order of their names.
 
     Raises:
-        DataError: there is no such file, or it is empty, binary, not UTF-8 or not the JSON expected;
-            the message names the file and the byte or line.
+        DataError: there is no such file, or it is empty, binary, not UTF-8 or not the JSON
+            expected; the message names the file and the byte or line.
     """
     if source is None:
         return _topics()
@@ -89,8 +89,8 @@ def split_corpus(
 
     Args:
         documents: the documents, in order.
-        fraction: size of the held-back part, in (0, 1): of the characters (``contiguous``) or of the
-            documents (``document``).
+        fraction: size of the held-back part, in (0, 1): of the characters (``contiguous``) or of
+            the documents (``document``).
         mode: ``"contiguous"`` holds back the end of the text, cutting one document in two (at the
             next line break where there is one nearby); ``"document"`` holds back whole documents
             drawn with ``seed``.

@@ -67,8 +67,8 @@ class ImageData:
 class ImageDataset(Dataset[dict[str, Any]]):
     """Some of the images of an :class:`ImageData`, untouched: decoding only, no augmentation.
 
-    Item: ``pixel_values`` uint8 [C, H, W], ``labels`` int, ``sample_ids`` int: the image's number in
-    the whole data, the same in every epoch, order and split; augmentation draws are keyed by it.
+    Item: ``pixel_values`` uint8 [C, H, W], ``labels`` int, ``sample_ids`` int: the image's number
+    in the whole data, the same in every epoch, order and split; augmentation is keyed by it.
     """
 
     def __init__(self, data: ImageData, indices: Sequence[int] | None = None) -> None:

@@ -147,12 +147,12 @@ class PackingCollator:
 
     Takes items with ``input_ids``, ``position_ids`` and ``labels`` (any lengths); gives those three
     as [1, T] and, for attention that reads them, ``cu_seq_lens_q``/``cu_seq_lens_k`` (int32
-    [documents + 1], the offsets of the documents) and ``max_length_q``/``max_length_k``. There is no
-    attention mask: with one, transformers would not see the packing.
+    [documents + 1], the offsets of the documents) and ``max_length_q``/``max_length_k``. There is
+    no attention mask: with one, transformers would not see the packing.
 
     Args:
-        max_length: the constant that ``max_length_q`` is set to, an upper bound of the length of any
-            document in a row. Without it, the longest of each batch, which changes from batch to
+        max_length: the constant that ``max_length_q`` is set to, an upper bound of the length of
+            any document in a row. Without it, the longest of each batch, which changes from batch to
             batch and makes torch.compile compile again.
     """
 
