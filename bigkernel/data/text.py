@@ -152,8 +152,8 @@ class PackingCollator:
 
     Args:
         max_length: the constant that ``max_length_q`` is set to, an upper bound of the length of
-            any document in a row. Without it, the longest of each batch, which changes from batch to
-            batch and makes torch.compile compile again.
+            any document in a row. Without it, the longest of each batch, which changes from batch
+            to batch and makes torch.compile compile again.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -188,10 +188,16 @@ def cu_seqlens(position_ids: Tensor) -> Tensor:
     Args:
         position_ids: integers [B, S]; the B rows count as laid end to end.
     """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    restarts = position_ids.diff(dim=-1) != 1
+    return offsets_of_documents(torch.nn.functional.pad(restarts.cumsum(-1), (1, 0)))
+
+
+def offsets_of_documents(document: Tensor) -> Tensor:
+    """The same from [B, S] numbers that change wherever a new document starts."""
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document.diff(dim=-1) != 0
     offsets = starts.flatten().nonzero().flatten()
-    total = offsets.new_tensor([position_ids.numel()])
+    total = offsets.new_tensor([document.numel()])
     return torch.cat([offsets, total]).to(torch.int32)
 
 

@@ -24,7 +24,8 @@ def build_tokenizer(
 
     Args:
         spec: ``"bytes"``: token = byte of the UTF-8 text (ids 0..255), then ``<pad>`` 256,
-            ``<bos>`` 257, ``<eos>`` 258. ``"bpe"``: byte-level BPE trained on ``documents``; never unknown.
+            ``<bos>`` 257, ``<eos>`` 258. ``"bpe"``: byte-level BPE trained on ``documents``; never
+            unknown.
             ``"wordpiece"``: BERT's normalisation (lower case, no accents, every Chinese character a
             word), with WordPiece trained on ``documents``. Anything else: a folder or hub name for
             transformers' ``AutoTokenizer``.

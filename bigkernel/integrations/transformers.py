@@ -1,0 +1,209 @@
+"""bigkernel's attention under the names ``bigkernel`` and ``bigkernel_compact`` in transformers.
+
+``model.set_attn_implementation("bigkernel")`` is right for every model that goes through
+transformers' AttentionInterface; ``"bigkernel_compact"`` avoids the [B, 1, Sq, Sk] mask, for models
+of the kind described in :mod:`bigkernel.integrations.masks`. ``bigkernel.accelerate`` chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils.import_utils import is_tracing
+
+from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
+from bigkernel.ops.attention import attention, attention_varlen
+
+NAME = "bigkernel"
+COMPACT_NAME = "bigkernel_compact"
+
+# Arguments that some models pass on and that change the result in a way not supported here.
+_UNSUPPORTED = {
+    "cache": "paged caches (continuous batching)",
+    "indices": "sparse attention by key indices",
+    "block_indices": "sparse attention by key blocks",
+    "sinks": "attention sinks passed as `sinks`",
+    "alibi": "ALiBi tensors",
+    "attention_bias": "an attention bias",
+    "head_mask": "head masks",
+    "layer_head_mask": "head masks",
+}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers' models call.
+
+    Args:
+        module: the attention layer; its ``is_causal`` counts where ``is_causal`` is None.
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Sk, D], not repeated.
+        value: [B, Hkv, Sk, Dv].
+        attention_mask: None, or one of the forms of :mod:`bigkernel.integrations.masks`, or a
+            float mask [B, 1 or H, Sq, Sk] to add. A 4-D mask is taken as complete.
+        dropout: probability; models pass 0 in evaluation.
+        scaling: factor of the scores; None: 1 / sqrt(D).
+        is_causal: None: as the module says.
+        sliding_window: a query sees this many keys, itself included, to the left (and to the right
+            where it is not causal).
+        softcap: as in Gemma 2.
+        position_bias: [1 or B, H, Sq, Sk], added to the scores (T5).
+        s_aux: [H], one more logit in every softmax that no value belongs to (GPT-OSS).
+        position_ids: [B, Sq]; restarts mark packed documents where no mask was made.
+        cu_seq_lens_q: int32 [documents + 1], offsets of packed documents in the B * Sq queries.
+        cu_seq_lens_k: the same for the keys.
+        max_length_q: upper bound of the documents' lengths.
+        max_length_k: the same for the keys.
+
+    Returns:
+        ([B, Sq, Hq, Dv], None): attention weights are never formed.
+
+    Raises:
+        ValueError: the model asks for something that would be lost.
+    """
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"bigkernel attention: {type(module).__name__} passes {name}, and {what} are not "
+                "supported. Use attn_implementation='eager' for this model (bigkernel.restore)."
+            )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options: dict[str, Any] = {
+        "dropout_p": dropout,
+        "scale": scaling,
+        "softcap": softcap or 0.0,
+        "return_lse": s_aux is not None,
+    }
+    if attention_mask is None or attention_mask.ndim == 2:
+        options["causal"] = bool(causal)
+        options["align"] = "bottom_right"
+        if sliding_window is not None:
+            options["window"] = (sliding_window - 1, None if causal else sliding_window - 1)
+
+    offsets = _document_offsets(
+        query, key, attention_mask, position_ids, position_bias, cu_seq_lens_q, cu_seq_lens_k
+    )
+    if offsets is None:
+        mask = _dense(attention_mask, position_bias)
+        result = attention(query, key, value, mask=mask, **options)
+    else:
+        lengths = {
+            name: None if length is None else int(length)
+            for name, length in (("max_seqlen_q", max_length_q), ("max_seqlen_k", max_length_k))
+        }
+        packed = (_pack(query), _pack(key), _pack(value))
+        result = attention_varlen(*packed, *offsets, **lengths, **options)
+
+    out = result[0] if isinstance(result, tuple) else result
+    if offsets is None:
+        out = out.transpose(1, 2)
+    if s_aux is not None:
+        # exp(lse) / (exp(lse) + exp(s_aux)) is what the extra logit leaves to the keys.
+        lse = result[1]
+        share = torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])
+        share = share.transpose(-1, -2)
+        out = (out * share[..., None]).to(out.dtype)
+    if offsets is not None:
+        out = out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
+    return out.contiguous(), None
+
+
+def _document_offsets(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    position_bias: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """(offsets of queries, of keys) where the rows hold packed documents, else None."""
+    packed = mask is not None and mask.ndim == 2 and mask.dtype == torch.int32
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        raise ValueError(
+            "bigkernel attention: cu_seq_lens_q and cu_seq_lens_k must be given together, got one."
+        )
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and (mask is None or packed):
+        offsets = cu_seq_lens_q, cu_seq_lens_k
+    elif cu_seq_lens_q is not None and mask is not None and mask.ndim == 2:
+        raise ValueError(
+            "bigkernel attention: packed documents (cu_seq_lens_q) and padding (attention_mask) "
+            "exclude each other. Leave out attention_mask, as DataCollatorWithFlattening does."
+        )
+    elif packed and mask is not None:
+        offsets = mask[0], mask[0]
+    elif mask is None and _may_be_packed(query, key, position_ids):
+        assert position_ids is not None
+        found = packed_offsets(position_ids.expand(query.shape[0], -1))
+        if found is None:
+            return None
+        offsets = found, found
+    else:
+        return None
+    if position_bias is not None:
+        raise ValueError(
+            "bigkernel attention: a position bias cannot be combined with packed documents. Use "
+            "padding instead, or attn_implementation='eager'."
+        )
+    q_offsets, k_offsets = (o.to(query.device, torch.int32) for o in offsets)
+    return q_offsets, k_offsets
+
+
+def _may_be_packed(query: Tensor, key: Tensor, position_ids: Tensor | None) -> bool:
+    """Whether restarting positions would mean packed documents.
+
+    transformers looks for them itself, but not where a cache or an attention mask of ones is there,
+    and then documents would see each other.
+    """
+    return (
+        position_ids is not None
+        and position_ids.ndim == 2
+        and query.shape[2] == key.shape[2] == position_ids.shape[1] > 1
+        and position_ids.shape[0] in (1, query.shape[0])
+        and not is_tracing(position_ids)
+    )
+
+
+def _dense(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The mask for a dense call: broadcastable to [B, H, Sq, Sk]."""
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :].to(torch.bool)
+    if bias is None:
+        return mask
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias
+
+
+def _pack(states: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B * S, H, D], without a copy for what models compute."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionInterface.register(COMPACT_NAME, attention_forward)
+AttentionMaskInterface.register(NAME, dense_mask)
+AttentionMaskInterface.register(COMPACT_NAME, compact_mask)
