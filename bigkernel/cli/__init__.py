@@ -1,0 +1,17 @@
+"""The ``bigkernel`` command: train, generate, evaluate, env."""
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 failure, 2 usage, 130 interrupted."""
+    from bigkernel.cli.app import app
+
+    try:
+        app(args=None if argv is None else list(argv), prog_name="bigkernel")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+__all__ = ["main"]

@@ -1,0 +1,79 @@
+"""From exceptions to one sentence on stderr and an exit code; a traceback only on request."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+TRACEBACK = "BIGKERNEL_TRACEBACK"
+
+
+class UsageError(Exception):
+    """The command line or a config file asks for what does not exist or cannot be combined."""
+
+
+class Failure(Exception):
+    """The command was understood and could not be carried out."""
+
+
+def sentence(error: BaseException) -> str:
+    """What a person needs to read of ``error``, on one line."""
+    import torch
+
+    if isinstance(error, (UsageError, Failure)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full: no space left{where}. Free some and go on with --resume auto; "
+            "the last whole checkpoint is intact."
+        )
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "out of memory. Try a smaller --batch-size or --max-length, or a smaller --model."
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    """Print ``error`` as a sentence on stderr and leave with ``code``."""
+    if os.environ.get(TRACEBACK) == "1":
+        raise error
+    sys.stdout.flush()
+    print(f"Error: {sentence(error)}", file=sys.stderr)
+    expected = isinstance(error, (UsageError, Failure, ValueError, RuntimeError, OSError))
+    if not expected:
+        print(f"({TRACEBACK}=1 shows where it came from.)", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command so that whatever it raises ends as a sentence and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, SystemExit):
+            raise
+        except KeyboardInterrupt as error:
+            print(f"\n{str(error) or 'Interrupted.'}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except UsageError as error:
+            fail(error, USAGE)
+        except BrokenPipeError:
+            # The reader of a pipe has left, as in `bigkernel env | head -1`: nothing to report.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(FAILURE) from None
+        except Exception as error:
+            fail(error, FAILURE)
+
+    return run

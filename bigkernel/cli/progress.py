@@ -1,0 +1,216 @@
+"""What a training run shows while it runs, and the metrics.jsonl that it leaves behind."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Without a terminal one line in this many seconds: enough to follow, little enough for a log.
+LINE_SECONDS = 5.0
+# Throughput is a mean over this many seconds, so that it shows what happens now.
+WINDOW_SECONDS = 10.0
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the device where it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human_bytes(count: float) -> str:
+    """A size in the unit that leaves one to three digits before the point."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def human_time(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``; ``?`` for a time that is not known yet."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Throughput:
+    """Steps a second over the last ``WINDOW_SECONDS``."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
+
+    def update(self, now: float, step: int) -> None:
+        self._marks.append((now, step))
+        # Two marks must stay, however long a step takes.
+        while len(self._marks) > 2 and now - self._marks[1][0] >= WINDOW_SECONDS:
+            self._marks.pop(0)
+
+    def steps_per_second(self) -> float:
+        if len(self._marks) < 2:
+            return math.nan
+        (t0, s0), (t1, s1) = self._marks[0], self._marks[-1]
+        return (s1 - s0) / max(t1 - t0, 1e-9)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, each with its step; appended to as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop what an interrupted run logged after the checkpoint at ``step``."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        self.path.write_text(text, encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON.") from None
+    return records
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar on a terminal, plain lines elsewhere; every logged number to metrics.jsonl.
+
+    ``unit`` is what a step consumes ``per_step`` of: "tokens" or "images".
+    """
+
+    def __init__(
+        self, metrics: MetricsFile, unit: str, per_step: int, device: torch.device
+    ) -> None:
+        self.metrics = metrics
+        self.unit = unit
+        self.per_step = per_step
+        self.device = device
+        self.console = Console(file=sys.stdout)
+        self.seconds = 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._throughput = Throughput()
+        self._latest: dict[str, float] = {}
+        self._started = self._spoke = 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.metrics.rewind(state.global_step)
+        self._started = time.monotonic()
+        self._throughput.update(self._started, state.global_step)
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(
+                "", total=state.max_steps, completed=state.global_step, text=""
+            )
+            self._bar.start()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._throughput.update(time.monotonic(), state.global_step)
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=state.global_step, text=self._text(state.max_steps)
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        names = {"learning_rate": "lr"}
+        record = {names.get(k, k): v for k, v in logs.items() if isinstance(v, (int, float))}
+        if "train_runtime" in record:  # the summary of the whole run, not a point of a curve
+            return
+        self._latest.update(record)
+        if "loss" in record:
+            rate = self._throughput.steps_per_second() * self.per_step
+            if math.isfinite(rate):
+                record[f"{self.unit}_per_second"] = round(rate, 1)
+            record["memory_bytes"] = memory_bytes(self.device)
+        self.metrics.append({"step": state.global_step, **record})
+        now = time.monotonic()
+        last = state.global_step >= state.max_steps
+        if self._bar is None and (last or now - self._spoke >= LINE_SECONDS):
+            self._spoke = now
+            print(f"step {state.global_step}/{state.max_steps}  {self._text(state.max_steps)}")
+            sys.stdout.flush()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds = time.monotonic() - self._started
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also when training ends by an exception."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _text(self, max_steps: int) -> str:
+        parts = []
+        for name, form in (
+            ("loss", ".3f"),
+            ("eval_loss", ".3f"),
+            ("lr", ".2e"),
+            ("grad_norm", ".2f"),
+        ):
+            if name in self._latest:
+                parts.append(f"{name} {self._latest[name]:{form}}")
+        speed = self._throughput.steps_per_second()
+        if math.isfinite(speed):
+            parts.append(f"{speed * self.per_step:,.0f} {self.unit}/s")
+        parts.append(human_bytes(memory_bytes(self.device)))
+        if self._throughput._marks:
+            left = max_steps - self._throughput._marks[-1][1]
+            parts.append(f"{human_time(left / speed if speed > 0 else math.nan)} left")
+        return "  ".join(parts)

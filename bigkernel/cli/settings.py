@@ -1,0 +1,236 @@
+"""Everything a training run is told: defaults, presets, a config file and options, in that order.
+
+``config.yaml`` in a run folder is the outcome, so ``--config RUN/config.yaml`` repeats the run.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigkernel import presets
+from bigkernel.cli.errors import UsageError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What a config file may hold besides settings: which command it is for, and facts about the run.
+COMMAND, RECORD = "command", "record"
+Model = str | dict[str, Any]
+Augment = str | list[Any]
+
+
+@dataclass
+class Settings:
+    """What both kinds of training share. None means: decided from the data or the device."""
+
+    preset: str = "demo"
+    data: str | None = None
+    model: Model | None = None
+    init_from: str | None = None
+    out: str | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    optim: str = "adamw"
+    lr: float = 1e-3
+    warmup: float = 0.05
+    min_lr: float = 0.0
+    weight_decay: float = 0.1
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    validation: float = 0.1
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    save_steps: int | None = None
+    log_steps: int | None = None
+
+    def check(self) -> None:
+        """UsageError for the first value out of range."""
+        self._range("lr", self.lr > 0, "above 0")
+        self._range("warmup", 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+        self._range("min_lr", 0 <= self.min_lr <= 1, "a share of --lr in [0, 1]")
+        self._range("weight_decay", self.weight_decay >= 0, "0 or more")
+        self._range("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        self._range("max_grad_norm", self.max_grad_norm >= 0, "0 or more (0 does not clip)")
+        self._range("batch_size", self.batch_size >= 1, "1 or more")
+        self._range("accumulate", self.accumulate >= 1, "1 or more")
+        self._range("validation", 0 < self.validation < 1, "a share of the data in (0, 1)")
+        self._range("seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
+        for name in ("epochs", "max_steps", "threads", "save_steps", "log_steps"):
+            value = getattr(self, name)
+            self._range(name, value is None or value > 0, "above 0")
+        self._range("optim", self.optim in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        self._range("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        if self.model is not None and self.init_from is not None:
+            raise UsageError(
+                "--model builds a new model and --init-from loads one: give one of the two."
+            )
+
+    def _range(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise UsageError(f"{option(name)} must be {expected}, got {getattr(self, name)!r}.")
+
+
+@dataclass
+class TextSettings(Settings):
+    """Settings of ``bigkernel train text``."""
+
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    max_length: int = 512
+    prompt: str | None = None
+
+    def check(self) -> None:
+        super().check()
+        self._range("max_length", self.max_length >= 2, "2 tokens or more")
+        self._range("vocab_size", self.vocab_size is None or self.vocab_size > 0, "above 0")
+
+
+@dataclass
+class ImageSettings(Settings):
+    """Settings of ``bigkernel train images``."""
+
+    augment: Augment | None = None
+    image_size: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        self._range("image_size", self.image_size is None or self.image_size > 0, "above 0")
+
+
+COMMANDS: dict[str, type[Settings]] = {"train text": TextSettings, "train images": ImageSettings}
+
+
+def option(name: str) -> str:
+    """How a setting is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def gather(
+    command: str,
+    options: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    sample: str | None = None,
+) -> Settings:
+    """Settings from defaults, preset, config file and options; each later one wins."""
+    kind = COMMANDS[command]
+    config = dict(config or {})
+    given = {name: value for name, value in options.items() if value is not None}
+    recipes = presets.TEXT_RECIPES if kind is TextSettings else presets.IMAGE_RECIPES
+    fine_tunes = (given.get("init_from") or config.get("init_from")) is not None
+    name = given.get("preset") or config.get("preset") or ("finetune" if fine_tunes else "demo")
+    try:
+        recipe = presets.pick("preset", recipes, str(name))
+        extra = presets.pick("sample", presets.TEXT_SAMPLES, sample) if sample else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if sample and "data" in given:
+        raise UsageError("--sample and --data both name the corpus: give one of the two.")
+    # A preset or sample named on the command line is stronger than the file, as every option is.
+    named = {**(recipe if "preset" in given else {}), **extra}
+    below = recipe if "preset" not in given else {}
+    merged: dict[str, Any] = {"preset": str(name)}
+    for layer in (below, config, named, given):
+        merged = _over(merged, layer)
+    settings = kind(**merged)
+    settings.check()
+    return settings
+
+
+def _over(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """``high`` over ``low``, where naming one of two alternatives takes the other one back."""
+    merged = {**low, **high}
+    for one, other in (("epochs", "max_steps"), ("init_from", "model")):
+        for name, rival in ((one, other), (other, one)):
+            if high.get(name) is not None and high.get(rival) is None:
+                merged[rival] = None
+    return merged
+
+
+def read_config(path: Path, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, record) of a YAML config file for ``command``, names and types checked."""
+    content = _read_mapping(path)
+    record = content.pop(RECORD, None) or {}
+    meant_for = content.pop(COMMAND, command)
+    if meant_for != command:
+        raise UsageError(f"{path} is for `bigkernel {meant_for}`, not for `bigkernel {command}`.")
+    hints = typing.get_type_hints(COMMANDS[command])
+    for name, value in content.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(hints)}."
+            raise UsageError(f"{path} has an unknown setting {name!r}.{hint}")
+        content[name] = _typed(path, name, value, hints[name])
+    return content, record
+
+
+def command_of(run: Path) -> str:
+    """Which command made the run folder ``run``; UsageError if none did."""
+    path = run / "config.yaml"
+    if not run.is_dir():
+        raise UsageError(f"{run} is not a run folder: there is no such folder.")
+    if not path.is_file():
+        raise UsageError(
+            f"{run} is not a run folder: it has no config.yaml. "
+            "Name the folder that `bigkernel train ... --out` wrote."
+        )
+    command = _read_mapping(path).get(COMMAND)
+    if command not in COMMANDS:
+        raise UsageError(f"{path} does not say which command it is for (command: train text).")
+    return str(command)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such config file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a YAML file: it is not UTF-8 text.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UsageError(f"{path}{where} is not valid YAML: {problem}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path} must hold settings as `name: value`, got a {type(content).__name__}."
+        )
+    return content
+
+
+def _typed(path: Path, name: str, value: Any, hint: Any) -> Any:
+    """``value`` if it has one of the types of ``hint``; an int will do where a float is meant."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    allowed = [typing.get_origin(t) or t for t in (typing.get_args(hint) if union else (hint,))]
+    if float in allowed and not isinstance(value, bool) and isinstance(value, (int, str)):
+        try:  # YAML 1.1 reads 3e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) in allowed:
+        return value
+    names = ["nothing" if t is type(None) else t.__name__ for t in allowed]
+    raise UsageError(f"{path}: {name} must be {' or '.join(names)}, got {value!r}.")
+
+
+def dump(settings: Settings, command: str, record: Mapping[str, Any]) -> str:
+    """``config.yaml``: the settings that repeat a run, and what is worth knowing about it."""
+    content = {
+        COMMAND: command,
+        **{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)},
+        RECORD: dict(record),
+    }
+    head = f"# Repeat this run: bigkernel {command} --config THIS_FILE --out ANOTHER_FOLDER\n"
+    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
