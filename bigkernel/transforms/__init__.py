@@ -1,0 +1,53 @@
+"""Image transforms with torchvision.transforms.v2's names, for whole batches at once.
+
+Every image of a batch gets parameters of its own, keyed by (seed, sample id, transform), and a
+``Compose`` of transforms runs as one native call. See :class:`Transform` for what a call takes and
+returns, and :class:`Compose` for what folding means.
+"""
+
+from bigkernel.transforms._arguments import InterpolationMode
+from bigkernel.transforms._transform import Params, Transform
+from bigkernel.transforms.color import ColorJitter, ColorJitterParams, RandomGrayscale
+from bigkernel.transforms.container import Compose, RandomApply
+from bigkernel.transforms.convert import Normalize, ToDtype, ToImage
+from bigkernel.transforms.geometry import (
+    CenterCrop,
+    CropParams,
+    Pad,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomVerticalFlip,
+    Resize,
+    ResizedCropParams,
+    ResizeParams,
+)
+from bigkernel.transforms.warp import AffineParams, RandomAffine, RandomRotation, RotationParams
+
+__all__ = [
+    "AffineParams",
+    "CenterCrop",
+    "ColorJitter",
+    "ColorJitterParams",
+    "Compose",
+    "CropParams",
+    "InterpolationMode",
+    "Normalize",
+    "Pad",
+    "Params",
+    "RandomAffine",
+    "RandomApply",
+    "RandomCrop",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomRotation",
+    "RandomVerticalFlip",
+    "Resize",
+    "ResizeParams",
+    "ResizedCropParams",
+    "RotationParams",
+    "ToDtype",
+    "ToImage",
+    "Transform",
+]

@@ -1,0 +1,94 @@
+"""Random numbers keyed by (seed, sample id, transform): see :class:`Draws`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bigkernel.errors import check
+from bigkernel.random import philox4x32
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+_MASK = 0xFFFFFFFF
+
+
+class Draws:
+    """The uniform numbers of one call, for all transforms of a chain and all samples at once.
+
+    Transform number t of the chain (depth first) owns ``counts[t]`` blocks of four numbers a
+    sample. Block d of sample ``id`` is Philox4x32-10 with the seed as key and the counter
+    (d, t, id mod 2^32, id div 2^32); a word becomes a number in [0, 1) by its upper 24 bits. So a
+    draw depends on nothing but seed, id, transform and d.
+    """
+
+    def __init__(self, seed: int, ids: Ints, counts: Sequence[int]) -> None:
+        block = np.concatenate([np.arange(c) for c in counts] or [np.arange(0)])
+        owner = np.repeat(np.arange(len(counts)), np.asarray(counts, dtype=np.int64))
+        self._starts = np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+        key = torch.from_numpy(ids)
+        words = philox4x32(
+            seed,
+            torch.from_numpy(block.astype(np.int64))[:, None],
+            torch.from_numpy(owner.astype(np.int64))[:, None],
+            (key & _MASK)[None, :],
+            ((key >> 32) & _MASK)[None, :],
+        )
+        self._numbers = (torch.stack(words, dim=-1) >> 8).numpy().astype(np.float64) * 2.0**-24
+
+    def of(self, transform: int) -> Floats:
+        """[blocks, N, 4] numbers in [0, 1) of one transform of the chain."""
+        return self._numbers[self._starts[transform] : self._starts[transform + 1]]
+
+
+def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
+    return low + (high - low) * u
+
+
+def integers(u: Floats, count: Ints) -> Ints:
+    """Whole numbers in [0, count), each as likely as the next to 2^-24 x count."""
+    return np.minimum(np.floor(u * count).astype(np.int64), count - 1)
+
+
+def seed_of(generator: torch.Generator | None) -> int:
+    """The seed a generator was made with; torch's default generator unless one is given.
+
+    The generator is not advanced: a call draws by sample id, so that the number of calls that a
+    data set is cut into changes nothing.
+    """
+    check(
+        generator is None or isinstance(generator, torch.Generator),
+        "transforms",
+        "generator",
+        "a torch.Generator or None",
+        repr(generator),
+        cls=TypeError,
+    )
+    return torch.initial_seed() if generator is None else int(generator.initial_seed())
+
+
+def sample_ids(ids: Any, count: int) -> Ints:
+    """int64 [count] from a tensor, an array, a range, a list of ints, or one int."""
+    if isinstance(ids, torch.Tensor):
+        array = ids.detach().cpu().numpy()
+    elif isinstance(ids, Iterable):
+        array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
+        if array.size == 0:
+            array = array.astype(np.int64)
+    else:
+        array = np.asarray(ids)
+    array = np.atleast_1d(array)
+    check(np.issubdtype(array.dtype, np.integer), "transforms", "ids", "whole numbers", array.dtype)
+    check(
+        array.shape == (count,),
+        "transforms",
+        "ids",
+        f"one number for each of the {count} images",
+        f"shape {tuple(array.shape)}",
+    )
+    return np.ascontiguousarray(array.astype(np.int64))

@@ -1,0 +1,226 @@
+"""What users pass as images, brought into the form that the augment op takes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigkernel.errors import check
+from bigkernel.reference.augment import OUT_DTYPES
+from bigkernel.transforms._draws import Ints
+
+LAYOUTS = ("auto", "channels_first", "channels_last")
+_CHANNEL_COUNTS = (1, 3, 4)
+_PILLOW_MODES = ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")
+
+
+@dataclass
+class Images:
+    """Images of one dtype, device and number of channels.
+
+    ``tensors``: one batch [N, C, H, W], or N images [C, H, W]; channels last if ``channels_last``.
+    ``kind``: "batch", "single" or "list" of tensors, or "pil" or "pils", as they were given.
+    """
+
+    tensors: Tensor | list[Tensor]
+    kind: str
+    channels_last: bool
+    height: Ints
+    width: Ints
+    channels: int
+    wrapper: type[Tensor] | None = None
+    modes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def is_pil(self) -> bool:
+        return self.kind in ("pil", "pils")
+
+    def like(self) -> tuple[torch.dtype, torch.device]:
+        first = self.tensors if isinstance(self.tensors, Tensor) else self.tensors[0]
+        return first.dtype, first.device
+
+    def give_back(self, result: Tensor | list[Tensor], channels_last: bool, as_tensor: bool) -> Any:
+        """The result in the form that the images had (tensors, if ``as_tensor``)."""
+        if self.is_pil and not as_tensor:
+            pictures = [
+                _to_pil(image if channels_last else image.movedim(0, -1), mode)
+                for image, mode in zip(result, self.modes, strict=True)
+            ]
+            return pictures if self.kind == "pils" else pictures[0]
+        if self.kind in ("single", "pil"):
+            result = result[0]
+        if self.wrapper is not None and isinstance(result, Tensor):
+            return result.as_subclass(self.wrapper)
+        return result
+
+
+def gather(images: Any, layout: str) -> Images:
+    """Images from a tensor, an array, a PIL image, or a list of those."""
+    check(layout in LAYOUTS, "transforms", "layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
+    if isinstance(images, np.ndarray):
+        images, layout = torch.from_numpy(np.atleast_3d(images)), "channels_last"
+    if isinstance(images, Tensor):
+        check(
+            images.dim() in (3, 4),
+            "transforms",
+            "images",
+            "a batch [N, C, H, W] or [N, H, W, C], or an image [C, H, W] or [H, W, C]",
+            f"shape {tuple(images.shape)}",
+        )
+        last = _channels_last(images, layout)
+        single = images.dim() == 3
+        wrapper = None if type(images) is Tensor else type(images)
+        plain = images.detach().as_subclass(Tensor)
+        batch = plain[None] if single else plain
+        count = batch.shape[0]
+        height, width, channels = _extent(batch, last)
+        return Images(
+            tensors=batch,
+            kind="single" if single else "batch",
+            channels_last=last,
+            height=np.full(count, height),
+            width=np.full(count, width),
+            channels=channels,
+            wrapper=wrapper,
+        )
+    if _is_pil(images):
+        return _from_list([images], "pil", layout)
+    check(
+        isinstance(images, Sequence) and not isinstance(images, (str, bytes)),
+        "transforms",
+        "images",
+        "a tensor, a PIL image, or a list of those",
+        type(images).__name__,
+        cls=TypeError,
+    )
+    return _from_list(list(images), "list", layout)
+
+
+def _from_list(items: list[Any], kind: str, layout: str) -> Images:
+    pictures = [_is_pil(item) for item in items]
+    if items and all(pictures):
+        kind = "pil" if kind == "pil" else "pils"
+    tensors: list[Tensor] = []
+    lasts: list[bool] = []
+    for i, item in enumerate(items):
+        if pictures[i]:
+            tensor, last = _from_pil(item), True
+        elif isinstance(item, np.ndarray):
+            tensor, last = torch.from_numpy(np.atleast_3d(item)), True
+        else:
+            check(
+                isinstance(item, Tensor),
+                "transforms",
+                f"images[{i}]",
+                "a tensor or a PIL image",
+                type(item).__name__,
+                cls=TypeError,
+            )
+            check(
+                item.dim() == 3,
+                "transforms",
+                f"images[{i}]",
+                "an image [C, H, W] or [H, W, C]",
+                f"shape {tuple(item.shape)}",
+            )
+            tensor, last = item.detach().as_subclass(Tensor), _channels_last(item, layout)
+        tensors.append(tensor)
+        lasts.append(last)
+    channels_last = bool(items) and all(lasts)
+    if not channels_last:
+        tensors = [t.movedim(-1, 0) if last else t for t, last in zip(tensors, lasts, strict=True)]
+    extents = [_extent(t, channels_last) for t in tensors]
+    for i, extent in enumerate(extents):
+        same = (tensors[i].dtype, tensors[i].device, extent[2])
+        first = (tensors[0].dtype, tensors[0].device, extents[0][2])
+        check(
+            same == first,
+            "transforms",
+            f"images[{i}]",
+            f"{first[0]} on {first[1]} with {first[2]} channels, as the first image",
+            f"{same[0]} on {same[1]} with {same[2]}",
+            'PIL images: convert them all with image.convert("RGB")' if pictures[i] else "",
+        )
+    return Images(
+        tensors=tensors,
+        kind=kind,
+        channels_last=channels_last,
+        height=np.asarray([e[0] for e in extents], dtype=np.int64),
+        width=np.asarray([e[1] for e in extents], dtype=np.int64),
+        channels=extents[0][2] if extents else 3,
+        modes=tuple(item.mode for item in items) if kind in ("pil", "pils") else (),
+    )
+
+
+def _extent(tensor: Tensor, channels_last: bool) -> tuple[int, int, int]:
+    """(height, width, channels), after checking dtype and size."""
+    check(
+        tensor.dtype in OUT_DTYPES,
+        "transforms",
+        "images",
+        "uint8, float16, bfloat16, float32 or float64",
+        tensor.dtype,
+        "Convert with .to(torch.uint8) or .float()",
+        TypeError,
+    )
+    shape = tensor.shape[-3:]
+    height, width, channels = shape if channels_last else (shape[1], shape[2], shape[0])
+    check(
+        height > 0 and width > 0 and channels > 0,
+        "transforms",
+        "images",
+        "at least one pixel high and wide, with at least one channel",
+        f"shape {tuple(tensor.shape)}",
+    )
+    return height, width, channels
+
+
+def _channels_last(tensor: Tensor, layout: str) -> bool:
+    """Whether the last dimension holds the channels: by ``layout``, else by the shape."""
+    if layout != "auto":
+        return layout == "channels_last"
+    first, last = tensor.shape[-3] in _CHANNEL_COUNTS, tensor.shape[-1] in _CHANNEL_COUNTS
+    check(
+        not (first and last) or tensor.shape[-3] == tensor.shape[-1] == 1,
+        "transforms",
+        "images",
+        "of a shape that tells which dimension holds the channels",
+        f"shape {tuple(tensor.shape)}",
+        'Pass layout="channels_first" or layout="channels_last"',
+    )
+    return last and not first
+
+
+def _is_pil(item: object) -> bool:
+    # By name: Pillow is an optional dependency, and whoever has its images has imported it.
+    return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(item).__mro__)
+
+
+def _from_pil(picture: Any) -> Tensor:
+    """uint8 [H, W, C] of a PIL image."""
+    check(
+        picture.mode in _PILLOW_MODES,
+        "transforms",
+        "images",
+        f"PIL images of mode {', '.join(_PILLOW_MODES)}",
+        f"mode {picture.mode!r}",
+        'Convert with image.convert("RGB")',
+    )
+    return torch.from_numpy(np.atleast_3d(np.array(picture)))
+
+
+def _to_pil(image: Tensor, mode: str) -> Any:
+    from PIL import Image
+
+    array = image.cpu().numpy()
+    size = (array.shape[1], array.shape[0])
+    return Image.frombytes(mode, size, np.ascontiguousarray(array).tobytes())

@@ -1,0 +1,373 @@
+"""One augment call in the making: steps are written into its table, as far as it can hold them.
+
+The table (see ``bigkernel/ops/augment.py``) holds, in this order: one inverse affine map with a
+source box and an output box; colour operations; one scale and normalisation; one conversion of
+dtype. So a step fits when
+
+- flips: always;
+- crops: unless contrast came before (its mean is taken over the output);
+- padding and warps: no colour before, and no other fill in use;
+- a warp after a warp: the first one's frame must be a box of whole source pixels (a crop, a
+  padded crop, and, within half a pixel, a crop of a resized image), because what was outside the
+  frame is fill. After a rotation it is none, so the next warp opens a segment;
+- a resize: the image must have no padding yet, since resizing treats its edges in another way;
+- colour: no normalisation before.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bigkernel.errors import check
+from bigkernel.reference.augment import (
+    CLAMP,
+    CONTRAST,
+    FILL_BLEND,
+    FILL_OVER,
+    NEAREST_EVEN,
+    NEAREST_FLOOR,
+    NEAREST_RESIZE,
+    WHOLE_NUMBERS,
+)
+from bigkernel.transforms import _steps as steps
+from bigkernel.transforms._affine import (
+    canvas_box,
+    compose,
+    identity,
+    intersect,
+    invert,
+    is_whole_pixel_move,
+    keeps_axes,
+    map_box,
+    scaling,
+)
+from bigkernel.transforms._arguments import InterpolationMode
+from bigkernel.transforms._draws import Bools, Floats, Ints
+
+_EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
+_PER_SAMPLE = (
+    *("height", "width", "map", "source", "output", "whole", "straight", "border", "nearest"),
+    *("edge_padded", "fill", "filled", "colored", "contrasted"),
+)
+
+
+@dataclass
+class Call:
+    """The arguments of one augment call for a group of samples, but for the images."""
+
+    geometry: Floats  # [n, 16]
+    color: Floats  # [n, K, 2]
+    fill: Floats  # [n, C], in the units of the call's input
+    height: Ints  # [n]
+    width: Ints  # [n]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    bilinear: bool
+    antialias: bool
+    in_scale: float
+    dtype: torch.dtype
+
+    def take(self, index: Ints) -> Call:
+        """The call for some of its samples."""
+        part = copy.copy(self)
+        for name in ("geometry", "color", "fill", "height", "width"):
+            setattr(part, name, getattr(self, name)[index])
+        return part
+
+
+class Segment:
+    """A call under construction for n samples: see the module's text."""
+
+    def __init__(self, height: Ints, width: Ints, channels: int, dtype: torch.dtype) -> None:
+        n = len(height)
+        self.height, self.width = height, width
+        self.channels, self.dtype = channels, dtype
+        self.map = identity(n)
+        self.source = canvas_box(height, width)
+        self.output = canvas_box(height, width)
+        self.whole = np.ones(n, dtype=bool)  # the map moves whole pixels to whole pixels
+        self.straight = np.ones(n, dtype=bool)  # the map keeps the axes (or swaps them)
+        self.border = np.full(n, CLAMP)
+        self.nearest = np.full(n, NEAREST_FLOOR)
+        self.edge_padded = np.zeros(n, dtype=bool)
+        self.fill = np.zeros((n, channels))
+        self.filled = np.zeros(n, dtype=bool)
+        self.bilinear = self.antialias = False
+        self.codes: list[Ints] = []
+        self.factors: list[Floats] = []
+        self.colored = np.zeros(n, dtype=bool)
+        self.contrasted = np.zeros(n, dtype=bool)
+        self.scale = 1.0
+        self.mean: Floats | None = None
+        self.std: Floats | None = None
+        self.own_range = True  # values run over the dtype's own range, 0..1 or 0..255
+        self.rounded = False  # converted to uint8 from floats: clamped, too
+
+    def fits(self, step: steps.Step) -> Bools:
+        """[n]: the samples whose table can hold the step."""
+        if isinstance(step, steps.Flip):
+            ok = np.ones(len(self.height), dtype=bool)
+        elif isinstance(step, steps.Crop):
+            ok = ~self.contrasted | ((step.height == self.height) & (step.width == self.width))
+        elif isinstance(step, steps.Pad):
+            ok = self._pad_fits(step)
+        elif isinstance(step, steps.Affine):
+            ok = self._affine_fits(step)
+        elif isinstance(step, steps.Resize):
+            ok = self._resize_fits(step)
+        elif isinstance(step, steps.Color):
+            ok = np.full(
+                len(self.height), self.mean is None and self.own_range and not self.rounded
+            )
+        else:
+            ok = np.full(len(self.height), not self.rounded)
+        return ok | ~step.active
+
+    def add(self, step: steps.Step) -> None:
+        """Writes a step that fits into the table."""
+        if isinstance(step, steps.Flip):
+            self._flip(step)
+        elif isinstance(step, steps.Crop):
+            self._move(step, np.stack([step.left, step.top], axis=1))
+        elif isinstance(step, steps.Pad):
+            self._pad(step)
+        elif isinstance(step, steps.Affine):
+            self._affine(step)
+        elif isinstance(step, steps.Resize):
+            self._resize(step)
+        elif isinstance(step, steps.Color):
+            self._color(step)
+        elif isinstance(step, steps.Normalize):
+            self._normalize(step)
+        elif isinstance(step, steps.ToDtype):
+            self._to_dtype(step)
+        self.height, self.width = step.sizes(self.height, self.width)
+
+    def close(self) -> Call:
+        n = len(self.height)
+        geometry = np.zeros((n, 16))
+        geometry[:, 0:6] = self.map
+        geometry[:, 6:10] = self.source
+        geometry[:, 10:14] = self.output
+        geometry[:, 14] = self.border
+        geometry[:, 15] = self.nearest
+        color = np.zeros((n, sum(c.shape[1] for c in self.codes), 2))
+        if self.codes:
+            color[:, :, 0] = np.concatenate(self.codes, axis=1)
+            color[:, :, 1] = np.concatenate(self.factors, axis=1)
+        return Call(
+            geometry=geometry,
+            color=color,
+            fill=self.fill,
+            height=self.height,
+            width=self.width,
+            mean=None if self.mean is None else tuple(self.mean.tolist()),
+            std=None if self.std is None else tuple(self.std.tolist()),
+            bilinear=self.bilinear,
+            antialias=self.bilinear and self.antialias,
+            in_scale=self.scale,
+            dtype=self.dtype,
+        )
+
+    def successor(self) -> Segment:
+        """The segment that takes this one's output as its images."""
+        return Segment(self.height, self.width, self.channels, self.dtype)
+
+    def take(self, index: Ints) -> Segment:
+        """The segment for some of its samples."""
+        part = copy.copy(self)
+        for name in _PER_SAMPLE:
+            setattr(part, name, getattr(self, name)[index])
+        part.codes = [c[index] for c in self.codes]
+        part.factors = [f[index] for f in self.factors]
+        return part
+
+    # Geometry
+
+    def _flip(self, step: steps.Flip) -> None:
+        low, high, size = (0, 2, self.width) if step.horizontal else (1, 3, self.height)
+        mirror = identity(len(size))
+        mirror[:, 0 if step.horizontal else 4] = -1.0
+        mirror[:, 2 if step.horizontal else 5] = size
+        self._precede(step.active, mirror)
+        flipped = self.output.copy()
+        flipped[:, low], flipped[:, high] = size - self.output[:, high], size - self.output[:, low]
+        self.output = np.where(step.active[:, None], flipped, self.output)
+
+    def _pad_fits(self, step: steps.Pad) -> Bools:
+        pads = (step.sides > 0).any(axis=1)
+        if step.edge:
+            fits = ~self.colored & self.whole & self._is_all_source() & ~self.edge_padded
+        else:
+            fits = ~self.colored & self._same_fill(step.fill)
+        return np.asarray(fits | ~pads)
+
+    def _pad(self, step: steps.Pad) -> None:
+        pads = step.active & (step.sides > 0).any(axis=1)
+        if step.edge:
+            self.source = np.where(pads[:, None], self._frame(), self.source)
+        else:
+            self._use_fill(pads, step.fill)
+        self._move(step, -step.sides[:, :2])
+        if step.edge:
+            canvas = canvas_box(*step.sizes(self.height, self.width))
+            self.output = np.where(pads[:, None], canvas, self.output)
+            self.edge_padded = self.edge_padded | pads
+
+    def _affine_fits(self, step: steps.Affine) -> Bools:
+        warps = self.straight & ~self.edge_padded & self._frame_is_whole() & (not self.rounded)
+        moves = is_whole_pixel_move(step.matrix)
+        return np.asarray((moves | warps) & ~self.colored & self._same_fill(step.fill))
+
+    def _affine(self, step: steps.Affine) -> None:
+        canvas = canvas_box(step.height, step.width)
+        # A move by whole pixels keeps the frame, like a crop; a warp makes it the source box.
+        moves = is_whole_pixel_move(step.matrix)
+        moved = intersect(np.rint(map_box(invert(step.matrix), self.output)), canvas)
+        exposes = ~(moves & (moved == canvas).all(axis=1))
+        warps = step.active & ~moves
+        # torchvision weighs the image twice by its coverage at the edge when it is given a fill.
+        # On an edge that a padding made, the pixels next to it are fill, and it does not.
+        blend = FILL_BLEND if step.fill is not None else FILL_OVER
+        border = np.where(self._is_all_source(), blend, FILL_OVER)
+        self._use_fill(step.active & exposes, step.fill)
+        self.bilinear |= step.interpolation is InterpolationMode.BILINEAR
+        self.source = np.where(warps[:, None], self._frame(), self.source)
+        after = np.where(moves[:, None], moved.astype(np.int64), canvas)
+        self.output = np.where(step.active[:, None], after, self.output)
+        self.border = np.where(warps, border, self.border)
+        self.nearest = np.where(warps, NEAREST_EVEN, self.nearest)
+        self._precede(step.active, step.matrix)
+
+    def _resize_fits(self, step: steps.Resize) -> Bools:
+        # A straight map goes on clamping at the source box, so that must be the image's frame.
+        fits = self._is_whole_frame() & ~self.edge_padded & ~self.colored & (not self.rounded)
+        fits &= ~self.straight | (self._is_all_source() & self._frame_is_whole())
+        if step.interpolation is InterpolationMode.NEAREST:
+            # torch's rule is lopsided: it has to run from the left and the top of the source.
+            fits &= (self.map[:, 0] > 0) & (self.map[:, 4] > 0)
+        return np.asarray(fits | ~self._changes(step))
+
+    def _resize(self, step: steps.Resize) -> None:
+        changes = self._changes(step)
+        self.bilinear |= step.interpolation is InterpolationMode.BILINEAR
+        self.antialias |= step.antialias and step.interpolation is InterpolationMode.BILINEAR
+        straight = changes & self.straight
+        self.source = np.where(straight[:, None], self._frame(), self.source)
+        self.border = np.where(straight, CLAMP, self.border)
+        lopsided = step.interpolation is InterpolationMode.NEAREST
+        rule = NEAREST_RESIZE if lopsided else NEAREST_FLOOR
+        self.nearest = np.where(changes, rule, self.nearest)
+        self._precede(changes, scaling(self.width / step.width, self.height / step.height))
+        canvas = canvas_box(step.height, step.width)
+        self.output = np.where(changes[:, None], canvas, self.output)
+
+    def _changes(self, step: steps.Resize) -> Bools:
+        same = (step.height == self.height) & (step.width == self.width)
+        return np.asarray(step.active & ~same)
+
+    def _precede(self, active: Bools, matrix: Floats) -> None:
+        """The map becomes: first ``matrix``, then what the map was."""
+        self.map = np.where(active[:, None], compose(self.map, matrix), self.map)
+        self.whole = is_whole_pixel_move(self.map)
+        self.straight = keeps_axes(self.map)
+
+    def _move(self, step: steps.Crop | steps.Pad, corner: Ints) -> None:
+        """The image becomes a window of the step's size whose corner was at ``corner`` (x, y)."""
+        move = identity(len(corner))
+        move[:, 2], move[:, 5] = corner[:, 0], corner[:, 1]
+        self._precede(step.active, move)
+        canvas = canvas_box(*step.sizes(self.height, self.width))
+        kept = intersect(self.output - np.tile(corner, 2), canvas).astype(np.int64)
+        self.output = np.where(step.active[:, None], kept, self.output)
+
+    def _frame(self) -> Ints:
+        """[n, 4] the source pixels that the image shows: the source box cut by the output box."""
+        frame = intersect(np.rint(map_box(self.map, self.output)), self.source)
+        return frame.astype(np.int64)
+
+    def _frame_is_whole(self) -> Bools:
+        """[n] the frame's edges lie on whole source pixels, to half an image pixel at most."""
+        exact = intersect(map_box(self.map, self.output), self.source)
+        off = np.abs(exact - np.rint(exact)).reshape(-1, 2, 2).max(axis=1)  # [n, (x, y)]
+        pixel = np.abs(self.map[:, [0, 3]]) + np.abs(self.map[:, [1, 4]])  # source per image pixel
+        return np.asarray((off <= 0.5 * pixel + _EPS).all(axis=1))
+
+    def _is_whole_frame(self) -> Bools:
+        """[n] no padding or crop has cut the image's canvas."""
+        return np.asarray((self.output == canvas_box(self.height, self.width)).all(axis=1))
+
+    def _is_all_source(self) -> Bools:
+        """[n] every pixel of the image shows source pixels: nothing of it is fill."""
+        mapped = map_box(self.map, self.output)
+        outside = np.abs(mapped - intersect(mapped, self.source)).max(axis=1)
+        return np.asarray(self._is_whole_frame() & self.straight & (outside <= 0.5))
+
+    # Fill, in the units of the call's input
+
+    def _input_fill(self, fill: tuple[float, ...] | None) -> Floats:
+        value = np.asarray((0.0,) if fill is None else fill, dtype=np.float64)
+        _check_per_channel("fill", value.size, self.channels)
+        value = np.broadcast_to(value, (self.channels,))
+        if self.mean is not None and self.std is not None:
+            value = value * self.std + self.mean
+        return np.asarray(value / self.scale)
+
+    def _same_fill(self, fill: tuple[float, ...] | None) -> Bools:
+        return np.asarray(~self.filled | np.isclose(self.fill, self._input_fill(fill)).all(axis=1))
+
+    def _use_fill(self, active: Bools, fill: tuple[float, ...] | None) -> None:
+        self.fill = np.where(active[:, None], self._input_fill(fill), self.fill)
+        self.filled = self.filled | active
+
+    # Values
+
+    def _color(self, step: steps.Color) -> None:
+        check(
+            self.channels in (1, 3),
+            "transforms",
+            "images",
+            "of 1 or 3 channels for colour transforms",
+            f"{self.channels} channels",
+        )
+        codes = np.where(step.active[:, None], step.codes, 0)
+        self.colored = self.colored | (codes != 0).any(axis=1)
+        self.contrasted = self.contrasted | (codes == CONTRAST).any(axis=1)
+        # torchvision rounds between the operations on uint8 images: so do these codes.
+        whole = (codes != 0) & (self.dtype == torch.uint8)
+        self.codes.append(np.where(whole, codes + WHOLE_NUMBERS, codes))
+        self.factors.append(step.factors)
+
+    def _normalize(self, step: steps.Normalize) -> None:
+        _check_per_channel("mean", len(step.mean), self.channels)
+        _check_per_channel("std", len(step.std), self.channels)
+        if self.dtype == torch.uint8:
+            self.scale /= 255.0
+            self.dtype = torch.float32
+        mean = np.broadcast_to(np.asarray(step.mean, dtype=np.float64), (self.channels,))
+        std = np.broadcast_to(np.asarray(step.std, dtype=np.float64), (self.channels,))
+        if self.mean is not None and self.std is not None:
+            mean, std = self.mean + self.std * mean, self.std * std
+        self.mean, self.std = mean, std
+
+    def _to_dtype(self, step: steps.ToDtype) -> None:
+        was_float, is_float = self.dtype.is_floating_point, step.dtype.is_floating_point
+        if was_float != is_float and not step.scale:
+            self.own_range = False
+        elif was_float != is_float:
+            factor = 255.0 if was_float else 1.0 / 255.0
+            if self.std is None:
+                self.scale *= factor
+            else:
+                self.std = self.std / factor
+        self.rounded = was_float and not is_float
+        self.dtype = step.dtype
+
+
+def _check_per_channel(name: str, count: int, channels: int) -> None:
+    wanted = f"one number or {channels}, one for each channel"
+    check(count in (1, channels), "transforms", name, wanted, f"{count} numbers")

@@ -1,0 +1,286 @@
+"""The base of every transform: drawing parameters, folding steps, running the op."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigkernel.errors import check
+from bigkernel.ops.augment import augment
+from bigkernel.transforms._draws import Bools, Draws, Floats, Ints, sample_ids, seed_of
+from bigkernel.transforms._fold import fold
+from bigkernel.transforms._images import Images, gather
+from bigkernel.transforms._segment import Call
+from bigkernel.transforms._steps import Step
+
+
+@dataclass
+class Params:
+    """The parameters of one transform for a batch; every field has one entry a sample.
+
+    ``active`` [N]: whether the transform does anything to the sample.
+    """
+
+    active: Bools
+
+
+@dataclass
+class Sampling:
+    """A walk over a chain: the draws, the images' sizes so far, and what came of it."""
+
+    draws: Draws
+    height: Ints
+    width: Ints
+    pil: bool  # the images so far are PIL images, not tensors
+    visited: int = 0
+    params: list[Params] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def numbers(self) -> Floats:
+        """[blocks, N, 4] uniform numbers of the transform that the walk has come to."""
+        self.visited += 1
+        return self.draws.of(self.visited - 1)
+
+    def add(self, params: Params, *todo: Step) -> None:
+        self.params.append(params)
+        for step in todo:
+            self.height, self.width = step.sizes(self.height, self.width)
+            self.steps.append(step)
+
+
+class Transform(nn.Module):
+    """A transform of image batches with random parameters of their own for every image.
+
+    Call it as ``t(images, generator=None, ids=None, layout=None)``.
+
+    images:
+        a batch [N, C, H, W] or [N, H, W, C] or one image [C, H, W] or [H, W, C], uint8 (0..255) or
+        floats (0..1); a PIL image; or a list of images, which may differ in size.
+    layout:
+        "channels_first", "channels_last", or "auto": the channels are in the last dimension if
+        only that one counts 1, 3 or 4, and in the first of the three otherwise; if both do, the
+        call is an error that asks for ``layout`` (an image of one pixel is channels first).
+        None takes the attribute ``layout`` of the transform, which is "auto" until it is set.
+    generator:
+        the seed is the generator's initial seed (torch's default generator's if None, that is,
+        the number given to ``torch.manual_seed``). It is not advanced.
+    ids:
+        one whole number an image. The parameters of an image are a function of (seed, id, place of
+        the transform in the chain), whatever the batch, its order or the device: the same id gets
+        the same parameters until the seed changes. Without ids, images are numbered by a running
+        count, which ``state_dict()`` and pickling keep, so that a resumed run goes on with the
+        next number.
+
+    Returns what it was given: a batch for a batch, in the same layout, an image for an image, a
+    PIL image for a PIL image, a list of them for a list of them. A list of tensors comes back as
+    one batch if all results have one size, else as a list. ``ToImage`` in the chain makes it
+    tensors with the channels first. The dtype stays, unless ``ToDtype`` or ``Normalize`` (uint8 to
+    float32) change it.
+
+    ``t.sample(sizes, generator, ids)`` returns the parameters alone.
+    """
+
+    blocks: ClassVar[int] = 0  # of four random numbers, for each image
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = "auto"
+        self._count = 0
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        """Draws parameters for the ``active`` images and adds what is to be done to them."""
+        raise NotImplementedError
+
+    def chain(self) -> Iterator[Transform]:
+        """The transforms by their numbers: depth first, without Compose, which draws nothing."""
+        yield self
+
+    def gives_tensor(self) -> bool:
+        """Whether ``ToImage`` is in the chain."""
+        return any(t.makes_tensor for t in self.chain())
+
+    makes_tensor: ClassVar[bool] = False
+
+    def forward(
+        self,
+        images: Any,
+        generator: torch.Generator | None = None,
+        ids: Any = None,
+        layout: str | None = None,
+    ) -> Any:
+        """See the class."""
+        batch = gather(images, self.layout if layout is None else layout)
+        if batch.count == 0:
+            return self._empty(batch)
+        numbers = self._next_ids(batch.count) if ids is None else sample_ids(ids, batch.count)
+        sampling = self._draw(batch.height, batch.width, generator, numbers, batch.is_pil)
+        result, channels_last = _run(batch, sampling.steps, self.gives_tensor())
+        if ids is None:
+            self._count += batch.count
+        return batch.give_back(result, channels_last, self.gives_tensor())
+
+    def sample(
+        self,
+        sizes: Sequence[tuple[int, int]] | Tensor,
+        generator: torch.Generator | None = None,
+        ids: Any = None,
+    ) -> Any:
+        """The parameters that a call with images of these sizes would draw.
+
+        sizes: (height, width) of each image; generator and ids as in a call, but the running count
+        does not advance. Returns the transform's parameters, a dataclass of NumPy arrays with one
+        entry an image; a chain returns a list with one entry a transform, depth first (a
+        RandomApply before those inside it).
+        """
+        table = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+        numbers = self._next_ids(len(table)) if ids is None else sample_ids(ids, len(table))
+        params = self._draw(table[:, 0], table[:, 1], generator, numbers, pil=False).params
+        return params if self.is_chain else params[0]
+
+    is_chain: ClassVar[bool] = False
+
+    def _next_ids(self, count: int) -> Ints:
+        return np.arange(self._count, self._count + count, dtype=np.int64)
+
+    def _draw(
+        self,
+        height: Ints,
+        width: Ints,
+        generator: torch.Generator | None,
+        ids: Ints,
+        pil: bool,
+    ) -> Sampling:
+        draws = Draws(seed_of(generator), ids, [t.blocks for t in self.chain()])
+        sampling = Sampling(draws, height, width, pil)
+        self.walk(sampling, np.ones(len(ids), dtype=bool))
+        return sampling
+
+    def _empty(self, batch: Images) -> Any:
+        """The result for no images: what one more image would have had, without it."""
+        if not isinstance(batch.tensors, Tensor):
+            return []
+        shape = batch.tensors.shape[1:]
+        extra = Images(
+            tensors=batch.tensors.new_zeros(1, *shape),
+            kind="batch",
+            channels_last=batch.channels_last,
+            height=np.asarray([shape[0 if batch.channels_last else 1]]),
+            width=np.asarray([shape[1 if batch.channels_last else 2]]),
+            channels=batch.channels,
+            wrapper=batch.wrapper,
+        )
+        sampling = self._draw(extra.height, extra.width, None, np.zeros(1, np.int64), pil=False)
+        result, channels_last = _run(extra, sampling.steps, self.gives_tensor())
+        return extra.give_back(result[:0], channels_last, self.gives_tensor())
+
+    # The running count, as a tensor: safetensors and weights_only loading take nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self._count], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        check(
+            isinstance(state, Tensor) and state.numel() == 1,
+            "transforms",
+            "state",
+            "the count that state_dict() gave",
+            repr(state),
+        )
+        self._count = int(state.item())
+
+    def extra_repr(self) -> str:
+        """The arguments, as torchvision prints them."""
+        shown = (bool, int, float, str, tuple, list, enum.Enum)
+        own = ((k, v) for k, v in self.__dict__.items() if k not in ("training", "layout"))
+        return ", ".join(
+            f"{name}={value.value if isinstance(value, enum.Enum) else value}"
+            for name, value in own
+            if not name.startswith("_") and isinstance(value, shown)
+        )
+
+
+def _run(
+    batch: Images, chain: list[Step], channels_first: bool
+) -> tuple[Tensor | list[Tensor], bool]:
+    """The images after the steps (one batch if they have one size), and their layout."""
+    dtype, _ = batch.like()
+    channels_last = batch.channels_last and not channels_first
+    groups = fold(chain, batch.height, batch.width, batch.channels, dtype)
+    results: list[tuple[Ints, Tensor]] = []  # (places in the batch, images of one size)
+    for group in groups:
+        images = _pick(batch.tensors, group.members)
+        last_in = batch.channels_last
+        for call in group.calls[:-1]:
+            parts = _apply(images, call, last_in, channels_last)
+            images, last_in = _join(parts, len(group.members)), channels_last
+        parts = _apply(images, group.calls[-1], last_in, channels_last)
+        results += [(group.members[places], part) for places, part in parts]
+    dtypes = {part.dtype for _, part in results}
+    check(
+        len(dtypes) == 1,
+        "transforms",
+        "the results",
+        "of one dtype",
+        " and ".join(sorted(map(str, dtypes))),
+        "Put ToDtype(torch.float32, scale=True) before a Normalize that is applied at random",
+    )
+    return _join(results, batch.count), channels_last
+
+
+def _pick(images: Tensor | list[Tensor], members: Ints) -> Tensor | list[Tensor]:
+    if len(members) == len(images):
+        return images  # members are ascending, so these are all of them in order
+    return [images[i] for i in members.tolist()]
+
+
+def _apply(
+    images: Tensor | list[Tensor], call: Call, channels_last_in: bool, channels_last_out: bool
+) -> list[tuple[Ints, Tensor]]:
+    """One augment call for each output size."""
+    sizes, which = np.unique(
+        np.stack([call.height, call.width], axis=1), axis=0, return_inverse=True
+    )
+    results = []
+    for i, (height, width) in enumerate(sizes.tolist()):
+        places = np.flatnonzero(which.reshape(-1) == i)
+        part = call if len(sizes) == 1 else call.take(places)
+        result = augment(
+            _pick(images, places),
+            torch.from_numpy(part.geometry),
+            torch.from_numpy(part.color.astype(np.float32)),
+            size=(height, width),
+            fill=torch.from_numpy(part.fill.astype(np.float32)),
+            mean=part.mean,
+            std=part.std,
+            interpolation="bilinear" if part.bilinear else "nearest",
+            antialias=part.antialias,
+            in_scale=part.in_scale,
+            dtype=part.dtype,
+            channels_last_in=channels_last_in,
+            channels_last_out=channels_last_out,
+        )
+        results.append((places, result))
+    return results
+
+
+def _join(parts: list[tuple[Ints, Tensor]], count: int) -> Tensor | list[Tensor]:
+    """The parts in the batch's order: one tensor if all images have one size, else a list."""
+    if len(parts) == 1:
+        return parts[0][1]
+    if len({part.shape[1:] for _, part in parts}) == 1:
+        first = parts[0][1]
+        whole = first.new_empty(count, *first.shape[1:])
+        for places, part in parts:
+            whole[torch.from_numpy(places).to(first.device)] = part
+        return whole
+    slots: list[Tensor | None] = [None] * count
+    for places, part in parts:
+        for place, image in zip(places.tolist(), part, strict=True):
+            slots[place] = image
+    return [image for image in slots if image is not None]

@@ -1,0 +1,335 @@
+"""Flips, crops, padding and resizing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bigkernel.errors import BadArgument, check
+from bigkernel.transforms import _arguments as arguments
+from bigkernel.transforms import _steps as steps
+from bigkernel.transforms._arguments import Fill, InterpolationMode
+from bigkernel.transforms._draws import Bools, Floats, Ints, integers, uniform
+from bigkernel.transforms._transform import Params, Sampling, Transform
+
+
+class _RandomFlip(Transform):
+    blocks: ClassVar[int] = 1
+    horizontal: ClassVar[bool]
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = arguments.probability(type(self).__name__, p)
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        active = active & (sampling.numbers()[0, :, 0] < self.p)
+        sampling.add(Params(active), steps.Flip(active, self.horizontal))
+
+
+class RandomHorizontalFlip(_RandomFlip):
+    """Mirrors images left to right with probability ``p``."""
+
+    horizontal = True
+
+
+class RandomVerticalFlip(_RandomFlip):
+    """Mirrors images top to bottom with probability ``p``."""
+
+    horizontal = False
+
+
+@dataclass
+class CropParams(Params):
+    """``padding`` [N, 4] (left, top, right, bottom) first, then the box [N] in the padded image."""
+
+    padding: Ints
+    top: Ints
+    left: Ints
+    height: Ints
+    width: Ints
+
+
+class CenterCrop(Transform):
+    """Crops the middle; an image smaller than ``size`` is padded with 0 first."""
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        super().__init__()
+        self.size = arguments.crop_size("CenterCrop", size)
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        sampling.numbers()
+        size = np.stack([sampling.width, sampling.height], axis=1)
+        crop = np.broadcast_to(np.asarray(self.size[::-1]), size.shape)
+        short = np.maximum(crop - size, 0)
+        padding = np.concatenate([short // 2, (short + 1) // 2], axis=1)
+        # Halves go to the even side, as in torchvision, which uses Python's round().
+        corner = np.rint((np.maximum(size, crop) - crop) / 2.0).astype(np.int64)
+        params = CropParams(active, padding, corner[:, 1], corner[:, 0], crop[:, 1], crop[:, 0])
+        sampling.add(params, *_pad_and_crop(params, None, edge=False))
+
+
+class RandomCrop(Transform):
+    """Crops a window of ``size`` at a random place, after padding if asked for.
+
+    An image that is smaller than the crop is an error unless ``pad_if_needed``. ``padding_mode``
+    is "constant" or "edge" (torchvision's mirrored modes have no kernel here).
+    """
+
+    blocks: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        padding: int | Sequence[int] | None = None,
+        pad_if_needed: bool = False,
+        fill: Fill = 0,
+        padding_mode: str = "constant",
+    ) -> None:
+        super().__init__()
+        self.size = arguments.crop_size("RandomCrop", size)
+        self.padding = None if padding is None else arguments.padding_sides("RandomCrop", padding)
+        self.pad_if_needed = pad_if_needed
+        self.fill = fill
+        self._fill = arguments.fill_values("RandomCrop", fill)
+        self.padding_mode = arguments.padding_mode("RandomCrop", padding_mode)
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        u = sampling.numbers()
+        sides = np.asarray(self.padding or (0, 0, 0, 0), dtype=np.int64)
+        padding = np.broadcast_to(sides, (len(active), 4))
+        size = np.stack([sampling.width, sampling.height], axis=1) + padding[:, :2] + padding[:, 2:]
+        crop = np.broadcast_to(np.asarray(self.size[::-1]), size.shape)
+        short = np.maximum(crop - size, 0)
+        if self.pad_if_needed:
+            padding = padding + np.tile(short, 2)
+            size = size + 2 * short
+        elif (short.any(axis=1) & active).any():
+            i = int(np.flatnonzero(short.any(axis=1) & active)[0])
+            padded = "padded " if self.padding else ""
+            raise BadArgument(
+                f"bigkernel.RandomCrop: the crop {self.size} must fit into the {padded}image, got "
+                f"{(int(size[i, 1]), int(size[i, 0]))} (height, width) for image {i}. "
+                "Pass pad_if_needed=True, or resize the images before."
+            )
+        room = np.maximum(size - crop, 0) + 1
+        top, left = integers(u[0, :, 0], room[:, 1]), integers(u[0, :, 1], room[:, 0])
+        params = CropParams(active, padding, top, left, crop[:, 1], crop[:, 0])
+        todo = _pad_and_crop(params, self._fill, edge=self.padding_mode == "edge")
+        sampling.add(params, *todo)
+
+
+def _pad_and_crop(
+    params: CropParams, fill: tuple[float, ...] | None, edge: bool
+) -> tuple[steps.Step, ...]:
+    crop = steps.Crop(params.active, params.top, params.left, params.height, params.width)
+    return steps.Pad(params.active, params.padding, fill, edge), crop
+
+
+class Pad(Transform):
+    """Adds ``padding`` pixels (one number; x, y; or left, top, right, bottom) around images.
+
+    ``padding_mode`` is "constant" (``fill``) or "edge"; torchvision's mirrored modes have no
+    kernel here.
+    """
+
+    def __init__(
+        self, padding: int | Sequence[int], fill: Fill = 0, padding_mode: str = "constant"
+    ) -> None:
+        super().__init__()
+        self.padding = padding
+        self._sides = arguments.padding_sides("Pad", padding)
+        self.fill = fill
+        self._fill = arguments.fill_values("Pad", fill)
+        self.padding_mode = arguments.padding_mode("Pad", padding_mode)
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        sampling.numbers()
+        sides = np.broadcast_to(np.asarray(self._sides, dtype=np.int64), (len(active), 4))
+        edge = self.padding_mode == "edge"
+        sampling.add(Params(active), steps.Pad(active, sides, self._fill, edge))
+
+
+@dataclass
+class ResizeParams(Params):
+    """The size [N] that each image is scaled to."""
+
+    height: Ints
+    width: Ints
+
+
+class Resize(Transform):
+    """Scales images to ``size``: (height, width), or the shorter edge's length.
+
+    ``max_size`` bounds the longer edge; with ``size=None`` it is the longer edge's length.
+    ``interpolation`` is "nearest", "nearest-exact" or "bilinear"; with ``antialias``, bilinear
+    widens its filter where the image shrinks. PIL images are always antialiased, unless it is
+    ``False``.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int] | None,
+        interpolation: str | InterpolationMode | int = "bilinear",
+        max_size: int | None = None,
+        antialias: bool | None = True,
+    ) -> None:
+        super().__init__()
+        self.size = _resize_size(size, max_size)
+        self.interpolation = arguments.interpolation_mode("Resize", interpolation)
+        self.max_size = max_size
+        self.antialias = antialias
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        sampling.numbers()
+        height, width = self._target(sampling.height, sampling.width)
+        small = active & ((height < 1) | (width < 1))
+        if small.any():
+            i = int(np.flatnonzero(small)[0])
+            raise BadArgument(
+                "bigkernel.Resize: images must keep at least one pixel a side, got "
+                f"{(int(height[i]), int(width[i]))} (height, width) for image {i}. "
+                "Raise size or max_size."
+            )
+        params = ResizeParams(active, height, width)
+        antialias = sampling.pil if self.antialias is None else self.antialias
+        step = steps.Resize(active, height, width, self.interpolation, antialias)
+        sampling.add(params, step)
+
+    def _target(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
+        if self.size is not None and len(self.size) == 2:
+            return np.full_like(height, self.size[0]), np.full_like(width, self.size[1])
+        short, long = np.minimum(height, width), np.maximum(height, width)
+        if self.size is None:
+            assert self.max_size is not None
+            new_short = (self.max_size * short / long).astype(np.int64)
+            new_long = np.full_like(long, self.max_size)
+        else:
+            new_short = np.full_like(short, self.size[0])
+            new_long = (self.size[0] * long / short).astype(np.int64)
+            if self.max_size is not None:
+                over = new_long > self.max_size
+                shrunk = (self.max_size * new_short / np.maximum(new_long, 1)).astype(np.int64)
+                new_short = np.where(over, shrunk, new_short)
+                new_long = np.where(over, self.max_size, new_long)
+        upright = width <= height
+        return np.where(upright, new_long, new_short), np.where(upright, new_short, new_long)
+
+
+def _resize_size(size: object, max_size: int | None) -> list[int] | None:
+    check(
+        max_size is None or arguments.is_int(max_size),
+        "Resize",
+        "max_size",
+        "an int or None",
+        repr(max_size),
+    )
+    if size is None:
+        check(max_size is not None, "Resize", "max_size", "an int when size is None", "None")
+        return None
+    sides = [size] if arguments.is_int(size) else size
+    wanted = "an int, a sequence of one or two ints, or None"
+    check(isinstance(sides, Sequence) and len(sides) in (1, 2), "Resize", "size", wanted, size)
+    assert isinstance(sides, Sequence)
+    check(
+        all(arguments.is_int(s) and s > 0 for s in sides),
+        "Resize",
+        "size",
+        "positive whole numbers",
+        repr(size),
+    )
+    if max_size is not None:
+        check(len(sides) == 1, "Resize", "max_size", "None when size is (height, width)", max_size)
+        check(max_size > sides[0], "Resize", "max_size", f"greater than size {sides[0]}", max_size)
+    return [int(s) for s in sides]
+
+
+@dataclass
+class ResizedCropParams(Params):
+    """The box [N] that is cut out and scaled."""
+
+    top: Ints
+    left: Ints
+    height: Ints
+    width: Ints
+
+
+class RandomResizedCrop(Transform):
+    """Cuts out a box of random area and aspect ratio and scales it to ``size``.
+
+    Its area is ``scale`` times the image's, its width over its height ``ratio`` (drawn evenly in
+    the logarithm). As in torchvision, ten boxes are tried; if none fits, it is the largest box in
+    the middle whose ratio is in range.
+    """
+
+    blocks: ClassVar[int] = 10
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3.0 / 4.0, 4.0 / 3.0),
+        interpolation: str | InterpolationMode | int = "bilinear",
+        antialias: bool | None = True,
+    ) -> None:
+        super().__init__()
+        name = "RandomResizedCrop"
+        self.size = arguments.crop_size(name, size)
+        for argument, value in (("scale", scale), ("ratio", ratio)):
+            check(
+                isinstance(value, Sequence) and len(value) == 2,
+                name,
+                argument,
+                "a sequence of two floats",
+                repr(value),
+                cls=TypeError,
+            )
+            check(
+                all(arguments.is_number(v) and v > 0 for v in value),
+                name,
+                argument,
+                "positive numbers",
+                repr(value),
+            )
+        if scale[0] > scale[1] or ratio[0] > ratio[1]:
+            warnings.warn("scale and ratio should be of kind (min, max)", stacklevel=2)
+        self.scale = scale
+        self.ratio = ratio
+        self.interpolation = arguments.interpolation_mode(name, interpolation)
+        self.antialias = antialias
+
+    def walk(self, sampling: Sampling, active: Bools) -> None:
+        params = self._draw_box(active, sampling.numbers(), sampling.height, sampling.width)
+        crop = steps.Crop(active, params.top, params.left, params.height, params.width)
+        height, width = (np.full_like(params.top, s) for s in self.size)
+        antialias = sampling.pil if self.antialias is None else self.antialias
+        resize = steps.Resize(active, height, width, self.interpolation, antialias)
+        sampling.add(params, crop, resize)
+
+    def _draw_box(self, active: Bools, u: Floats, height: Ints, width: Ints) -> ResizedCropParams:
+        area = (height * width) * uniform(u[:, :, 0], *self.scale)  # [10, N]
+        ratio = np.exp(uniform(u[:, :, 1], *np.log(np.asarray(self.ratio, dtype=np.float64))))
+        box_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        box_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+        first = fits.argmax(axis=0)
+        each = np.arange(len(height))
+        found = fits[first, each]
+        middle_height, middle_width = self._middle_box(height, width)
+        h = np.where(found, box_height[first, each], middle_height)
+        w = np.where(found, box_width[first, each], middle_width)
+        top = integers(u[first, each, 2], np.maximum(height - h, 0) + 1)
+        left = integers(u[first, each, 3], np.maximum(width - w, 0) + 1)
+        top = np.where(found, top, (height - h) // 2)
+        left = np.where(found, left, (width - w) // 2)
+        return ResizedCropParams(active, top, left, h, w)
+
+    def _middle_box(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
+        in_ratio = width / height
+        low, high = min(self.ratio), max(self.ratio)
+        h = np.where(in_ratio < low, np.rint(width / low).astype(np.int64), height)
+        w = np.where(in_ratio > high, np.rint(height * high).astype(np.int64), width)
+        return np.clip(h, 1, height), np.clip(w, 1, width)
