@@ -3,17 +3,17 @@
 A model of transformers makes its mask once per forward through a registered function and hands the
 result to every attention layer. What these functions return:
 
-===============  =============  ===================================================================
+===============  =============  ===============================================================
 mask             form           what the attention layer still applies itself
-===============  =============  ===================================================================
+===============  =============  ===============================================================
 nothing to hide  ``None``       causal (aligned bottom-right) and window, as its module says
 padding          bool [B, Sk]   the same; False = padding
 packed           int32 [1, n]   the same, within each document; the n offsets of the documents
 anything else    bool 4-D       nothing: the mask is complete
-===============  =============  ===================================================================
+===============  =============  ===============================================================
 
-``compact_mask`` uses all four; it needs a model whose attention layers pass ``sliding_window`` on and
-which leaves the mask alone on its way to them. ``dense_mask`` uses the first and the last only.
+``compact_mask`` uses all four; it needs a model whose attention layers pass ``sliding_window`` on
+and which leaves the mask alone on its way to them. ``dense_mask`` uses the first and the last only.
 """
 
 from __future__ import annotations

@@ -106,14 +106,11 @@ def attention_forward(
     )
     if offsets is None:
         mask = _dense(attention_mask, position_bias)
-        result = attention(query, key, value, mask=mask, **options)
+        result: Any = attention(query, key, value, mask=mask, **options)
     else:
-        lengths = {
-            name: None if length is None else int(length)
-            for name, length in (("max_seqlen_q", max_length_q), ("max_seqlen_k", max_length_k))
-        }
-        packed = (_pack(query), _pack(key), _pack(value))
-        result = attention_varlen(*packed, *offsets, **lengths, **options)
+        for name, length in (("max_seqlen_q", max_length_q), ("max_seqlen_k", max_length_k)):
+            options[name] = None if length is None else int(length)
+        result = attention_varlen(_pack(query), _pack(key), _pack(value), *offsets, **options)
 
     out = result[0] if isinstance(result, tuple) else result
     if offsets is None:

@@ -1,0 +1,366 @@
+"""Folders that appear whole or not at all, and checkpoints that are proven whole before use.
+
+A checkpoint is written to a folder beside its final place, a manifest with the size and SHA-256 of
+each file is added, every file is synced to the disk, and the folder is renamed. Whatever stops the
+machine in between leaves at most a folder with a name that nothing reads, which the next start
+removes.
+Before a checkpoint is used, its files are compared with its manifest; one without a manifest (from
+transformers' own Trainer) has its files checked for their own structure instead.
+
+Nothing here unpickles: weights are safetensors, other files are loaded with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
+_ASIDE = ".partial"  # being written
+_REPLACED = ".replaced"  # the folder before, for as long as the new one takes its place
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none can be used; the message says which and why."""
+
+
+class NoCheckpointError(CheckpointError, ValueError):
+    """There is no checkpoint to resume from (a ValueError too, as transformers raises here)."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite.
+
+    Attributes:
+        step: the optimizer step (counted from 1) that was being computed.
+        last_checkpoint: the newest whole checkpoint, or None.
+    """
+
+    def __init__(self, message: str, step: int, last_checkpoint: Path | None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.last_checkpoint = last_checkpoint
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped the training after a checkpoint was saved; a process that lets it through
+    exits with status 130.
+
+    Attributes:
+        step: optimizer steps done.
+        checkpoint: the checkpoint that was saved.
+    """
+
+    def __init__(self, message: str, step: int, checkpoint: Path) -> None:
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def notify(message: str) -> None:
+    """Tell the user one sentence; replace this function to put it elsewhere."""
+    print(f"bigkernel: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, manifest: bool = True) -> Iterator[Path]:
+    """A new folder to write into, which becomes ``path`` when the block ends without an error.
+
+    The files are listed in ``manifest.json``, synced and put in place by a rename; a folder that
+    was at ``path`` is replaced. When the block raises, nothing appears and what was there stays.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written, naming ``path`` and the reason.
+    """
+    final = Path(path)
+    aside, replaced = _beside(final, _ASIDE), _beside(final, _REPLACED)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _settle(final)
+        aside.mkdir()
+        yield aside
+        if manifest:
+            _write_manifest(aside)
+        _sync_tree(aside)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(aside, final)
+        _sync(final.parent)
+    except BaseException as error:
+        _settle(final)
+        reason = _disk_trouble(error, final.parent)
+        if reason is not None:
+            raise CheckpointError(f"{final} could not be written: {reason}.") from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_file_atomically(path: str | Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a machine that stops, sees the old or the new content.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the old content is still there.
+    """
+    final = Path(path)
+    aside = _beside(final, _ASIDE)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, final)
+        _sync(final.parent)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        reason = _disk_trouble(error, final.parent)
+        if reason is not None:
+            raise CheckpointError(f"{final} could not be written: {reason}.") from error
+        raise
+
+
+def clean_up(run: str | Path) -> None:
+    """Settle what a writer that was killed left of the checkpoints in a run folder."""
+    for left in Path(run).glob(".checkpoint-*"):
+        name, suffix = left.stem.removeprefix("."), left.suffix
+        if _NUMBERED.fullmatch(name) and suffix in (_ASIDE, _REPLACED) and left.is_dir():
+            _settle(left.with_name(name))
+
+
+def _settle(final: Path) -> None:
+    """Remove what an interrupted write of ``final`` left, and put back what it was replacing."""
+    replaced = _beside(final, _REPLACED)
+    if replaced.exists() and not final.exists():
+        # Stopped between the two renames: the folder before is still the valid one.
+        os.rename(replaced, final)
+    for left in (replaced, _beside(final, _ASIDE)):
+        if left.exists():
+            shutil.rmtree(left)
+
+
+def find_checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, newest (highest step) first."""
+    folder = Path(run)
+    if not folder.is_dir():
+        return []
+    numbered = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := _NUMBERED.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_whole_checkpoint(run: str | Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None; says which ones it passes over."""
+    for path in find_checkpoints(run):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            notify(f"{error} Skipping it.")
+        else:
+            return path
+    return None
+
+
+def resolve_checkpoint(source: str | Path | bool, run: str | Path) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        source: True or ``"auto"``: the newest whole one of ``run``; the path of a checkpoint, or of
+            a run. Damaged ones are passed over, with a sentence, for the one before.
+        run: the folder of this run.
+
+    Returns:
+        the checkpoint; None if ``source`` is ``"auto"`` and there is no checkpoint yet.
+
+    Raises:
+        NoCheckpointError: there is none, or none of them is whole.
+    """
+    newest: int | None = None
+    if isinstance(source, bool) or str(source) == "auto":
+        folder = Path(run)
+    else:
+        path = Path(source)
+        named = _NUMBERED.fullmatch(path.resolve().name)
+        folder, newest = (path.resolve().parent, int(named[1])) if named else (path, None)
+        if not path.is_dir():
+            raise NoCheckpointError(f"there is no checkpoint or run folder {path}.")
+        if named is None and not find_checkpoints(path):
+            verify_checkpoint(path)  # a checkpoint under another name
+            return path
+    clean_up(folder)
+    candidates = [
+        path
+        for path in find_checkpoints(folder)
+        if newest is None or int(path.name.rsplit("-", 1)[1]) <= newest
+    ]
+    for path in candidates:
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            notify(f"{error} Using the one before.")
+        else:
+            return path
+    if candidates:
+        raise NoCheckpointError(
+            f"none of the {len(candidates)} checkpoints in {folder} is whole; start again without "
+            "resuming, in another folder."
+        )
+    if str(source) == "auto":
+        return None
+    raise NoCheckpointError(f"there is no checkpoint in {folder}; train without resuming first.")
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Check that a checkpoint is whole.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or changed; the message names it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint {folder} does not exist.")
+    if (folder / MANIFEST).exists():
+        _verify_manifest(folder)
+    else:
+        _verify_structure(folder)
+
+
+def _verify_manifest(folder: Path) -> None:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint {folder} is damaged: bad {MANIFEST}.") from error
+    for name, size, digest in listed:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {name} is missing.")
+        actual = file.stat().st_size
+        if actual != size:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: {name} has {actual} bytes, expected {size}."
+            )
+        if _sha256(file) != digest:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: the content of {name} has changed."
+            )
+
+
+def _verify_structure(folder: Path) -> None:
+    """For checkpoints without a manifest: each file's own format says whether it is all there."""
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: {state.name} is missing.")
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file():
+            continue
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".safetensors":
+                _check_safetensors(file)
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                _check_zip(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            name = file.relative_to(folder)
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: {name} is cut off or changed ({error})."
+            ) from error
+
+
+def _check_safetensors(file: Path) -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ValueError("header cut off")
+        header = json.loads(stream.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if 8 + length + max(ends, default=0) != size:
+        raise ValueError(f"{size} bytes, expected {8 + length + max(ends, default=0)}")
+
+
+def _check_zip(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise ValueError(f"{bad} has a wrong checksum")
+
+
+def folder_aside(path: str | Path) -> Path:
+    """Where ``atomic_folder(path)`` has its files written meanwhile."""
+    return _beside(Path(path), _ASIDE)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_trouble(error: BaseException, folder: Path) -> str | None:
+    """What the disk had to do with the error, or None. Writers wrap it in their own exceptions."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = _free(folder)
+                left = "" if free is None else f" ({free / 1e6:.1f} MB free)"
+                return f"{os.strerror(cause.errno).lower()}{left}; free some space and resume"
+            return os.strerror(cause.errno).lower()
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    # torch's and safetensors' writers are not in Python and report the same in words.
+    if "PytorchStreamWriter" in text or "SafetensorError" in type(error).__name__:
+        words = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        free = _free(folder)
+        left = "" if free is None else f" ({free / 1e6:.1f} MB free)"
+        return f"{words.rstrip('.')}{left}; free some space and resume"
+    return None
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
