@@ -36,9 +36,10 @@ color, float32 [N, K, 2]
     0.5), 5 greyscale (factor unused): torchvision's adjust_* and rgb_to_grayscale with 3 channels,
     in real numbers and clamped to the range of the input, 0..255 for uint8 and 0..1 for floats.
     Contrast takes the mean grey of the whole output image at that point of the chain.
-    Code + 16 works in whole numbers, as torchvision does on uint8 images: pixels are rounded
-    before, grey is cut to a whole number, the result is cut to a whole number. A chain of such
-    codes repeats torchvision's intermediate roundings; a chain of plain codes has none.
+    Code + 16 works in whole numbers, as torchvision does on uint8 images: pixels are rounded and
+    clamped before, grey is cut to a whole number, the result is cut to a whole number. A chain of
+    such codes repeats torchvision's intermediate roundings; a chain of plain codes has none. On
+    float images + 16 changes nothing.
     Images that have not three channels keep their saturation and hue and are grey already.
 
 fill, float32 [N, C] or [1, C], in the units of the input.

@@ -235,14 +235,14 @@ def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
 
 def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
     """One colour operation on [M, C, H, W] with a factor for each sample."""
-    whole, operation = code >= WHOLE_NUMBERS, code % WHOLE_NUMBERS
+    whole, operation = code >= WHOLE_NUMBERS and bound == 255, code % WHOLE_NUMBERS
     if code not in range(1, 6) and code - WHOLE_NUMBERS not in range(1, 6):
         raise ValueError(f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}.")
-    if whole:
-        value = value.round()
     colored = value.shape[1] == 3
     if not colored and operation in (SATURATION, HUE, GREYSCALE):
         return value
+    if whole:
+        value = value.round().clamp(0, bound)
     f = factor.view(-1, 1, 1, 1)
     if operation == BRIGHTNESS:
         result = (value * f).clamp(0, bound)

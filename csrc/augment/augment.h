@@ -1,0 +1,107 @@
+// Resample, recolour and normalise a batch of images, each with parameters of its own:
+//   out = colour(sum_taps weight * source) * gain + offset
+// The tables are explained in bigkernel/ops/augment.py. The output is made line by line: sample one
+// line of all channels into fp32 scratch, walk the colour chain over it, convert and store. Only
+// contrast, which needs a mean over the whole image, splits the chain: the image is then held in
+// fp32 at output size up to there and read back for the rest.
+#pragma once
+#include <cstdint>
+
+#include "common/dtypes.h"
+#include "cpu/isa.h"
+
+namespace bigkernel {
+
+// Widest vector of any instruction set; scratch lines are padded to it.
+constexpr int64_t kAugmentPad = 16;
+constexpr double kAugmentFar = 1048576.0;  // points beyond this many pixels are fill
+
+enum class AugmentBorder : int32_t { kFillBlend = 0, kClamp = 1, kFillOver = 2 };
+enum class AugmentNearest : int32_t { kFloor = 0, kEven = 1, kResize = 2 };
+enum class AugmentOp : int32_t { kBrightness = 1, kContrast, kSaturation, kHue, kGreyscale };
+
+// How the lines are sampled. kLines: axis-aligned, rows are combined first and columns after, by
+// the tap tables. kMap: any map, pixel by pixel through gathers. kEmpty: all fill.
+enum class AugmentPath : int32_t { kEmpty, kLines, kMap };
+
+// One of the two layouts: stride_x == 1 (planes), or stride_c == 1 and stride_x == channels.
+struct AugmentImage {
+  const void* data;
+  int64_t height, width;
+  int64_t stride_c, stride_y, stride_x;  // in elements
+  int64_t readable;  // elements from the start of any one plane (interleaved: of the image)
+};
+
+// Taps along one axis of an axis-aligned map. Outside the output box, and where no tap is left,
+// count and cover are 0.
+struct AugmentTaps {
+  const int32_t* start;  // [size] first tap; rows: in the image, columns: from the first one used
+  const int32_t* count;  // [size]
+  const float* weight;   // rows: [size, most], columns: [most, padded size]
+  const float* cover;    // [size] how much of the filter lies inside the source box
+  int64_t most;          // largest count
+  int64_t stride;        // of weight's first dimension
+};
+
+struct AugmentColor {
+  AugmentOp op;
+  bool whole;  // in whole numbers
+  float factor;
+};
+
+struct AugmentPlan {
+  AugmentPath path;
+  AugmentBorder border;
+  AugmentNearest rule;
+  AugmentImage image;
+  double map[6];
+  int32_t box[4], out_box[4];          // x0 y0 x1 y1, cut to the image and to the output
+  double reach_x, reach_y;             // half-widths of the filter in source pixels
+  AugmentTaps columns, rows;           // kLines
+  int64_t first_column, used_columns;  // kLines: source columns that any output column needs
+  bool covered;                        // kLines: no output pixel holds fill
+  const float* fill;                   // [channels]
+  const AugmentColor* colors;
+  int32_t color_count;
+};
+
+struct AugmentArgs {
+  DType in_type, out_type;
+  int64_t channels, out_h, out_w;
+  bool nearest, channels_last_out;
+  float bound;          // white: 255 for uint8 sources, 1 for floats
+  const float* gain;    // [channels]
+  const float* offset;  // [channels]
+  void* out;            // [n, channels, out_h, out_w] or [n, out_h, out_w, channels]
+};
+
+// Lines begin..end of one sample, colours first_color..last_color.
+struct AugmentTask {
+  const AugmentArgs* args;
+  const AugmentPlan* plan;
+  int64_t sample, begin, end;
+  int32_t first_color, last_color;
+  float mean_grey;    // for a contrast at first_color
+  bool sampling;      // else the lines come from `held`
+  bool storing;       // else they go to `held`, and their grey sums to line_sums
+  float* held;        // [channels, out_h, out_w], or null
+  double* line_sums;  // [out_h]
+  float* scratch;     // augment_scratch_size(...) floats
+};
+
+inline int64_t augment_pitch(int64_t size) {
+  return (size + kAugmentPad - 1) / kAugmentPad * kAugmentPad + kAugmentPad;
+}
+// Length of one source line in scratch: tables may point a filter's width beyond its end.
+inline int64_t augment_line_pitch(const AugmentPlan& plan) {
+  return augment_pitch(plan.used_columns + plan.columns.most);
+}
+inline int64_t augment_scratch_size(const AugmentArgs& args, const AugmentPlan& plan) {
+  const int64_t line = plan.path == AugmentPath::kLines ? augment_line_pitch(plan) : 0;
+  // Output lines, their converted copy, source lines by plane, and interleaved.
+  return args.channels * 2 * (augment_pitch(args.out_w) + line);
+}
+
+BK_DECLARE_PER_ISA(void augment_lines(const AugmentTask& task))
+
+}  // namespace bigkernel

@@ -1,0 +1,203 @@
+// What one sample needs before its pixels: boxes cut to size, the choice of path, tap tables in
+// double precision, the colour chain. Baseline code, compiled once.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "augment/augment.h"
+
+namespace bigkernel {
+
+class AugmentPlanner {
+ public:
+  // The plan's pointers stay valid until the next call.
+  const AugmentPlan& plan(const AugmentArgs& args, const AugmentImage& image, const double* row,
+                          const float* fill, bool antialias, std::vector<AugmentColor>&& colors) {
+    AugmentPlan& p = plan_ = AugmentPlan{};
+    colors_ = std::move(colors);
+    p.colors = colors_.data();
+    p.color_count = int32_t(colors_.size());
+    p.image = image;
+    p.fill = fill;
+    p.border = row[14] == 1   ? AugmentBorder::kClamp
+               : row[14] == 0 ? AugmentBorder::kFillBlend
+                              : AugmentBorder::kFillOver;
+    p.rule = row[15] == 1   ? AugmentNearest::kEven
+             : row[15] == 2 ? AugmentNearest::kResize
+                            : AugmentNearest::kFloor;
+    for (int i = 0; i < 6; ++i) p.map[i] = row[i];
+    cut(row[6], row[8], image.width, p.box[0], p.box[2]);
+    cut(row[7], row[9], image.height, p.box[1], p.box[3]);
+    cut(row[10], row[12], args.out_w, p.out_box[0], p.out_box[2]);
+    cut(row[11], row[13], args.out_h, p.out_box[1], p.out_box[3]);
+    p.path = AugmentPath::kEmpty;
+    if (p.box[0] >= p.box[2] || p.box[1] >= p.box[3]) return p;
+    if (p.out_box[0] >= p.out_box[2] || p.out_box[1] >= p.out_box[3]) return p;
+
+    const bool wide = antialias && !args.nearest;
+    p.reach_x = wide ? reach(row[0], row[1]) : 1.0;
+    p.reach_y = wide ? reach(row[3], row[4]) : 1.0;
+    p.path = AugmentPath::kMap;
+    if (row[1] != 0 || row[3] != 0) return p;
+
+    const int64_t w = args.out_w, h = args.out_h;
+    const double most = taps(p.reach_x, p.box[2] - p.box[0]);
+    if (most * double(w) > kLargestTable) return p;
+    if (taps(p.reach_y, p.box[3] - p.box[1]) * double(h) > kLargestTable) return p;
+    columns_.build(args.nearest, p.rule, p.border, row[0], row[2], row[6], p.reach_x, p.box[0],
+                   p.box[2], p.out_box[0], p.out_box[2], w, true);
+    int32_t first = p.box[2], last = p.box[0];
+    for (int64_t x = 0; x < w; ++x) {
+      if (columns_.count[x] == 0) continue;
+      first = std::min(first, columns_.start[x]);
+      last = std::max(last, columns_.start[x] + columns_.count[x]);
+    }
+    p.first_column = first;
+    p.used_columns = std::max(last - first, 0);
+    // Combining whole rows is wasted where few of their columns are looked at.
+    const bool sparse = p.used_columns > 3 * w + 64 && p.reach_x == 1.0 && p.reach_y == 1.0;
+    if (sparse && !(args.nearest && p.rule == AugmentNearest::kResize)) return p;
+    for (int64_t x = 0; x < w; ++x) columns_.start[x] -= columns_.count[x] ? first : 0;
+    rows_.build(args.nearest, p.rule, p.border, row[4], row[5], row[7], p.reach_y, p.box[1],
+                p.box[3], p.out_box[1], p.out_box[3], h, false);
+    p.columns = columns_.taps();
+    p.rows = rows_.taps();
+    p.covered = columns_.covered(w) && rows_.covered(h);
+    p.path = AugmentPath::kLines;
+    return p;
+  }
+
+ private:
+  static constexpr double kLargestTable = 1 << 24;
+
+  // One side of a box, cut to 0..size; NaN makes it empty.
+  static void cut(double start, double stop, int64_t size, int32_t& from, int32_t& to) {
+    from = to = 0;
+    if (!(start < stop)) return;
+    from = int32_t(std::clamp(start, 0.0, double(size)));
+    to = int32_t(std::clamp(stop, 0.0, double(size)));
+  }
+
+  static double reach(double along, double across) {
+    const double r = std::hypot(along, across);
+    return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
+  }
+
+  static double taps(double reach, int64_t side) {
+    return reach == 1.0 ? 2.0 : std::min(std::floor(2 * reach) + 1, double(side));
+  }
+
+  struct Table {
+    std::vector<int32_t> start, count;
+    std::vector<float> weight, cover;
+    int64_t most = 0, stride = 0;
+    std::vector<double> all;  // weights of one output pixel
+
+    AugmentTaps taps() const {
+      return {start.data(), count.data(), weight.data(), cover.data(), most, stride};
+    }
+    bool covered(int64_t size) const {
+      for (int64_t i = 0; i < size; ++i)
+        if (cover[i] != 1.0f) return false;
+      return true;
+    }
+
+    // Output pixels from..to of `size` take source pixels begin..end at step * (i + .5) + shift.
+    void build(bool nearest, AugmentNearest rule, AugmentBorder border, double step, double shift,
+               double origin, double reach, int32_t begin, int32_t end, int32_t from, int32_t to,
+               int64_t size, bool transposed) {
+      const int64_t padded = augment_pitch(size);
+      const int64_t room = nearest ? 1 : int64_t(AugmentPlanner::taps(reach, end - begin));
+      start.assign(padded, 0);
+      count.assign(padded, 0);
+      cover.assign(padded, 0.0f);
+      weight.assign(padded * room, 0.0f);
+      stride = transposed ? padded : room;
+      most = 1;
+      const auto at = [&](int64_t i, int64_t t) -> float& {
+        return weight[transposed ? t * stride + i : i * stride + t];
+      };
+      for (int64_t i = from; i < to; ++i) {
+        const double s = step * (double(i) + 0.5) + shift;
+        if (!(std::abs(s) <= kAugmentFar)) continue;
+        if (nearest) {
+          int64_t index = pick(rule, s, step, origin);
+          if (border == AugmentBorder::kClamp) index = std::clamp<int64_t>(index, begin, end - 1);
+          if (index < begin || index >= end) continue;
+          start[i] = int32_t(index);
+          count[i] = 1;
+          cover[i] = at(i, 0) = 1.0f;
+          continue;
+        }
+        double total = 0, inside = 0;
+        int64_t first = weigh(border, s, reach, begin, end, total, inside);
+        // Zero weights at the ends are no taps: what lies there is never read.
+        size_t low = 0, high = all.size();
+        while (low < high && all[low] == 0) ++low;
+        while (high > low && all[high - 1] == 0) --high;
+        if (low == high) continue;
+        start[i] = int32_t(first + int64_t(low));
+        count[i] = int32_t(high - low);
+        most = std::max<int64_t>(most, count[i]);
+        for (size_t t = low; t < high; ++t) at(i, int64_t(t - low)) = float(all[t] / total);
+        cover[i] = inside == total ? 1.0f : float(inside / total);
+      }
+    }
+
+    static int64_t pick(AugmentNearest rule, double s, double step, double origin) {
+      if (rule == AugmentNearest::kEven) return int64_t(std::nearbyint(s - 0.5));
+      const double scale = std::abs(step);
+      if (rule == AugmentNearest::kResize && scale >= 1 / kAugmentFar && scale <= kAugmentFar &&
+          std::abs(origin) <= kAugmentFar) {
+        const float k = float(std::nearbyint((s - origin) / scale - 0.5));
+        // Rounded to fp32 before the floor, as interpolate(mode="nearest") does.
+        const float product = k * float(scale);
+        return int64_t(std::floor(product)) + int64_t(origin);
+      }
+      return int64_t(std::floor(s));
+    }
+
+    // Fills `all` with the weights of consecutive pixels and returns the first of them. `total`
+    // is what the weights are to be divided by, `inside` their sum.
+    int64_t weigh(AugmentBorder border, double s, double reach, int64_t begin, int64_t end,
+                  double& total, double& inside) {
+      all.clear();
+      if (reach == 1.0 && border == AugmentBorder::kClamp) {
+        const int64_t index = int64_t(std::floor(s - 0.5));
+        const int64_t left = std::clamp<int64_t>(index, begin, end - 1);
+        const double right_weight = s - 0.5 - double(index);
+        const bool merged = left == std::clamp<int64_t>(index + 1, begin, end - 1);
+        all.push_back(merged ? 1.0 : 1.0 - right_weight);
+        if (!merged) all.push_back(right_weight);
+        total = inside = 1.0;
+        return left;
+      }
+      int64_t first = int64_t(std::floor(s - 0.5 - reach)) + 1;
+      const int64_t last = int64_t(std::ceil(s - 0.5 + reach)) - 1;
+      const int64_t kept = std::clamp<int64_t>(first, begin, end);
+      for (int64_t i = kept; i <= std::min(last, end - 1); ++i) {
+        all.push_back(triangle(i, s, reach));
+        inside += all.back();
+      }
+      if (border == AugmentBorder::kClamp) {
+        total = inside;
+      } else {
+        total = 0;
+        for (int64_t i = first; i <= last; ++i) total += triangle(i, s, reach);
+      }
+      return kept;
+    }
+
+    static double triangle(int64_t i, double s, double reach) {
+      return std::max(0.0, 1.0 - std::abs(double(i) + 0.5 - s) / reach);
+    }
+  };
+
+  AugmentPlan plan_;
+  std::vector<AugmentColor> colors_;
+  Table columns_, rows_;
+};
+
+}  // namespace bigkernel

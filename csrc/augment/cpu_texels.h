@@ -1,0 +1,121 @@
+// Reading source pixels as fp32 vectors: consecutive ones, and scattered ones through gathers. A
+// gather fetches 32 bits, so one of uint8 or 16-bit pixels brings the neighbour along: the right
+// tap in a plane, the other colours in an interleaved image.
+namespace bigkernel::BK_ISA {
+
+BK_INLINE VecI vmini(VecI a, VecI b) { return a < b ? a : b; }
+BK_INLINE VecI clampi(VecI a, int32_t low, int32_t high) {
+  a = a < low ? set1i(low) : a;
+  return a > high ? set1i(high) : a;
+}
+
+// ---- consecutive pixels ----
+
+template <class T>
+BK_INLINE VecF load_pixels(const T* p) {
+  return load<T>(p);
+}
+template <>
+BK_INLINE VecF load_pixels(const uint8_t* p) {
+#if defined(BK_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(BK_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return to_float(v);
+#endif
+}
+
+// ---- scattered pixels ----
+
+BK_INLINE VecU gather_words(const void* base, VecI byte) {
+#if defined(BK_AVX512)
+  return (VecU)_mm512_i32gather_epi32((__m512i)byte, base, 1);
+#elif defined(BK_AVX2)
+  return (VecU)_mm256_i32gather_epi32((const int*)base, (__m256i)byte, 1);
+#else
+  VecU v;
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t word;
+    __builtin_memcpy(&word, static_cast<const char*>(base) + byte[i], 4);
+    v[i] = word;
+  }
+  return v;
+#endif
+}
+
+// The 32 bits at elements `index` of p[0..readable), without reading behind the last element: there
+// the word before is fetched and shifted. What lies behind comes out as zeros.
+template <class T>
+BK_INLINE VecU words_at(const T* p, VecI index, int64_t readable) {
+  constexpr int32_t kEach = 4 / int32_t(sizeof(T));
+  if (readable < kEach) {  // the whole image is smaller than one word
+    VecU v = {};
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t word = 0;
+      __builtin_memcpy(&word, p + index[i], size_t(readable - index[i]) * sizeof(T));
+      v[i] = word;
+    }
+    return v;
+  }
+  const VecI safe = vmini(index, set1i(int32_t(readable) - kEach));
+  const VecI excess = (index - safe) * int32_t(8 * sizeof(T));
+  return gather_words(p, safe * int32_t(sizeof(T))) >> (VecU)excess;
+}
+
+BK_INLINE VecF half_to_float(VecU bits) {  // as to_float(fp16) in common/dtypes.h
+  const VecU magnitude = (bits & 0x7fffu) << 13;
+  const VecF value = (VecF)magnitude * 0x1p112f;
+  const VecU special = magnitude | 0x7f800000u;
+  const VecU out = magnitude >= (0x7c00u << 13) ? special : (VecU)value;
+  return (VecF)(out | ((bits & 0x8000u) << 16));
+}
+
+// Pixel number `which` of the word that words_at fetched.
+template <class T>
+BK_INLINE VecF unpack(VecU word, int which);
+template <>
+BK_INLINE VecF unpack<uint8_t>(VecU word, int which) {
+  return to_float((VecI)((word >> (8 * which)) & 0xffu));
+}
+template <>
+BK_INLINE VecF unpack<bf16>(VecU word, int which) {
+  return (VecF)(which ? word & 0xffff0000u : word << 16);
+}
+template <>
+BK_INLINE VecF unpack<fp16>(VecU word, int which) {
+  return half_to_float(which ? word >> 16 : word & 0xffffu);
+}
+
+template <class T>
+BK_INLINE VecF pixel_at(const T* p, VecI index, int64_t readable) {
+  return unpack<T>(words_at<T>(p, index, readable), 0);
+}
+template <>
+BK_INLINE VecF pixel_at(const float* p, VecI index, int64_t) {
+  return gather(p, index);
+}
+
+// The pixels at `index` and right of it in a plane.
+template <class T>
+BK_INLINE void pair_at(const T* p, VecI index, int64_t readable, VecF& left, VecF& right) {
+  const VecU word = words_at<T>(p, index, readable);
+  left = unpack<T>(word, 0);
+  right = unpack<T>(word, 1);
+}
+template <>
+BK_INLINE void pair_at(const float* p, VecI index, int64_t, VecF& left, VecF& right) {
+  left = gather(p, index);
+  right = gather(p, index + 1);
+}
+
+// weight * pixel; for floats a weight of zero silences a NaN or an infinity.
+template <class T>
+BK_INLINE VecF weigh(VecF weight, VecF pixel) {
+  if constexpr (std::is_same_v<T, uint8_t>) return weight * pixel;
+  return weight != 0.0f ? weight * pixel : VecF{};
+}
+
+}  // namespace bigkernel::BK_ISA
