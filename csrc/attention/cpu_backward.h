@@ -1,0 +1,251 @@
+// Backward (Dao et al., 2022): probabilities are recomputed from lse, tile by tile.
+//
+//   P = exp(score - lse), P' = P * drop, dP = (dout v^T) * drop, delta = <dout, out> - dlse
+//   dS = P * (dP - delta), through softcap: * (1 - tanh^2)
+//   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k, dmask = dS before softcap
+//
+// A work item owns a run of keys of one key head and sums dk and dv over the query heads and rows
+// in a fixed order. Its share of dq goes to a buffer of its own; how many there are depends on
+// shapes alone, and their sum has one order too: results do not depend on the number of threads.
+#pragma once
+
+namespace bigkernel::BK_ISA {
+
+struct BackwardScratch {
+  float *keys, *keys_t, *values_t, *p, *ds, *dk, *dv, *mask, *drop;
+};
+
+BK_INLINE BackwardScratch backward_scratch(Arena& arena, const Tiling& t) {
+  BackwardScratch s;
+  s.keys = arena.take(t.block_k * t.ld_q);      // [block_k, dim]
+  s.keys_t = arena.take(t.width_q * t.ld_s);    // [dim, block_k]
+  s.values_t = arena.take(t.width_v * t.ld_s);  // [dim_v, block_k]
+  s.p = arena.take(t.block_q * t.ld_s);         // [block_q, block_k] P'
+  s.ds = arena.take(t.block_q * t.ld_s);        // [block_q, block_k] dP, then dS
+  s.dk = arena.take(t.block_k * t.ld_q);        // [block_k, dim]
+  s.dv = arena.take(t.block_k * t.ld_v);        // [block_k, dim_v]
+  s.mask = arena.take(t.block_q * t.ld_s);
+  s.drop = arena.take(t.block_k + 4 * kLanes);
+  return s;
+}
+
+// Rows [begin, begin + rows) of q and dout as fp32, and their delta.
+inline void unpack_rows(float* q, float* dout, float* delta, const Tiling& t,
+                        const AttentionArgs& args, const AttentionSequence& seq, int64_t head,
+                        int64_t begin, int64_t rows) {
+  alignas(64) float out[kMostDim + 16];
+  const int64_t first = seq.first_q + begin;
+  unpack_tile(q, t.ld_q, args.q, args.dtype, seq.index, head, first, rows, args.dim);
+  unpack_tile(dout, t.ld_v, args.dout, args.dtype, seq.index, head, first, rows, args.dim_v);
+  for (int64_t r = 0; r < rows; ++r) {
+    unpack_row(out, row_of(args.out, args.dtype, seq.index, head, first + r), args.dtype,
+               args.dim_v, t.width_v);
+    VecF sum{};
+    for (int64_t d = 0; d < t.width_v; d += kLanes)
+      sum = fma(load(dout + r * t.ld_v + d), load(out + d), sum);
+    delta[r] = reduce_sum(sum);
+    if (args.dlse.data != nullptr)
+      delta[r] -= static_cast<const float*>(
+          args.dlse.data)[offset_of(args.dlse, seq.index, head, first + r)];
+  }
+}
+
+void attention_bwd_prepare(const AttentionArgs& args, const AttentionBlock& block) {
+  const Tiling t = tiling(args.dim, args.dim_v, true);
+  const AttentionUnit& unit = args.units[block.unit];
+  const AttentionSequence& seq = args.sequences[unit.sequence];
+  const int64_t at = unit.first_row + block.member * seq.rows + block.begin;
+  unpack_rows(args.packed_q + at * t.ld_q, args.packed_do + at * t.ld_v, args.delta + at, t, args,
+              seq, unit.kv_head * args.group + block.member, block.begin,
+              seq.rows - block.begin < t.block_q ? seq.rows - block.begin : t.block_q);
+}
+
+// What the tiles of one query head and one block of its rows share.
+struct BackwardRows {
+  const float *q, *dout, *delta;  // [rows, ld_q], [rows, ld_v], [rows]
+  int64_t head, begin, rows;
+};
+
+BK_INLINE BackwardRows backward_rows(const AttentionArgs& args, const Tiling& t,
+                                     const AttentionUnit& unit, const AttentionSequence& seq,
+                                     int64_t member, int64_t begin) {
+  const int64_t at = unit.first_row + member * seq.rows + begin;
+  return BackwardRows{args.packed_q + at * t.ld_q,
+                      args.packed_do + at * t.ld_v,
+                      args.delta + at,
+                      unit.kv_head * args.group + member,
+                      begin,
+                      seq.rows - begin < t.block_q ? seq.rows - begin : t.block_q};
+}
+
+BK_INLINE void pack_tile_backward(const BackwardScratch& w, const Tiling& t,
+                                  const AttentionArgs& args, const AttentionSequence& seq,
+                                  int64_t head, int64_t key, int64_t keys) {
+  unpack_tile(w.keys, t.ld_q, args.k, args.dtype, seq.index, head, seq.first_k + key, keys,
+              args.dim);
+  transpose_tile(w.keys_t, t.ld_s, args.k, args.dtype, seq.index, head, seq.first_k + key, keys,
+                 args.dim);
+  transpose_tile(w.values_t, t.ld_s, args.v, args.dtype, seq.index, head, seq.first_k + key, keys,
+                 args.dim_v);
+}
+
+// One row of w.p and w.ds from the products of q with the keys and of dout with the values.
+template <bool kPlain>
+BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float lse, float delta,
+                            const ScoreRow& score, const float* drop, bool through_softcap) {
+  const bool capped = score.softcap > 0 && through_softcap;
+  for (int64_t c = from; c < to; c += kLanes) {
+    const VecF product = load(p + c);
+    VecF tanh{};
+    const VecF s = kPlain ? product * score.scale - lse : score(product, c, tanh) - lse;
+    const VecF probability = exp_softmax(s);
+    VecF dp = load(ds + c);
+    VecF dropped = probability;
+    if (!kPlain && drop != nullptr) {
+      const VecF keep = load(drop + c);
+      dp = dp * keep;
+      dropped = probability * keep;
+    }
+    VecF gradient = probability * (dp - delta);
+    if (!kPlain && capped) gradient = gradient * (1.0f - tanh * tanh);
+    store(p + c, dropped);
+    store(ds + c, gradient);
+  }
+}
+
+// Fills w.p with P' and w.ds with dS; both are zero wherever a row does not see a key, in all of
+// [0, block_k) of every row that sees any. Returns false if the mask closes the whole tile.
+inline bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArgs& args,
+                          const AttentionSequence& seq, const Reach& reach, const Spans& spans,
+                          const BackwardRows& b, int64_t key, int64_t keys, bool through_softcap) {
+  MaskTile mask;
+  if (!load_mask_tile(mask, w.mask, t.ld_s, args, seq.index, b.head, b.begin, b.rows, key, keys))
+    return false;
+  const bool plain = plain_scores(args) && args.dropout_p == 0;
+  for (int64_t r = 0; r < b.rows; r += kMr) {
+    const int64_t n = b.rows - r < kMr ? b.rows - r : kMr;
+    const int64_t from = spans.lo[r] / kLanes * kLanes;
+    const int64_t to = round_up(spans.hi[r + n - 1], kLanes);
+    if (from >= to) continue;
+    multiply<false>({b.q + r * t.ld_q, t.ld_q, w.keys_t + from, t.ld_s, w.p + r * t.ld_s + from,
+                     t.ld_s, args.dim, Start::kZero, nullptr},
+                    n, (to - from) / kLanes);
+    multiply<false>({b.dout + r * t.ld_v, t.ld_v, w.values_t + from, t.ld_s,
+                     w.ds + r * t.ld_s + from, t.ld_s, args.dim_v, Start::kZero, nullptr},
+                    n, (to - from) / kLanes);
+    for (int64_t m = r; m < r + n; ++m) {
+      float* p = w.p + m * t.ld_s;
+      float* ds = w.ds + m * t.ld_s;
+      const int64_t i = seq.first_q + b.begin + m;
+      const float lse =
+          static_cast<const float*>(args.lse.data)[offset_of(args.lse, seq.index, b.head, i)];
+      int64_t lo = spans.lo[m], hi = spans.hi[m];
+      if (lse == -kInf) lo = hi = t.block_k;  // a row without any open key
+      if (lo < hi) {
+        const float* drop = nullptr;
+        if (args.dropout_p > 0) {
+          const int64_t start = from / (4 * kLanes) * (4 * kLanes);
+          dropout_row(w.drop + start, args, seq.index, b.head, b.begin + m, key + start,
+                      to - start);
+          drop = w.drop;
+        }
+        const ScoreRow score =
+            score_row(args, seq.index, b.head, b.begin + m + reach.off - key, mask.row(m));
+        if (plain)
+          gradient_row<true>(p, ds, from, to, lse, b.delta[m], score, drop, through_softcap);
+        else
+          gradient_row<false>(p, ds, from, to, lse, b.delta[m], score, drop, through_softcap);
+      }
+      fill(p, 0, lo, 0.0f);
+      fill(ds, 0, lo, 0.0f);
+      fill(p, hi, t.block_k, 0.0f);
+      fill(ds, hi, t.block_k, 0.0f);
+    }
+  }
+  return true;
+}
+
+void attention_bwd_keys(const AttentionArgs& args, const AttentionChunk& chunk, float* memory) {
+  const Tiling t = tiling(args.dim, args.dim_v, true);
+  Arena arena{memory};
+  const BackwardScratch w = backward_scratch(arena, t);
+  const AttentionUnit& unit = args.units[chunk.unit];
+  const AttentionSequence& seq = args.sequences[unit.sequence];
+  const Reach reach = reach_of(args, seq);
+  const int64_t vectors_q = t.width_q / kLanes, vectors_v = t.width_v / kLanes;
+  float* dq = args.partial_dq + (chunk.chunk * args.round_rows + unit.first_row) * t.ld_q;
+  for (int64_t r = 0; r < args.group * seq.rows; ++r) fill(dq + r * t.ld_q, 0, t.width_q, 0.0f);
+
+  for (int64_t tile = chunk.first; tile < chunk.last; ++tile) {
+    const int64_t key = tile * t.block_k;
+    const int64_t keys = seq.keys - key < t.block_k ? seq.keys - key : t.block_k;
+    pack_tile_backward(w, t, args, seq, unit.kv_head, key, keys);
+    for (int64_t j = 0; j < keys; ++j) {
+      fill(w.dk + j * t.ld_q, 0, t.width_q, 0.0f);
+      fill(w.dv + j * t.ld_v, 0, t.width_v, 0.0f);
+    }
+    for (int64_t member = 0; member < args.group; ++member) {
+      for (int64_t begin = 0; begin < seq.rows; begin += t.block_q) {
+        const BackwardRows b = backward_rows(args, t, unit, seq, member, begin);
+        if (reach.hi(begin + b.rows - 1) <= key || reach.lo(begin) >= key + keys) continue;
+        Spans spans;
+        spans.set(reach, begin, b.rows, key, keys);
+        if (!gradient_tile(w, t, args, seq, reach, spans, b, key, keys, true)) continue;
+
+        // The rows that see keys [j, j + kMr) are consecutive, and so are the keys a row sees.
+        int64_t top = 0, bottom = 0;
+        for (int64_t j = 0; j < keys; j += kMr) {
+          const int64_t n = keys - j < kMr ? keys - j : kMr;
+          while (top < b.rows && spans.hi[top] <= j) ++top;
+          while (bottom < b.rows && spans.lo[bottom] < j + n) ++bottom;
+          if (top >= bottom) continue;
+          multiply<true>({w.p + top * t.ld_s + j, t.ld_s, b.dout + top * t.ld_v, t.ld_v,
+                          w.dv + j * t.ld_v, t.ld_v, bottom - top, Start::kAdd, nullptr},
+                         n, vectors_v);
+          multiply<true>({w.ds + top * t.ld_s + j, t.ld_s, b.q + top * t.ld_q, t.ld_q,
+                          w.dk + j * t.ld_q, t.ld_q, bottom - top, Start::kAdd, nullptr},
+                         n, vectors_q);
+        }
+        for (int64_t r = 0; r < b.rows; r += kMr) {
+          const int64_t n = b.rows - r < kMr ? b.rows - r : kMr;
+          const int64_t from = spans.lo[r], to = spans.hi[r + n - 1];
+          if (from >= to) continue;
+          multiply<false>({w.ds + r * t.ld_s + from, t.ld_s, w.keys + from * t.ld_q, t.ld_q,
+                           dq + (member * seq.rows + begin + r) * t.ld_q, t.ld_q, to - from,
+                           Start::kAdd, nullptr},
+                          n, vectors_q);
+        }
+      }
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t at = seq.first_k + key + j;
+      pack_row(row_of(args.dk, args.dtype, seq.index, unit.kv_head, at), w.dk + j * t.ld_q,
+               args.scale, args.dtype, args.dim);
+      pack_row(row_of(args.dv, args.dtype, seq.index, unit.kv_head, at), w.dv + j * t.ld_v, 1.0f,
+               args.dtype, args.dim_v);
+    }
+  }
+}
+
+// dq of a block of rows: the sum over the chunks, always in the same order.
+void attention_bwd_queries(const AttentionArgs& args, const AttentionBlock& block, int64_t chunks) {
+  const Tiling t = tiling(args.dim, args.dim_v, true);
+  const AttentionUnit& unit = args.units[block.unit];
+  const AttentionSequence& seq = args.sequences[unit.sequence];
+  const int64_t head = unit.kv_head * args.group + block.member;
+  const int64_t rows = seq.rows - block.begin < t.block_q ? seq.rows - block.begin : t.block_q;
+  const int64_t at = unit.first_row + block.member * seq.rows + block.begin;
+  alignas(64) float sum[kMostDim + 16];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < t.width_q; d += kLanes) {
+      VecF total{};
+      for (int64_t c = 0; c < chunks; ++c)
+        total += load(args.partial_dq + (c * args.round_rows + at + r) * t.ld_q + d);
+      store(sum + d, total);
+    }
+    pack_row(row_of(args.dq, args.dtype, seq.index, head, seq.first_q + block.begin + r), sum,
+             args.scale, args.dtype, args.dim);
+  }
+}
+
+}  // namespace bigkernel::BK_ISA

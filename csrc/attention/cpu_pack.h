@@ -1,0 +1,120 @@
+// Rows of any dtype to fp32 and back, and tiles of keys and values in the order in which the
+// products read them.
+#pragma once
+
+namespace bigkernel::BK_ISA {
+
+constexpr int64_t kMostDim = 256;  // the binding checks it
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A row length in floats that is an odd number of cache lines: the rows of a tile then spread over
+// all sets of the L1 cache, whatever the head dimension.
+constexpr int64_t odd_lines(int64_t n) {
+  const int64_t lines = round_up(n, 16) / 16;
+  return 16 * (lines | 1);
+}
+
+template <class T>
+BK_INLINE void unpack_row_as(float* dst, const T* src, int64_t n, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  if (i < n) {
+    store(dst + i, load_n(src + i, int(n - i)));
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) store(dst + i, VecF{});
+}
+
+// dst[0, padded) = src[0, n), then zeros; padded is a multiple of kLanes.
+inline void unpack_row(float* dst, const void* src, DType dtype, int64_t n, int64_t padded) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return unpack_row_as(dst, static_cast<const bf16*>(src), n, padded);
+    case DType::kFloat16:
+      return unpack_row_as(dst, static_cast<const fp16*>(src), n, padded);
+    default:
+      return unpack_row_as(dst, static_cast<const float*>(src), n, padded);
+  }
+}
+
+template <class T>
+BK_INLINE void pack_row_as(T* dst, const float* src, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i) * factor);
+  if (i < n) store_n(dst + i, load(src + i) * factor, int(n - i));
+}
+
+// dst[0, n) = src[0, n) * factor; src is readable up to whole vectors.
+inline void pack_row(void* dst, const float* src, float factor, DType dtype, int64_t n) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return pack_row_as(static_cast<bf16*>(dst), src, factor, n);
+    case DType::kFloat16:
+      return pack_row_as(static_cast<fp16*>(dst), src, factor, n);
+    default:
+      return pack_row_as(static_cast<float*>(dst), src, factor, n);
+  }
+}
+
+BK_INLINE int64_t offset_of(const AttentionTensor& t, int64_t b, int64_t h, int64_t i) {
+  return b * t.batch + h * t.head + i * t.row;
+}
+
+BK_INLINE void* row_of(const AttentionTensor& t, DType dtype, int64_t b, int64_t h, int64_t i) {
+  return static_cast<char*>(t.data) + offset_of(t, b, h, i) * dtype_size(dtype);
+}
+
+// The lower and upper half of a0 b0 a1 b1 ...
+BK_INLINE void interleave(VecF a, VecF b, VecF& low, VecF& high) {
+#if BK_LANES == 4
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif BK_LANES == 8
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high =
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+// dst[c][r] = src[r][c] for kLanes x kLanes floats: log2(kLanes) perfect shuffles of the rows.
+BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const float* src, int64_t ld_src) {
+  VecF rows[kLanes], next[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * ld_src);
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i)
+      interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+  for (int i = 0; i < kLanes; ++i) store(dst + i * ld_dst, rows[i]);
+}
+
+// Rows [first, first + n) of a head as fp32 [n, ld], columns from dim to `width` zero.
+inline void unpack_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
+                        int64_t h, int64_t first, int64_t n, int64_t dim) {
+  const int64_t width = round_up(dim, kLanes);
+  for (int64_t i = 0; i < n; ++i)
+    unpack_row(dst + i * ld, row_of(t, dtype, b, h, first + i), dtype, dim, width);
+}
+
+// dst[d][i] = row first + i, column d: [dim, ld]. Columns from n up to a whole vector are zero.
+inline void transpose_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
+                           int64_t h, int64_t first, int64_t n, int64_t dim) {
+  alignas(64) float rows[kLanes * (kMostDim + 16)];
+  const int64_t width = round_up(dim, kLanes), ld_rows = odd_lines(dim);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r) {
+      if (i + r < n)
+        unpack_row(rows + r * ld_rows, row_of(t, dtype, b, h, first + i + r), dtype, dim, width);
+      else
+        for (int64_t d = 0; d < width; d += kLanes) store(rows + r * ld_rows + d, VecF{});
+    }
+    for (int64_t d = 0; d < width; d += kLanes)
+      transpose_square(dst + d * ld + i, ld, rows + d, ld_rows);
+  }
+}
+
+}  // namespace bigkernel::BK_ISA

@@ -1,0 +1,233 @@
+// What happens to a score between the product q . k and the softmax: softcap, ALiBi, mask, the keys
+// that causality and window leave, dropout.
+#pragma once
+
+namespace bigkernel::BK_ISA {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kInf = __builtin_inff();
+
+// e^x for x <= 87, within 2 ulp of a result that is normal; below e^-87, 0. A NaN passes through.
+BK_INLINE VecF exp_softmax(VecF x) {
+  const VecF magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: the low bits hold the biased exponent
+  const VecF shifted = fma(x, set1(kLog2E), magic);
+  const VecF f = fma(x, set1(kLog2E), magic - shifted);
+  VecF p = set1(kExp2[6]);
+#pragma GCC unroll 6
+  for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
+  const VecF r = p * (VecF)(((VecI)shifted) << 23);
+  return x < -87.0f ? VecF{} : r;
+}
+
+// The keys [lo, hi) that a row sees, both non-decreasing in the row.
+struct Reach {
+  int64_t off, left, right, keys;
+
+  BK_INLINE int64_t lo(int64_t row) const { return left < 0 ? 0 : clamp(row + off - left); }
+  BK_INLINE int64_t hi(int64_t row) const {
+    return right < 0 ? keys : clamp(row + off + right + 1);
+  }
+  BK_INLINE int64_t clamp(int64_t key) const { return key < 0 ? 0 : (key > keys ? keys : key); }
+};
+
+BK_INLINE Reach reach_of(const AttentionArgs& args, const AttentionSequence& seq) {
+  return Reach{args.bottom_right ? seq.keys - seq.rows : 0, args.left, args.right, seq.keys};
+}
+
+// The part of a tile of keys that each row of a block sees, relative to the tile.
+struct Spans {
+  static constexpr int64_t kMost = 192;
+  int32_t lo[kMost], hi[kMost];
+
+  BK_INLINE void set(const Reach& reach, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+    for (int64_t r = 0; r < rows; ++r) {
+      lo[r] = int32_t(within(reach.lo(row + r) - key, keys));
+      hi[r] = int32_t(within(reach.hi(row + r) - key, keys));
+    }
+  }
+  static BK_INLINE int64_t within(int64_t x, int64_t keys) {
+    return x < 0 ? 0 : (x > keys ? keys : x);
+  }
+};
+
+// True where the scores are nothing but scale * <q, k>, with a positive scale.
+BK_INLINE bool plain_scores(const AttentionArgs& args) {
+  return args.softcap == 0 && args.slopes == nullptr && args.mask.kind == MaskKind::kNone &&
+         args.scale > 0;
+}
+
+template <class T>
+BK_INLINE VecF mask_vector(const T* p, int64_t col, int n) {
+  if (col == 1) return n >= kLanes ? load(p) : load_n(p, n);
+  VecF v{};
+  for (int i = 0; i < (n < kLanes ? n : kLanes); ++i) v[i] = ::bigkernel::to_float(p[i * col]);
+  return v;
+}
+BK_INLINE VecF mask_vector(const double* p, int64_t col, int n) {
+  VecF v{};
+  for (int i = 0; i < (n < kLanes ? n : kLanes); ++i) v[i] = float(p[i * col]);
+  return v;
+}
+BK_INLINE VecF mask_vector(const uint8_t* p, int64_t col, int n) {  // bool
+  VecF v{};
+  for (int i = 0; i < (n < kLanes ? n : kLanes); ++i) v[i] = p[i * col] != 0 ? 0.0f : -kInf;
+  return v;
+}
+
+// One row of the mask as summands; returns whether any of them lets a key through.
+template <class T>
+BK_INLINE bool load_mask_row_as(float* dst, const T* src, int64_t col, int64_t n) {
+  VecI open{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF v = mask_vector(src + i * col, col, int(n - i));
+    // Lanes past n hold 0: they may only count where a real lane does.
+    open |= (v != -kInf) & (lane_index() < int32_t(n - i));
+    store(dst + i, v);
+  }
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= open[i];
+  return any != 0;
+}
+
+inline bool load_mask_row(float* dst, const AttentionMask& mask, int64_t at, int64_t n) {
+  switch (mask.kind) {
+    case MaskKind::kBool:
+      return load_mask_row_as(dst, static_cast<const uint8_t*>(mask.data) + at, mask.col, n);
+    case MaskKind::kBFloat16:
+      return load_mask_row_as(dst, static_cast<const bf16*>(mask.data) + at, mask.col, n);
+    case MaskKind::kFloat16:
+      return load_mask_row_as(dst, static_cast<const fp16*>(mask.data) + at, mask.col, n);
+    case MaskKind::kFloat64:
+      return load_mask_row_as(dst, static_cast<const double*>(mask.data) + at, mask.col, n);
+    default:
+      return load_mask_row_as(dst, static_cast<const float*>(mask.data) + at, mask.col, n);
+  }
+}
+
+// The mask of a tile as fp32 summands in scratch, one row if it is the same for all.
+struct MaskTile {
+  float* data;
+  int64_t ld;
+
+  BK_INLINE const float* row(int64_t r) const { return data == nullptr ? nullptr : data + r * ld; }
+};
+
+// Fills `tile`; returns false where the mask closes the whole tile.
+inline bool load_mask_tile(MaskTile& tile, float* buffer, int64_t ld, const AttentionArgs& args,
+                           int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key,
+                           int64_t keys) {
+  const AttentionMask& mask = args.mask;
+  if (mask.kind == MaskKind::kNone) {
+    tile = MaskTile{nullptr, 0};
+    return true;
+  }
+  const bool same = mask.row == 0;
+  tile = MaskTile{buffer, same ? 0 : ld};
+  bool open = false;
+  for (int64_t r = 0; r < (same ? 1 : rows); ++r)
+    open |= load_mask_row(
+        buffer + r * ld, mask,
+        batch * mask.batch + head * mask.head + (row + r) * mask.row + key * mask.col, keys);
+  return open;
+}
+
+// How the scores of one row follow from its products.
+struct ScoreRow {
+  float scale, softcap, inverse_softcap, slope, distance;  // distance: i + off - first key
+  const float* mask;
+
+  // Natural-logarithm score of the kLanes keys from c; `tanh` is what softcap multiplied.
+  BK_INLINE VecF operator()(VecF product, int64_t c, VecF& tanh) const {
+    VecF s = product * scale;
+    if (softcap > 0) {
+      tanh = vtanh(s * inverse_softcap);
+      s = tanh * softcap;
+    }
+    if (slope != 0) s = s - slope * vabs(distance - to_float(lane_index() + int32_t(c)));
+    if (mask != nullptr) {
+      const VecF m = load(mask + c);
+      s = m == -kInf ? m : s + m;  // a closed key stays closed, whatever its score
+    }
+    return s;
+  }
+};
+
+BK_INLINE ScoreRow score_row(const AttentionArgs& args, int64_t batch, int64_t head,
+                             int64_t distance, const float* mask) {
+  const float slope = args.slopes == nullptr ? 0.0f : args.slopes[batch * args.slopes_batch + head];
+  return ScoreRow{args.scale, args.softcap,    args.softcap > 0 ? 1.0f / args.softcap : 0.0f,
+                  slope,      float(distance), mask};
+}
+
+BK_INLINE void multiply_wide(VecU a, uint32_t b, VecU& high, VecU& low) {
+#if defined(BK_AVX512)
+  const __m512i factor = _mm512_set1_epi64(int64_t(b));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#elif defined(BK_AVX2)
+  const __m256i factor = _mm256_set1_epi64x(int64_t(b));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  low = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = (VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t(a[i]) * b;
+    low[i] = uint32_t(product);
+    high[i] = uint32_t(product >> 32);
+  }
+#endif
+}
+
+// common/philox.h, for kLanes values of the first counter word at once.
+BK_INLINE void philox4x32(uint64_t seed, VecU c0, uint32_t c1_, uint32_t c2_, uint32_t c3_,
+                          VecU words[4]) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  VecU c1 = set1u(c1_), c2 = set1u(c2_), c3 = set1u(c3_);
+  for (int round = 0; round < 10; ++round) {
+    VecU high_a, low_a, high_b, low_b;
+    multiply_wide(c0, 0xD2511F53u, high_a, low_a);
+    multiply_wide(c2, 0xCD9E8D57u, high_b, low_b);
+    c0 = high_b ^ c1 ^ k0;
+    c1 = low_b;
+    c2 = high_a ^ c3 ^ k1;
+    c3 = low_a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// What dropout multiplies the probabilities of the keys [key, key + n) with: 0 or 1 / (1 - p).
+// key is a multiple of 4; dst is written up to a multiple of 4 * kLanes.
+inline void dropout_row(float* dst, const AttentionArgs& args, int64_t batch, int64_t head,
+                        int64_t row, int64_t key, int64_t n) {
+  const bool all = args.dropout_p >= 1;
+  const uint32_t threshold = all ? 0 : uint32_t(args.dropout_p * 4294967296.0);
+  const VecF kept = set1(all ? 0.0f : float(1.0 / (1.0 - args.dropout_p)));
+  for (int64_t i = 0; i < n; i += 4 * kLanes) {
+    VecU words[4];
+    philox4x32(args.seed, uint32_t((key + i) / 4) + (VecU)lane_index(), uint32_t(row),
+               uint32_t(head), uint32_t(batch), words);
+    VecF keep[4], even[2], odd[2], out[4];
+    for (int w = 0; w < 4; ++w) keep[w] = words[w] >= threshold ? kept : VecF{};
+    // Words 0..3 of a lane belong to four keys in a row.
+    interleave(keep[0], keep[2], even[0], even[1]);
+    interleave(keep[1], keep[3], odd[0], odd[1]);
+    interleave(even[0], odd[0], out[0], out[1]);
+    interleave(even[1], odd[1], out[2], out[3]);
+    for (int w = 0; w < 4; ++w) store(dst + i + w * kLanes, out[w]);
+  }
+}
+
+// s[from, to) = value
+BK_INLINE void fill(float* s, int64_t from, int64_t to, float value) {
+  for (; from < to; ++from) s[from] = value;
+}
+
+}  // namespace bigkernel::BK_ISA
