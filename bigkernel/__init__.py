@@ -2,7 +2,7 @@
 
 from bigkernel import ops
 from bigkernel.backend import cpu_isas, explain, use_backend, use_cpu_isa
-from bigkernel.ops.sdpa import scaled_dot_product_attention
+from bigkernel.ops._sdpa import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 

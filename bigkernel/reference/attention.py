@@ -135,22 +135,17 @@ def attention_reference(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def reference_scores(
+    q: Tensor,  # [B, Hq, Sq, D]
+    k: Tensor,  # [B, Hkv, Sk, D]
     rule: Rule,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    batch: Tensor,  # [B], the number of each sequence, for dropout
-) -> tuple[Tensor, Tensor]:
-    heads, seqlen_q, seqlen_k = q.shape[1], q.shape[2], k.shape[2]
-    group = heads // k.shape[1] if k.shape[1] else 1
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    rows, cols, off = (0, seqlen_q), (0, seqlen_k), rule.offset(seqlen_q, seqlen_k)
-
-    scores = q @ k.transpose(-1, -2) * rule.scale
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """The scores [B, Hq, Sq, Sk] before softmax, -inf where masked."""
+    rows, cols = (0, q.shape[2]), (0, k.shape[2])
+    off = rule.offset(q.shape[2], k.shape[2])
+    scores = q @ _for_all_heads(k, q).transpose(-1, -2) * rule.scale
     if rule.softcap > 0:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if alibi_slopes is not None:
@@ -161,9 +156,25 @@ def _dense(
     elif mask is not None:
         scores = scores + mask.to(q.dtype)
     allowed = allowed_keys(rows, cols, off, rule, q.device)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
 
+
+def _for_all_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [B, Hkv, Sk, D], repeated for every query head."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] else x
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    batch: Tensor,  # [B], the number of each sequence, for dropout
+) -> tuple[Tensor, Tensor]:
+    scores = reference_scores(q, k, rule, mask, alibi_slopes)
     # The softmax of a row of -inf is NaN, in its gradient too: keep such rows out of it.
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
@@ -171,8 +182,10 @@ def _dense(
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     if rule.dropout_p > 0:
         assert seed is not None
-        keep = dropout_keep(seed, batch, heads, rows, cols, rule.dropout_p)
+        keep = dropout_keep(
+            seed, batch, q.shape[1], (0, q.shape[2]), (0, k.shape[2]), rule.dropout_p
+        )
         weights = weights * keep
         if rule.dropout_p < 1:
             weights = weights / (1 - rule.dropout_p)
-    return weights @ v, lse
+    return weights @ _for_all_heads(v, q), lse

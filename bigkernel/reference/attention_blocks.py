@@ -106,7 +106,7 @@ def _part(mask: Tensor, block: Block) -> Tensor:
 
 
 def _scores(
-    q: Tensor,  # [B, Hkv, G * rows, D], already scaled
+    q: Tensor,  # [B, Hkv, G * rows, D]
     k: Tensor,  # [B, Hkv, Sk, D]
     block: Block,
     off: int,
@@ -117,7 +117,7 @@ def _scores(
     b, kv_heads, _, _ = k.shape
     r, c = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
     s = q @ k[:, :, block.cols[0] : block.cols[1]].transpose(-1, -2)
-    s = s.view(b, kv_heads * (q.shape[2] // r), r, c)
+    s = s.view(b, kv_heads * (q.shape[2] // r), r, c).mul_(rule.scale)
     tanh = None
     if rule.softcap > 0:
         tanh = s.div_(rule.softcap).tanh_()
@@ -160,7 +160,7 @@ def dense_fwd(q: Tensor, k: Tensor, v: Tensor, opts: Options, out: Tensor, lse: 
     k, v = (x.to(dtype).contiguous() for x in (k, v))
     for block in row_blocks(batch * heads, seqlen_q, seqlen_k, opts.rule, _budget(q.device)):
         rows, cols = block
-        s, _ = _scores(_fold(q, rows, kv_heads, dtype) * opts.rule.scale, k, block, off, opts)
+        s, _ = _scores(_fold(q, rows, kv_heads, dtype), k, block, off, opts)
         top = s.amax(-1, keepdim=True)
         top.masked_fill_(top == -torch.inf, 0.0)
         p = s.sub_(top).exp_()
@@ -198,12 +198,15 @@ def dense_bwd(
     dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
     for block in row_blocks(batch * heads, seqlen_q, seqlen_k, rule, _budget(q.device)):
         rows, cols = block
-        part_q = _fold(q, rows, kv_heads, dtype) * rule.scale
+        part_q = _fold(q, rows, kv_heads, dtype)
         part_dout = _fold(dout, rows, kv_heads, dtype)
         part_k, part_v = (x[:, :, cols[0] : cols[1]] for x in (k, v))
         s, tanh = _scores(part_q, k, block, off, opts)
         part_lse = lse[:, :, rows[0] : rows[1], None]
         p = s.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
+        # The sum is 1 but for the rounding of lse, which drops out here.
+        total = p.sum(-1, keepdim=True)
+        p = p.div_(total.masked_fill_(total == 0, 1.0))
         keep = _keep(opts, heads, block)
         dropped = _drop(p, keep, rule.dropout_p).view(batch, kv_heads, -1, p.shape[-1])
         dv_sum[:, :, cols[0] : cols[1]] += dropped.transpose(-1, -2) @ part_dout
@@ -219,9 +222,8 @@ def dense_bwd(
             part_mask += ds.sum_to_size(part_mask.shape)
         if tanh is not None:
             ds = ds.mul_(1 - tanh * tanh)
-        ds = ds.view(batch, kv_heads, -1, ds.shape[-1])
-        part_dq = (ds @ part_k).view(batch, heads, rows[1] - rows[0], -1)
-        dq[:, :, rows[0] : rows[1]] = part_dq * rule.scale
+        ds = ds.mul_(rule.scale).view(batch, kv_heads, -1, ds.shape[-1])
+        dq[:, :, rows[0] : rows[1]] = (ds @ part_k).view(batch, heads, rows[1] - rows[0], -1)
         dk_sum[:, :, cols[0] : cols[1]] += ds.transpose(-1, -2) @ part_q
     dk.copy_(dk_sum)
     dv.copy_(dv_sum)
