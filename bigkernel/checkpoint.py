@@ -337,30 +337,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# How torch's and safetensors' native writers report a write that failed.
+_WRITER_WORDS = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "os error")
+
+
 def _disk_trouble(error: BaseException, folder: Path) -> str | None:
     """What the disk had to do with the error, or None. Writers wrap it in their own exceptions."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
-            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                free = _free(folder)
-                left = "" if free is None else f" ({free / 1e6:.1f} MB free)"
-                return f"{os.strerror(cause.errno).lower()}{left}; free some space and resume"
-            return os.strerror(cause.errno).lower()
+            reason = os.strerror(cause.errno).lower()
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            return _with_free_space(reason, folder) if full else reason
+        if any(words in str(cause) for words in _WRITER_WORDS):
+            return _with_free_space("the disk did not take all of it", folder)
         cause = cause.__cause__ or cause.__context__
-    text = str(error)
-    # torch's and safetensors' writers are not in Python and report the same in words.
-    if "PytorchStreamWriter" in text or "SafetensorError" in type(error).__name__:
-        words = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        free = _free(folder)
-        left = "" if free is None else f" ({free / 1e6:.1f} MB free)"
-        return f"{words.rstrip('.')}{left}; free some space and resume"
     return None
 
 
-def _free(folder: Path) -> int | None:
+def _with_free_space(reason: str, folder: Path) -> str:
     try:
         status = os.statvfs(folder)
     except OSError:
-        return None
-    return status.f_bavail * status.f_frsize
+        left = ""
+    else:
+        left = f" ({status.f_bavail * status.f_frsize / 1e6:.1f} MB free)"
+    return f"{reason}{left}; free some space and resume"

@@ -1,0 +1,346 @@
+"""Folders that appear whole or not at all, and what happens to checkpoints that are not whole.
+
+Feature list: atomic folders and files; full disk (a real file-size limit, and a full file system
+where one can be had), killed writers; manifests; checkpoints of transformers' own Trainer; choosing
+the checkpoint to resume from; no pickle.
+"""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bigkernel import checkpoint
+from bigkernel.checkpoint import (
+    CheckpointError,
+    NoCheckpointError,
+    atomic_folder,
+    clean_up,
+    find_checkpoints,
+    newest_whole_checkpoint,
+    resolve_checkpoint,
+    verify_checkpoint,
+    write_file_atomically,
+)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The sentences that the user is told."""
+    sentences = []
+    monkeypatch.setattr(checkpoint, "notify", sentences.append)
+    return sentences
+
+
+def make(run, step, manifest=True):
+    with atomic_folder(run / f"checkpoint-{step}", manifest) as folder:
+        save_file({"w": torch.full((100,), float(step))}, folder / "model.safetensors")
+        torch.save({"step": step}, folder / "optimizer.pt")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "inner").mkdir()
+        (folder / "inner" / "notes.txt").write_text("x" * step)
+    return run / f"checkpoint-{step}"
+
+
+def fill(path, write):
+    with atomic_folder(path) as folder:
+        write(folder)
+
+
+# Writing
+
+
+def test_folder_appears_whole_with_a_manifest(tmp_path):
+    path = tmp_path / "new" / "checkpoint-3"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("one")
+        assert not path.exists()
+    assert (path / "a").read_text() == "one"
+    assert list(json.loads((path / "manifest.json").read_text())["files"]) == ["a"]
+    assert os.listdir(path.parent) == ["checkpoint-3"]
+
+
+def test_folder_does_not_appear_when_writing_fails(tmp_path):
+    path = make(tmp_path, 3)
+
+    def fail(folder):
+        (folder / "a").write_text("half")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fill(path, fail)
+    verify_checkpoint(path)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "checkpoint-4"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+
+
+def test_folder_is_replaced_whole(tmp_path):
+    path = make(tmp_path, 3)
+    with atomic_folder(path) as folder:
+        (folder / "only").write_text("this")
+    assert sorted(os.listdir(path)) == ["manifest.json", "only"]
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+
+
+def test_folder_before_comes_back_when_the_rename_fails(tmp_path, monkeypatch):
+    path = make(tmp_path, 3)
+    rename = os.rename
+
+    def fail_on_new(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EIO, "input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_on_new)
+    with pytest.raises(CheckpointError, match="input/output error"), atomic_folder(path) as folder:
+        (folder / "a").write_text("new")
+    verify_checkpoint(path)
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+
+
+def test_every_file_is_synced_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_sync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    make(tmp_path, 3)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {"model.safetensors", "optimizer.pt", "notes.txt", "inner", "manifest.json"} <= set(
+        before
+    )
+    assert before[-1] == ".checkpoint-3.partial"
+    assert after == [tmp_path.name]
+
+
+def test_clean_up_settles_what_a_killed_writer_left(tmp_path):
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.replaced")  # between two renames
+    (tmp_path / ".checkpoint-2.replaced").mkdir()
+    (tmp_path / ".checkpoint-9.partial").mkdir()
+    (tmp_path / ".checkpoint-9.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".mine.partial").mkdir()
+    clean_up(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".mine.partial", "checkpoint-1", "checkpoint-2"]
+    verify_checkpoint(tmp_path / "checkpoint-1")
+    clean_up(tmp_path / "nowhere")
+
+
+def test_file_is_old_or_new(tmp_path, monkeypatch):
+    file = tmp_path / "deep" / "metrics.json"
+    write_file_atomically(file, "old")
+    write_file_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"no space left on device .* free some space"):
+        write_file_atomically(file, "lost")
+    assert file.read_bytes() == b"new"
+    assert os.listdir(file.parent) == ["metrics.json"]
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch", "python"])
+def test_full_disk_leaves_the_checkpoint_before_usable(tmp_path, writer, told):
+    make(tmp_path, 1)
+    large = torch.zeros(300_000)
+
+    def write(folder):
+        if writer == "safetensors":
+            save_file({"w": large}, folder / "model.safetensors")
+        elif writer == "torch":
+            torch.save({"w": large}, folder / "optimizer.pt")
+        else:
+            (folder / "blob").write_bytes(bytes(1 << 20))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # Files beyond this size fail to be written as on a full disk (with EFBIG).
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: .*MB free"):
+            fill(tmp_path / "checkpoint-2", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    assert resolve_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-1"
+    assert told == []
+
+
+def test_full_file_system_leaves_the_checkpoint_before_usable(tmp_path):
+    """The same on a file system of 1 MB that runs full, in a mount namespace of its own."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        import torch
+        from safetensors.torch import save_file
+        from bigkernel.checkpoint import CheckpointError, atomic_folder, resolve_checkpoint
+        run = sys.argv[1]
+        with atomic_folder(run + "/checkpoint-1") as folder:
+            save_file({"w": torch.zeros(1000)}, folder / "model.safetensors")
+        for name in ("model.safetensors", "optimizer.pt"):
+            try:
+                with atomic_folder(run + "/checkpoint-2") as folder:
+                    if name.endswith("pt"):
+                        torch.save(torch.zeros(500_000), folder / name)
+                    else:
+                        save_file({"w": torch.zeros(500_000)}, folder / name)
+            except CheckpointError as error:
+                assert "could not be written" in str(error) and "free some space" in str(error)
+            else:
+                sys.exit("was written")
+        assert os.listdir(run) == ["checkpoint-1"], os.listdir(run)
+        assert str(resolve_checkpoint("auto", run)).endswith("checkpoint-1")
+        print("usable")
+        """
+    )
+    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    try:
+        subprocess.run([*unshare, mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let users mount; the file-size limit test still ran")
+    command = f"{mount} && exec {sys.executable} -c '{script}' {tmp_path}"
+    done = subprocess.run([*unshare, command], capture_output=True, text=True, cwd=os.getcwd())
+    assert done.stdout.strip() == "usable", done.stderr
+
+
+# Verifying
+
+
+DAMAGE = {
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "changed": lambda file: file.write_bytes(
+        file.read_bytes()[:-20] + bytes([file.read_bytes()[-20] ^ 1]) + file.read_bytes()[-19:]
+    ),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_damage_is_found_and_named(tmp_path, name, damage):
+    path = make(tmp_path, 30)
+    verify_checkpoint(path)
+    file = path / name
+    if name == "trainer_state.json" and damage == "changed":
+        file.write_text(file.read_text().replace("30", "31"))
+    else:
+        DAMAGE[damage](file)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-30 is damaged: .*{name}"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}', '{"files": []}'])
+def test_a_bad_manifest_is_damage(tmp_path, content):
+    path = make(tmp_path, 1)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"bad manifest\.json"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("keep", [0, 5, 40, -3])
+def test_without_a_manifest_the_files_themselves_are_checked(tmp_path, name, keep):
+    path = make(tmp_path, 1, manifest=False)
+    verify_checkpoint(path)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:keep] if keep < len(content) else content[:-1])
+    with pytest.raises(CheckpointError, match=rf"{name} is cut off or changed"):
+        verify_checkpoint(path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        verify_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: trainer_state\.json is missing"):
+        verify_checkpoint(tmp_path)
+
+
+# Choosing
+
+
+def test_the_newest_whole_one_is_taken(tmp_path, told):
+    for step in (9, 10, 100):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    names = [path.name for path in find_checkpoints(tmp_path)]
+    assert names == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-100"
+    DAMAGE["cut off"](tmp_path / "checkpoint-100" / "model.safetensors")
+    for source in ("auto", True, tmp_path, str(tmp_path / "checkpoint-100")):
+        assert resolve_checkpoint(source, tmp_path).name == "checkpoint-10"
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
+    assert all("checkpoint-100 is damaged: model.safetensors has" in text for text in told)
+    assert len(told) == 5
+    assert resolve_checkpoint(tmp_path / "checkpoint-9", tmp_path).name == "checkpoint-9"
+
+
+def test_nothing_to_resume_from(tmp_path, told):
+    assert resolve_checkpoint("auto", tmp_path) is None
+    assert resolve_checkpoint("auto", tmp_path / "nowhere") is None
+    assert newest_whole_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(NoCheckpointError, match="train without resuming first"):
+        resolve_checkpoint(True, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint or run folder"):
+        resolve_checkpoint(tmp_path / "nowhere", tmp_path)
+    path = make(tmp_path, 1)
+    (path / "optimizer.pt").unlink()
+    for source in ("auto", True, path):
+        with pytest.raises(NoCheckpointError, match="none of the 1 checkpoints"):
+            resolve_checkpoint(source, tmp_path)
+
+
+def test_a_checkpoint_under_another_name(tmp_path):
+    renamed = make(tmp_path, 1).rename(tmp_path / "best")
+    assert resolve_checkpoint(renamed, tmp_path) == renamed
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        resolve_checkpoint(tmp_path / "empty", tmp_path)
+
+
+# Loading
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/bigkernel-pickle-was-run",))
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
+    """transformers loads rng_state.pth, optimizer.pt and scheduler.pt; all with weights_only."""
+    import inspect
+
+    import transformers.trainer as trainer
+
+    for loading in ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_scaler"):
+        source = inspect.getsource(getattr(trainer.Trainer, loading))
+        assert source.count("torch.load(") == source.count("weights_only=True")
+    torch.save(Trap(), tmp_path / "rng_state.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "rng_state.pth", weights_only=True)
+    assert not os.path.exists("/tmp/bigkernel-pickle-was-run")

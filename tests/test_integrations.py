@@ -1,0 +1,502 @@
+"""bigkernel attention inside transformers' models: the same logits and gradients as eager.
+
+Feature list: LLaMA, GPT-2, BERT, ViT, Gemma 2 (softcap), Mistral (sliding window), Qwen3, GPT-OSS
+(sinks), T5 (position bias); no padding, right and left padding, packing in all its spellings,
+generation with dynamic and static caches, chunked prefill, user masks, dropout, bf16 autocast;
+what is refused; accelerate, report and restore.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from bigkernel.data import cu_seqlens
+from bigkernel.integrations import accelerate, restore
+from bigkernel.integrations.accelerate import report
+from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
+from bigkernel.integrations.transformers import attention_forward
+
+VOCAB = 61
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build(name):
+    t, quiet = transformers, {"bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    if name == "llama":
+        model = t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
+    elif name == "mistral":
+        model = t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=4))
+    elif name == "qwen3":
+        model = t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=8))
+    elif name == "gemma2":
+        config = t.Gemma2Config(
+            **DECODER,
+            head_dim=8,
+            sliding_window=4,
+            attn_logit_softcapping=0.5,
+            query_pre_attn_scalar=8,
+        )
+        model = t.Gemma2ForCausalLM(config)
+    elif name == "gpt2":
+        config = t.GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **quiet
+        )
+        model = t.GPT2LMHeadModel(config)
+    elif name == "gpt_oss":
+        config = t.GptOssConfig(
+            **{**DECODER, "num_hidden_layers": 2},
+            head_dim=8,
+            sliding_window=4,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+        model = t.GptOssForCausalLM(config)
+    elif name == "bert":
+        config = t.BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=64,
+        )
+        model = t.BertForMaskedLM(config)
+    elif name == "vit":
+        config = t.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=40,
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            num_labels=10,
+        )
+        model = t.ViTForImageClassification(config)
+    elif name == "t5":
+        config = t.T5Config(
+            vocab_size=VOCAB,
+            d_model=32,
+            d_kv=8,
+            d_ff=40,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+        model = t.T5ForConditionalGeneration(config)
+    else:
+        raise KeyError(name)
+    # Weights large enough that attention is not uniform, or a lost mask would hardly show. T5
+    # starts with large ones.
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1 and name != "t5":
+                weight.mul_(6.0)
+    return model.eval()
+
+
+DECODERS = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_oss"]
+
+
+def pair(name):
+    """The same model with transformers' eager attention and with bigkernel's."""
+    eager = build(name)
+    ours = accelerate(copy.deepcopy(eager), quiet=True)
+    eager.set_attn_implementation("eager")
+    return eager, ours
+
+
+def tokens(batch=2, length=11, seed=0):
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual, expected, tolerance=2e-5):
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_same_model(eager, ours, select=None, **inputs):
+    """Logits, where ``select`` says they mean something, and every parameter's gradient."""
+    weights = None
+    for model in (eager, ours):
+        logits = model(**inputs).logits
+        kept = logits if select is None else logits[select]
+        if weights is None:
+            weights, expected = torch.randn_like(kept), kept
+        (kept * weights).sum().backward()
+    close(kept, expected)
+    for (name, a), b in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            close(b.grad, a.grad, 5e-5)
+
+
+# Batches, padded and not
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_logits_and_gradients_match_eager(name, side):
+    eager, ours = pair(name)
+    ids, mask = tokens(), torch.ones(2, 11, dtype=torch.long)
+    if side == "right":
+        mask[1, 7:] = 0
+    elif side == "left":
+        mask[1, :4] = 0
+    assert_same_model(eager, ours, select=mask.bool(), input_ids=ids, attention_mask=mask)
+
+
+def test_vit_matches_eager():
+    eager, ours = pair("vit")
+    assert_same_model(eager, ours, pixel_values=torch.rand(3, 1, 8, 8))
+
+
+def test_t5_matches_eager_with_its_position_bias():
+    eager, ours = pair("t5")
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, 8:] = 0
+    assert_same_model(
+        eager, ours, input_ids=tokens(), attention_mask=mask, decoder_input_ids=tokens(2, 5, 1)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_users_own_mask_is_taken_as_it_is(name, kind):
+    eager, ours = pair(name)
+    seen = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(3)) < 0.6
+    seen |= torch.eye(11, dtype=torch.bool)
+    added = torch.zeros(2, 1, 11, 11).masked_fill(~seen, torch.finfo(torch.float32).min)
+    ids = tokens()
+    expected = eager(input_ids=ids, attention_mask=added).logits
+    close(ours(input_ids=ids, attention_mask=seen if kind == "bool" else added).logits, expected)
+
+
+def test_autocast_matches_sdpa_in_bf16():
+    model = build("llama")
+    ids = tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = model(ids).logits.float()
+        actual = accelerate(model, quiet=True)(ids).logits.float()
+    exact = restore(model)(ids).logits
+    assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-3
+
+
+# Packed documents
+
+
+PACKED = [
+    *[(name, spelling) for name in DECODERS for spelling in ("cu_seq_lens", "position_ids")],
+    # With a cache or a mask of ones, restarting positions are only seen by models that hand them to
+    # their attention; GPT-2 does not and needs cu_seq_lens.
+    *[(name, spelling) for name in ("llama", "mistral") for spelling in ("cache", "ones")],
+]
+
+
+@pytest.mark.parametrize(("name", "spelling"), PACKED)
+def test_packed_documents_do_not_see_each_other(name, spelling):
+    eager, ours = pair(name)
+    lengths = [5, 1, 9, 3]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    packed = torch.cat(documents, dim=1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    extra = {}
+    if spelling == "cu_seq_lens":
+        offsets = cu_seqlens(positions)
+        extra = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+        extra |= {"max_length_q": 9, "max_length_k": 9, "use_cache": True}
+    elif spelling == "cache":
+        extra = {"use_cache": True}
+    elif spelling == "ones":
+        extra = {"attention_mask": torch.ones_like(packed), "use_cache": False}
+    else:
+        extra = {"use_cache": False}
+    actual = ours(packed, position_ids=positions, **extra).logits
+    expected = torch.cat([eager(document).logits for document in documents], dim=1)
+    close(actual, expected)
+
+
+def test_packed_rows_of_a_batch_and_their_gradients():
+    eager, ours = pair("mistral")
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 0, 1, 2, 3, 4]])
+    ids = tokens(2, 8)
+    assert_same_model(eager, ours, input_ids=ids, position_ids=positions, use_cache=False)
+
+
+def test_packed_bert_needs_offsets_and_then_does_not_leak():
+    eager, ours = pair("bert")
+    a, b = tokens(1, 4), tokens(1, 6, seed=1)
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    offsets = torch.tensor([0, 4, 10], dtype=torch.int32)
+    actual = ours(
+        torch.cat([a, b], 1), position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets
+    ).logits
+    close(actual, torch.cat([eager(a).logits, eager(b).logits], 1))
+
+
+def test_packed_loss_is_that_of_the_documents_apart():
+    _, ours = pair("llama")
+    from bigkernel.data import PackedDataset, PackingCollator, build_tokenizer
+
+    tokenizer = build_tokenizer("bytes")
+    ours.resize_token_embeddings(259)
+    texts = ["a first document", "second", "and a third one"]
+    batch = PackingCollator()([PackedDataset(texts, tokenizer, 40)[0]])
+    count = int((batch["labels"] != -100).sum())
+    packed = ours(**batch).loss
+    apart = sum(
+        ours(ids, labels=ids, num_items_in_batch=count).loss
+        for ids in (torch.tensor([[*text.encode(), 258]]) for text in texts)
+    )
+    close(packed, apart)
+
+
+# Caches
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_matches_eager(name, cache):
+    eager, ours = pair(name)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 7,
+        "min_new_tokens": 7,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+        "disable_compile": True,
+    }
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    expected = eager.generate(tokens(2, 6), **options)
+    actual = ours.generate(tokens(2, 6), **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    close(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_prefill_in_chunks_matches_one_forward(name, cache):
+    eager, ours = pair(name)
+    ids = tokens(2, 12)
+    if cache == "dynamic":
+        past = DynamicCache(config=ours.config)
+    else:
+        past = StaticCache(config=ours.config, max_cache_len=20)
+    with torch.no_grad():
+        parts = [
+            ours(part, past_key_values=past, use_cache=True).logits for part in ids.split(5, 1)
+        ]
+        close(torch.cat(parts, 1), eager(ids).logits)
+
+
+# Dropout
+
+
+def test_dropout_is_applied_in_training_only_and_follows_the_seed():
+    model = build("llama")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    accelerate(model, quiet=True)
+    ids = tokens()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(ids).logits, model(ids).logits
+    torch.manual_seed(1)
+    assert torch.equal(model(ids).logits, first)
+    assert not torch.equal(first, second)
+
+
+def test_gradient_checkpointing_repeats_the_dropout():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    accelerate(model, quiet=True).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(tokens(), use_cache=False).logits.square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    close(gradients[1], gradients[0])
+
+
+# What is refused
+
+
+class Layer(nn.Module):
+    is_causal = True
+
+
+def states(batch=1, length=4):
+    return (torch.randn(batch, 2, length, 8) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "cache", "alibi"])
+def test_arguments_that_would_be_lost_are_refused(name):
+    with pytest.raises(ValueError, match=rf"Layer passes {name}, and .* not supported"):
+        attention_forward(Layer(), *states(), None, **{name: torch.zeros(1)})
+
+
+def test_contradictory_packing_is_refused():
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    both = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    with pytest.raises(ValueError, match="given together"):
+        attention_forward(Layer(), *states(), None, cu_seq_lens_q=offsets)
+    with pytest.raises(ValueError, match="exclude each other"):
+        attention_forward(Layer(), *states(), torch.tensor([[1, 1, 1, 0]]).bool(), **both)
+    with pytest.raises(ValueError, match="position bias cannot be combined"):
+        attention_forward(Layer(), *states(), None, position_bias=torch.zeros(1, 2, 4, 4), **both)
+
+
+def test_a_module_without_is_causal_counts_as_causal():
+    q, k, v = states()
+    expected, _ = attention_forward(Layer(), q, k, v, None)
+    assert torch.equal(attention_forward(nn.Module(), q, k, v, None)[0], expected)
+    assert not torch.equal(attention_forward(Layer(), q, k, v, None, is_causal=False)[0], expected)
+
+
+# Masks
+
+
+def test_masks_are_as_small_as_they_can_be():
+    from transformers import masking_utils as mu
+
+    sizes = {"batch_size": 2, "q_length": 6, "kv_length": 6}
+    causal = {**sizes, "mask_function": mu.causal_mask_function}
+    ones, padded = torch.ones(2, 6).bool(), torch.ones(2, 6).bool()
+    padded[0, 4:] = False
+    for make in (compact_mask, dense_mask):
+        assert make(**causal) is None
+        assert make(**causal, attention_mask=ones) is None
+    assert torch.equal(compact_mask(**causal, attention_mask=padded), padded)
+    assert dense_mask(**causal, attention_mask=padded).shape == (2, 1, 6, 6)
+    window = {**sizes, "mask_function": mu.sliding_window_causal_mask_function(3)}
+    assert compact_mask(**window) is None
+    assert dense_mask(**window, local_size=3).shape == (2, 1, 6, 6)
+    document = torch.tensor([[0, 0, 1, 1, 1, 2], [0] * 6])
+    packed = mu.packed_sequence_compatibility_function(
+        mu.causal_mask_function, torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]), document
+    )
+    assert compact_mask(**sizes, mask_function=packed).tolist() == [[0, 2, 5, 6, 12]]
+    own = mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: k < 2)
+    assert compact_mask(**sizes, mask_function=own, allow_is_causal_skip=False).shape[-2:] == (6, 6)
+    # Queries at the start of a longer cache: no diagonal in the corner says that.
+    early = {**causal, "kv_length": 9}
+    assert compact_mask(**early).shape == dense_mask(**early).shape == (2, 1, 6, 9)
+    late = {**causal, "kv_length": 9, "q_offset": 3}
+    assert compact_mask(**late) is None
+
+
+def test_packed_offsets_are_read_once():
+    positions = torch.tensor([[0, 1, 0, 1]])
+    offsets = packed_offsets(positions)
+    assert offsets.tolist() == [0, 2, 4]
+    assert packed_offsets(positions) is offsets
+    positions[0, 2:] = torch.tensor([2, 3])
+    assert packed_offsets(positions) is None
+
+
+# accelerate, report, restore
+
+
+def test_accelerate_says_what_it_did_and_restore_undoes_it(capsys):
+    model = build("llama")
+    before = model(tokens()).logits
+    assert accelerate(model) is model
+    assert "replaced attention in 2 x LlamaAttention (was sdpa)" in capsys.readouterr().out
+    assert model.config._attn_implementation == "bigkernel_compact"
+    accelerate(model, quiet=True)
+    assert capsys.readouterr().out == ""
+    assert restore(model) is model
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(tokens()).logits, before)
+    assert report(restore(model)).replaced == []
+    assert not [name for name in vars(model) if "bigkernel" in name]
+
+
+def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):
+    outer = nn.ModuleDict(
+        {
+            "eager": build("llama"),
+            "vit": build("vit"),
+            "torch": nn.TransformerEncoderLayer(8, 2),
+        }
+    )
+    outer["eager"].set_attn_implementation("eager")
+    accelerate(outer)
+    out = capsys.readouterr().out
+    assert "2 x LlamaAttention (was eager)" in out
+    assert "2 x ViT" in out
+    assert "left 1 x MultiheadAttention as it is: torch.nn.MultiheadAttention" in out
+    restore(outer)
+    assert outer["eager"].config._attn_implementation == "eager"
+    assert outer["vit"].config._attn_implementation == "sdpa"
+
+
+def test_accelerate_leaves_a_model_that_wants_attention_weights(capsys):
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    accelerate(model)
+    assert "left 2 x LlamaAttention as it is: config.output_attentions" in capsys.readouterr().out
+    assert len(model(tokens()).attentions) == 2
+
+
+def test_accelerate_a_model_without_attention(capsys):
+    restore(accelerate(nn.Linear(2, 2)))
+    assert "found no attention to replace" in capsys.readouterr().out
+
+
+def test_the_choice_is_not_saved(tmp_path):
+    model = accelerate(build("llama"), quiet=True)
+    model.save_pretrained(tmp_path)
+    assert "bigkernel" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    close(loaded.eval()(tokens()).logits, model(tokens()).logits)
+
+
+def test_by_name_in_from_config():
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**DECODER), attn_implementation="bigkernel"
+    ).eval()
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3] = 0
+    actual = model(tokens(), attention_mask=mask).logits
+    model.set_attn_implementation("eager")
+    close(actual[mask.bool()], model(tokens(), attention_mask=mask).logits[mask.bool()])
