@@ -6,7 +6,7 @@ A state dict goes both ways between these classes and torch's. Beyond torch's ar
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
 from typing import Any, overload
@@ -55,7 +55,7 @@ class Adam(Optimizer):
         rounding_seed: key of those random numbers, which depend on nothing else than it, the step
             and the element's place; equal on all ranks, so that replicas stay equal.
 
-    Under a ``torch.amp.GradScaler`` gradients are unscaled inside the step and a step that overflowed
+    Under a ``torch.amp.GradScaler`` gradients are unscaled inside the step, and an overflowed step
     is skipped on the device. Skipped steps are not counted.
     """
 
@@ -267,8 +267,8 @@ class Adam(Optimizer):
         """Load a state dict of this class or of torch.optim's Adam and AdamW.
 
         Moments are taken to the dtype that this optimizer keeps them in, whatever the parameter's
-        (torch would cast them to that: pytorch#43706); master copies stay fp32, and are dropped
-        without ``master_weights``. Tensors are copied. Raises ValueError if groups or shapes differ.
+        (torch casts them to that); master copies stay fp32, and are dropped
+        without ``master_weights``. Tensors are copied. ValueError if groups or shapes differ.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -308,7 +308,7 @@ class Adam(Optimizer):
             after(self)
 
     def _adopt(self, number: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        """One parameter's loaded state, copied to its device, layout and this optimizer's dtypes."""
+        """One parameter's loaded state, copied to its device and layout and to our dtypes."""
         adopted: dict[str, Any] = {}
         for key, value in saved.items():
             if key == "step":

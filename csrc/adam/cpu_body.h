@@ -154,20 +154,26 @@ inline double square_sum(const T* p, int64_t n) {
     const int64_t count = n - first < kAdamUnit ? n - first : kAdamUnit;
     const T* unit = p + first;
     VecF sum[4] = {};
+    VecI any = {};  // bits of all elements: were they all zero?
     int64_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes)
       for (int j = 0; j < 4; ++j) {
         const VecF g = load(unit + i + j * kLanes);
         sum[j] = fma(g, g, sum[j]);
+        any |= (VecI)g & 0x7fffffff;
       }
     for (; i < count; i += kLanes) {
       const int rest = int(count - i < kLanes ? count - i : kLanes);
       const VecF g = rest == kLanes ? load(unit + i) : load_n(unit + i, rest);
       sum[0] = fma(g, g, sum[0]);
+      any |= (VecI)g & 0x7fffffff;
     }
     double squares = reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
     // Where fp32 overflowed, or lost digits to underflow, the unit is summed again in fp64.
-    if (squares != 0 && !(squares > 1e-30 && squares <= double(kLargest))) {
+    bool zero = true;
+    if (squares == 0)
+      for (int k = 0; k < kLanes; ++k) zero &= any[k] == 0;
+    if (squares == 0 ? !zero : !(squares > 1e-30 && squares <= double(kLargest))) {
       squares = 0;
       for (int64_t k = 0; k < count; ++k) {
         const double g = ::bigkernel::to_float(unit[k]);
