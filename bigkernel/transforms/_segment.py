@@ -6,7 +6,7 @@ dtype. So a step fits when
 
 - flips: always;
 - crops: unless contrast came before (its mean is taken over the output);
-- padding and warps: no colour before, and no other fill in use;
+- padding and warps: no colour before, and no other fill in use (bilinear warps: no normalisation);
 - a warp after a warp: the first one's frame must be a box of whole source pixels (a crop, a
   padded crop, and, within half a pixel, a crop of a resized image), because what was outside the
   frame is fill. After a rotation it is none, so the next warp opens a segment;
@@ -220,6 +220,9 @@ class Segment:
 
     def _affine_fits(self, step: steps.Affine) -> Bools:
         warps = self.straight & ~self.edge_padded & self._frame_is_whole() & (not self.rounded)
+        if step.interpolation is InterpolationMode.BILINEAR:
+            # torchvision's blend at the edge does not commute with subtracting a mean.
+            warps &= step.fill is None or self.mean is None
         moves = is_whole_pixel_move(step.matrix)
         return np.asarray((moves | warps) & ~self.colored & self._same_fill(step.fill))
 

@@ -1,0 +1,240 @@
+"""Compose folds a chain into the fewest calls that are right: which, and what folding changes.
+
+The reference does the chain one step after another, each step alone through the same op, with the
+same parameters. Most chains have to agree with it exactly (float64 images, so only rounding in
+the last bits is left). Where two resamplings become one, the difference is measured and bounded.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bigkernel import transforms as bk
+from bigkernel.transforms._fold import fold
+from bigkernel.transforms._images import gather
+from bigkernel.transforms._transform import Sampling, _run
+
+# float64 runs in PyTorch by design, which the op says once.
+pytestmark = pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning")
+SIZE = (33, 41)
+
+
+def scene(n: int = 8, height: int = 33, width: int = 41, seed: int = 2) -> Tensor:
+    """float64 [n, 3, height, width]: soft shapes with a few edges, as photographs have."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 7, 8, generator=generator, dtype=torch.float64)
+    soft = torch.nn.functional.interpolate(
+        coarse, (height, width), mode="bicubic", align_corners=False
+    )
+    edges = torch.nn.functional.interpolate(coarse[:, :, :4, :5], (height, width)) > 0.6
+    return (0.7 * soft + 0.3 * edges).clamp(0, 1)
+
+
+def draw(chain: bk.Transform, images: Tensor, seed: int = 7) -> Sampling:
+    n, _, height, width = images.shape
+    generator = torch.Generator().manual_seed(seed)
+    return chain._draw(np.full(n, height), np.full(n, width), generator, np.arange(n), pil=False)
+
+
+def one_after_another(chain: bk.Transform, images: Tensor) -> Tensor:
+    result: Any = images
+    for step in draw(chain, images).steps:
+        result, _ = _run(gather(result, "channels_first"), [step], channels_first=True)
+    return result
+
+
+def folded(chain: bk.Transform, images: Tensor) -> Tensor:
+    return chain(images, torch.Generator().manual_seed(7), layout="channels_first")
+
+
+def calls(chain: bk.Transform, images: Tensor) -> list[int]:
+    """How many calls each sample's group takes."""
+    n, channels, height, width = images.shape
+    groups = fold(
+        draw(chain, images).steps, np.full(n, height), np.full(n, width), channels, images.dtype
+    )
+    members = np.concatenate([g.members for g in groups])
+    assert sorted(members.tolist()) == list(range(n))
+    return sorted(len(g.calls) for g in groups)
+
+
+ROTATION = bk.RandomRotation(40, "bilinear")
+JITTER = bk.ColorJitter(0.4, 0.4, 0.4, 0.1)
+PLAIN_JITTER = bk.ColorJitter(brightness=0.4, saturation=0.4, hue=0.1)
+NORMALIZE = bk.Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+
+EXACT = {
+    # what stays one call
+    "flips-crop-pad": (
+        [
+            bk.RandomHorizontalFlip(),
+            bk.RandomCrop(20),
+            bk.Pad(3, fill=0.2),
+            bk.RandomVerticalFlip(),
+        ],
+        1,
+    ),
+    "cifar": ([bk.RandomCrop(33, padding=4), bk.RandomHorizontalFlip(), NORMALIZE], 1),
+    "crop-rotate": ([bk.RandomCrop((20, 25)), ROTATION], 1),
+    "crop-rotate-nearest": ([bk.RandomCrop((20, 25)), bk.RandomRotation(40, fill=0.5)], 1),
+    "flip-crop-affine": (
+        [
+            bk.RandomHorizontalFlip(),
+            bk.CenterCrop(20),
+            bk.RandomAffine(20, (0.1, 0.1), (0.7, 1.5), 10, "bilinear", (0.1, 0.2, 0.3)),
+        ],
+        1,
+    ),
+    "pad-rotate-black": ([bk.Pad(5), ROTATION], 1),
+    "pad-rotate-nearest": ([bk.Pad((0, 1, 5, 7), fill=0.3), bk.RandomRotation(40, fill=0.3)], 1),
+    "rotate-crop-flip-pad": (
+        [ROTATION, bk.RandomCrop(20), bk.RandomHorizontalFlip(), bk.Pad(2)],
+        1,
+    ),
+    "crop-resize": ([bk.RandomCrop(25), bk.RandomVerticalFlip(), bk.Resize((17, 40))], 1),
+    "resize-pad-flip": ([bk.Resize((20, 50)), bk.Pad(2, fill=1), bk.RandomHorizontalFlip()], 1),
+    "resize-shift": ([bk.Resize((20, 50)), bk.RandomAffine(0, (0.2, 0.2), fill=0.4)], 1),
+    "edge-pad-flip-crop-pad": (
+        [
+            bk.Pad(4, padding_mode="edge"),
+            bk.RandomHorizontalFlip(),
+            bk.RandomCrop(30),
+            bk.Pad(2, fill=0.7),
+        ],
+        1,
+    ),
+    "quarter-turn-resize": ([bk.RandomRotation((90, 90), expand=True), bk.Resize((20, 50))], 1),
+    "jitter-flip": ([JITTER, bk.RandomHorizontalFlip(), bk.RandomVerticalFlip()], 1),
+    "jitter-crop-no-contrast": ([PLAIN_JITTER, bk.RandomCrop(20)], 1),
+    "jitter-twice": ([JITTER, bk.RandomGrayscale(0.5), JITTER, NORMALIZE], 1),
+    "normalize-rotate-nearest": ([NORMALIZE, bk.RandomRotation(40, fill=(0.1, -2, 3))], 1),
+    "normalize-rotate-no-fill": ([NORMALIZE, bk.RandomRotation(40, "bilinear", fill=None)], 1),
+    "normalize-twice": ([NORMALIZE, bk.Pad(2, fill=(3, 2, 1)), NORMALIZE], 1),
+    "training": (
+        [
+            bk.RandomResizedCrop(24),
+            bk.RandomHorizontalFlip(),
+            JITTER,
+            bk.RandomGrayscale(),
+            NORMALIZE,
+        ],
+        1,
+    ),
+    # what has to be cut
+    "two-fills": ([bk.Pad(5, fill=0.3), ROTATION], 2),
+    "pad-resize": ([bk.Pad(3), bk.Resize((20, 20))], 2),
+    "edge-pad-rotate": ([bk.Pad(3, padding_mode="edge"), ROTATION], 2),
+    "rotate-rotate": ([ROTATION, bk.RandomRotation(30, "bilinear")], 2),
+    "jitter-rotate": ([PLAIN_JITTER, ROTATION], 2),
+    "jitter-resized-crop": ([JITTER, bk.RandomResizedCrop(20)], 2),
+    "contrast-crop": ([bk.ColorJitter(contrast=0.4), bk.RandomCrop(20)], 2),
+    "normalize-jitter": ([NORMALIZE, JITTER], 2),
+    "normalize-rotate": ([NORMALIZE, bk.RandomRotation(40, "bilinear", fill=(0.1, -2, 3))], 2),
+    "enlarge-crop-rotate": ([bk.Resize((60, 150)), bk.CenterCrop((51, 47)), ROTATION], 2),
+    "flip-nearest-resize": (
+        [bk.RandomHorizontalFlip(1.0), bk.Resize((20, 30), "nearest")],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_folding_is_exact(name: str) -> None:
+    transforms, expected_calls = EXACT[name]
+    chain = bk.Compose(transforms)
+    images = scene(4)
+    assert calls(chain, images) == [expected_calls]
+    torch.testing.assert_close(
+        folded(chain, images), one_after_another(chain, images), rtol=1e-6, atol=2e-6
+    )
+
+
+def test_uint8_chain_is_exact_in_whole_pixels() -> None:
+    images = (scene() * 255).round().to(torch.uint8)
+    chain = bk.Compose(
+        [
+            bk.RandomCrop(30, padding=3, fill=(9, 8, 7)),
+            bk.RandomHorizontalFlip(),
+            JITTER,
+            bk.RandomGrayscale(0.3),
+            bk.RandomVerticalFlip(),
+        ]
+    )
+    assert calls(chain, images) == [1]
+    assert torch.equal(folded(chain, images), one_after_another(chain, images))
+
+
+def test_fill_keeps_its_units_through_conversions() -> None:
+    images = (scene() * 255).round().to(torch.uint8)
+    rotation = bk.RandomRotation((45, 45), fill=(0.25, 0.5, 1.0))
+    result = bk.Compose([bk.ToDtype(torch.float32, scale=True), rotation])(images)
+    corner = result[:, :, 0, 0]
+    torch.testing.assert_close(corner, torch.tensor([[0.25, 0.5, 1.0]]).expand(8, 3))
+    normalized = bk.Compose([NORMALIZE, bk.Pad(1, fill=-2)])(images)
+    torch.testing.assert_close(normalized[:, :, 0, 0], torch.full((8, 3), -2.0))
+
+
+def test_samples_part_ways_by_their_own_parameters() -> None:
+    chain = bk.Compose(
+        [
+            bk.RandomApply([JITTER], p=0.5),
+            bk.RandomApply([bk.RandomRotation(40, "bilinear", fill=1)], p=0.5),
+            bk.RandomApply([bk.Pad(2, fill=0.5), bk.RandomCrop(SIZE)], p=0.5),
+            NORMALIZE,
+        ]
+    )
+    images = scene(16)
+    assert len(calls(chain, images)) > 1
+    result = folded(chain, images)
+    torch.testing.assert_close(result, one_after_another(chain, images), rtol=1e-6, atol=2e-6)
+    for ids in ([3], [5, 0, 9]):
+        alone = chain(images[ids], torch.Generator().manual_seed(7), ids, "channels_first")
+        assert torch.equal(alone, result[ids])
+
+
+def test_normalize_at_random() -> None:
+    chain = bk.RandomApply([NORMALIZE], p=0.5)
+    images = scene()
+    torch.testing.assert_close(folded(chain, images), one_after_another(chain, images))
+    with pytest.raises(ValueError, match="one dtype"):
+        folded(chain, (images * 255).to(torch.uint8))
+
+
+def test_conversion_to_uint8_stays_where_it_is() -> None:
+    chain = bk.Compose([NORMALIZE, bk.ToDtype(torch.uint8, scale=True), NORMALIZE])
+    images = scene()
+    assert calls(chain, images) == [2]
+    torch.testing.assert_close(folded(chain, images), one_after_another(chain, images))
+
+
+# Two resamplings in one: (chain, bounds on the mean and the 99.9% difference, in levels of uint8,
+# inside the picture, and on the mean with its rim, where a pixel is partly fill). The bounds are a
+# third above what was measured.
+APPROXIMATE = {
+    "resized-crop-rotate": ([bk.RandomResizedCrop(40), ROTATION], 1.7, 17.0, 1.8),
+    "resize-center-crop-rotate": ([bk.Resize(48), bk.CenterCrop(40), ROTATION], 1.6, 13.0, 3.2),
+    "rotate-resized-crop": ([ROTATION, bk.RandomResizedCrop(40)], 0.9, 15.0, 0.9),
+    "resize-resized-crop": ([bk.Resize(64), bk.RandomResizedCrop(40)], 1.2, 18.0, 1.2),
+    "nearest-rotate-resize": ([bk.RandomRotation(40), bk.Resize(48)], 2.0, 54.0, 3.1),
+}
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_two_resamplings_in_one_differ_little(name: str) -> None:
+    transforms, mean_bound, tail_bound, rim_bound = APPROXIMATE[name]
+    chain = bk.Compose(transforms)
+    images = scene(4, 80, 100)
+    assert calls(chain, images) == [1]
+    off = 255 * (folded(chain, images) - one_after_another(chain, images)).abs()
+    white = torch.ones_like(images)
+    covered = torch.minimum(folded(chain, white), one_after_another(chain, white)) > 1 - 1e-6
+    inside = torch.nn.functional.max_pool2d((~covered).double(), 5, 1, 2) == 0
+    mean, tail = off[inside].mean().item(), off[inside].quantile(0.999).item()
+    rim = off.mean().item()
+    print(f"\n{name}: inside mean {mean:.2f}, 99.9% {tail:.1f}; with the rim mean {rim:.2f} levels")
+    assert mean <= mean_bound
+    assert tail <= tail_bound
+    assert rim <= rim_bound

@@ -1,0 +1,381 @@
+"""What a transform takes and gives back, and how it says no."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bigkernel import transforms as bk
+
+CROP = bk.RandomResizedCrop(6)
+FULL = bk.Compose(
+    [
+        bk.ToImage(),
+        bk.RandomResizedCrop(6),
+        bk.ColorJitter(0.3, 0.3, 0.3, 0.1),
+        bk.ToDtype(torch.float32, scale=True),
+        bk.Normalize([0.5], [0.25]),
+    ]
+)
+
+
+def picture(height: int = 12, width: int = 15, channels: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (channels, height, width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def batch(n: int = 4) -> Tensor:
+    return torch.stack([picture(seed=i) for i in range(n)])
+
+
+def run(transform: bk.Transform, images: Any, **options: Any) -> Any:
+    n = len(images) if isinstance(images, list) or getattr(images, "ndim", 0) == 4 else 1
+    return transform(images, torch.Generator().manual_seed(3), range(n), **options)
+
+
+def test_batch_gives_batch() -> None:
+    result = run(CROP, batch())
+    assert (result.shape, result.dtype) == ((4, 3, 6, 6), torch.uint8)
+
+
+def test_channels_last_batch_stays_so() -> None:
+    result = run(CROP, batch().movedim(1, -1).contiguous())
+    assert torch.equal(result.movedim(-1, 1), run(CROP, batch()))
+
+
+def test_to_image_puts_channels_first() -> None:
+    assert torch.equal(run(FULL, batch().movedim(1, -1).contiguous()), run(FULL, batch()))
+
+
+def test_layout_by_argument_and_attribute() -> None:
+    odd = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).view(2, 3, 4, 3)
+    with pytest.raises(ValueError, match="layout"):
+        bk.Pad(1)(odd)
+    assert bk.Pad(1)(odd, layout="channels_first").shape == (2, 3, 6, 5)
+    assert bk.Pad(1)(odd, layout="channels_last").shape == (2, 5, 6, 3)
+    pad = bk.Pad(1)
+    pad.layout = "channels_last"
+    assert pad(odd).shape == (2, 5, 6, 3)
+    with pytest.raises(ValueError, match="layout"):
+        pad(odd, layout="NHWC")
+    # one pixel of one channel is the same either way; other numbers of channels come first
+    assert bk.Pad(1)(torch.zeros(2, 1, 1, 1)).shape == (2, 1, 3, 3)
+    assert bk.Pad(1)(torch.zeros(2, 7, 8, 9)).shape == (2, 7, 10, 11)
+    assert bk.Pad(1)(torch.zeros(2, 8, 9, 1)).shape == (2, 10, 11, 1)
+
+
+def test_strided_batches() -> None:
+    images = batch()
+    expected = run(CROP, images)
+    assert torch.equal(run(CROP, images.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(
+        run(CROP, torch.cat([images, images])[::2].roll(0)), run(CROP, images[[0, 2, 0, 2]])
+    )
+    assert torch.equal(run(CROP, images[:1].expand(4, -1, -1, -1))[0], expected[0])
+    wide = torch.zeros(4, 3, 12, 30, dtype=torch.uint8)
+    wide[..., ::2] = images
+    assert torch.equal(run(CROP, wide[..., ::2]), expected)
+
+
+def test_single_image_gives_image() -> None:
+    result = run(CROP, picture())
+    assert torch.equal(result, run(CROP, picture()[None])[0])
+    assert run(FULL, picture()).shape == (3, 6, 6)
+
+
+def test_list_gives_a_batch_where_sizes_agree() -> None:
+    images = [picture(12, 15, seed=0), picture(20, 9, seed=1), picture(7, 7, seed=2)]
+    result = run(FULL, images)
+    assert (result.shape, result.dtype) == ((3, 3, 6, 6), torch.float32)
+    for i, image in enumerate(images):
+        alone = FULL(image, torch.Generator().manual_seed(3), [i])
+        torch.testing.assert_close(result[i], alone, rtol=0, atol=1e-6)
+
+
+def test_list_gives_a_list_where_they_do_not() -> None:
+    result = run(bk.Pad(1), [picture(12, 15), picture(20, 9), picture(12, 15, seed=1)])
+    assert [tuple(r.shape) for r in result] == [(3, 14, 17), (3, 22, 11), (3, 14, 17)]
+    assert torch.equal(result[2][:, 1:-1, 1:-1], picture(12, 15, seed=1))
+
+
+def test_arrays() -> None:
+    array = picture().movedim(0, -1).contiguous().numpy()
+    assert torch.equal(run(FULL, array), run(FULL, picture()))
+    assert torch.equal(run(FULL, [array, array[:9]])[0], run(FULL, picture()))
+    assert run(FULL, np.zeros((8, 9), dtype=np.uint8)).shape == (1, 6, 6)
+
+
+def test_tensor_subclasses_stay() -> None:
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    result = run(CROP, tv_tensors.Image(picture()))
+    assert isinstance(result, tv_tensors.Image)
+    assert torch.equal(result.as_subclass(Tensor), run(CROP, picture()))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "CMYK"])
+def test_pil_gives_pil(mode: str) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    channels = len(image_module.new(mode, (1, 1)).getbands())
+    tensor = picture(channels=channels)
+    pil = image_module.frombytes(
+        mode, (15, 12), tensor.movedim(0, -1).contiguous().numpy().tobytes()
+    )
+    result = run(CROP, pil)
+    assert isinstance(result, image_module.Image)
+    assert (result.mode, result.size) == (mode, (6, 6))
+    expected = run(CROP, tensor, layout="channels_first")
+    got = torch.from_numpy(np.atleast_3d(np.array(result))).movedim(-1, 0)
+    assert torch.equal(got, expected)
+
+
+def test_pil_lists_and_pil_to_tensor() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    pils = [image_module.fromarray(b.movedim(0, -1).contiguous().numpy()) for b in batch(2)]
+    result = run(bk.Pad(1), pils)
+    assert [p.size for p in result] == [(17, 14)] * 2
+    assert torch.equal(run(FULL, pils), run(FULL, batch(2)))
+    assert torch.equal(run(FULL, pils[0]), run(FULL, batch(1)[0]))
+    assert torch.equal(run(CROP, [pils[0], batch(2)[1]]), run(CROP, batch(2)))  # mixed
+
+
+@pytest.mark.parametrize("transform", [bk.Normalize([0.5], [0.5]), bk.ToDtype(torch.float32)])
+def test_pil_needs_to_image_first(transform: bk.Transform) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    with pytest.raises(TypeError, match=r"Put ToImage\(\) before"):
+        transform(image_module.new("RGB", (4, 4)))
+
+
+def test_pil_modes_without_channels_are_refused() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match=r'convert\("RGB"\)'):
+        CROP(image_module.new("P", (4, 4)))
+    with pytest.raises(ValueError, match=r"images\[1\].*convert"):
+        CROP([image_module.new("RGB", (4, 4)), image_module.new("L", (4, 4))])
+
+
+def test_pil_is_antialiased_unless_told_not_to() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    pil = image_module.fromarray(picture(60, 60).movedim(0, -1).contiguous().numpy())
+    tensor = picture(60, 60)
+    for antialias, expected in ((None, True), (True, True), (False, False)):
+        result = np.array(bk.Resize((9, 9), antialias=antialias)(pil))
+        wanted = bk.Resize((9, 9), antialias=expected)(tensor).movedim(0, -1).numpy()
+        assert (result == wanted).all()
+    assert torch.equal(
+        bk.Resize((9, 9), antialias=None)(tensor), bk.Resize((9, 9), antialias=False)(tensor)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_stays_without_conversion(dtype: torch.dtype) -> None:
+    images = (batch().float() / 255).to(dtype) if dtype.is_floating_point else batch()
+    chain = bk.Compose([CROP, bk.ColorJitter(0.2), bk.RandomRotation(9)])
+    assert run(chain, images).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 12, 15), (0, 12, 15, 3)], ids=["first", "last"])
+def test_empty_batches(shape: tuple[int, ...]) -> None:
+    empty = torch.zeros(shape, dtype=torch.uint8)
+    last = shape[-1] == 3
+    assert CROP(empty).shape == ((0, 6, 6, 3) if last else (0, 3, 6, 6))
+    result = FULL(empty)
+    assert (result.shape, result.dtype) == ((0, 3, 6, 6), torch.float32)
+    chain = bk.Compose([bk.Resize((8, 9)), bk.Pad(1), bk.ColorJitter(0.5), bk.CenterCrop((5, 30))])
+    assert chain(empty, ids=[]).shape == ((0, 5, 30, 3) if last else (0, 3, 5, 30))
+    assert CROP([]) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "words"),
+    [
+        pytest.param(torch.zeros(3, 4), ValueError, r"\[N, C, H, W\]", id="rank"),
+        pytest.param(torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, "uint8", id="dtype"),
+        pytest.param(torch.zeros(2, 3, 0, 8), ValueError, "at least one pixel", id="no-pixels"),
+        pytest.param("image.png", TypeError, "str", id="path"),
+        pytest.param([torch.zeros(3, 8, 8), 5], TypeError, r"images\[1\]", id="list-item"),
+        pytest.param([torch.zeros(8, 8)], ValueError, r"images\[0\]", id="list-rank"),
+        pytest.param(
+            [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], ValueError, "channels", id="list-channels"
+        ),
+        pytest.param(
+            [torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
+            ValueError,
+            "as the first image",
+            id="list-dtype",
+        ),
+    ],
+)
+def test_bad_images(images: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        CROP(images)
+
+
+def test_image_smaller_than_the_crop() -> None:
+    with pytest.raises(ValueError, match=r"\(20, 6\).*\(12, 15\).*pad_if_needed"):
+        bk.RandomCrop((20, 6))(batch())
+    with pytest.raises(ValueError, match=r"padded image.*image 1"):
+        bk.RandomCrop(14, padding=1)([picture(12, 12), picture(10, 12)])
+    assert bk.RandomCrop((20, 6), pad_if_needed=True)(batch()).shape == (4, 3, 20, 6)
+    assert bk.CenterCrop(20)(batch()).shape == (4, 3, 20, 20)
+    # not where the crop is not done
+    bk.RandomApply([bk.RandomCrop(99)], p=0.0)(batch())
+
+
+def test_colors_need_one_or_three_channels() -> None:
+    four = torch.zeros(2, 4, 8, 9)
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        bk.ColorJitter(0.5)(four)
+    assert bk.RandomResizedCrop(6)(four).shape == (2, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"fill.*4"):
+        bk.Pad(1, fill=(1, 2, 3))(four)
+    with pytest.raises(ValueError, match=r"mean.*4"):
+        bk.Normalize([0.1, 0.2], [1, 1])(four)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [[0, 1, 2, 3]], [0.5] * 4, ["a"] * 4, 7])
+def test_bad_ids(ids: Any) -> None:
+    with pytest.raises(ValueError, match="ids"):
+        CROP(batch(), ids=ids)
+
+
+def test_bad_generator() -> None:
+    with pytest.raises(TypeError, match="generator"):
+        CROP(batch(), 42)
+
+
+def test_state_stays_after_an_error() -> None:
+    crop = bk.RandomCrop(14)
+    with pytest.raises(ValueError, match="must fit"):
+        crop(batch())
+    assert crop.state_dict()["_extra_state"].tolist() == [0]
+
+
+BAD_ARGUMENTS = [
+    ("RandomResizedCrop", {"size": (1, 2, 3)}),
+    ("RandomResizedCrop", {"size": 8, "scale": 0.5}),
+    ("RandomResizedCrop", {"size": 8, "ratio": (1, 2, 3)}),
+    ("RandomCrop", {"size": (1, 2, 3)}),
+    ("RandomCrop", {"size": 8, "padding": (1, 2, 3)}),
+    ("RandomCrop", {"size": 8, "padding": "1"}),
+    ("RandomCrop", {"size": 8, "padding": 1, "padding_mode": "mirror"}),
+    ("RandomCrop", {"size": 8, "fill": "black"}),
+    ("CenterCrop", {"size": (1, 2, 3)}),
+    ("Resize", {"size": (1, 2, 3)}),
+    ("Resize", {"size": None}),
+    ("Resize", {"size": None, "max_size": 0.5}),
+    ("RandomHorizontalFlip", {"p": 1.5}),
+    ("RandomVerticalFlip", {"p": -0.5}),
+    ("RandomGrayscale", {"p": 2}),
+    ("RandomRotation", {"degrees": -3}),
+    ("RandomRotation", {"degrees": (1, 2, 3)}),
+    ("RandomRotation", {"degrees": None}),
+    ("RandomRotation", {"degrees": 3, "center": 4}),
+    ("RandomRotation", {"degrees": 3, "center": (1, 2, 3)}),
+    ("RandomRotation", {"degrees": 3, "fill": "black"}),
+    ("RandomAffine", {"degrees": -3}),
+    ("RandomAffine", {"degrees": 3, "translate": 0.3}),
+    ("RandomAffine", {"degrees": 3, "translate": (0.3, 2)}),
+    ("RandomAffine", {"degrees": 3, "scale": 2}),
+    ("RandomAffine", {"degrees": 3, "scale": (-1, 2)}),
+    ("RandomAffine", {"degrees": 3, "shear": -3}),
+    ("RandomAffine", {"degrees": 3, "shear": (1, 2, 3)}),
+    ("ColorJitter", {"brightness": -1}),
+    ("ColorJitter", {"contrast": (2, 1)}),
+    ("ColorJitter", {"saturation": "much"}),
+    ("ColorJitter", {"hue": 0.7}),
+    ("ColorJitter", {"hue": (-0.7, 0)}),
+    ("Pad", {"padding": (1, 2, 3)}),
+    ("Pad", {"padding": 1, "padding_mode": "mirror"}),
+    ("Pad", {"padding": 1, "fill": "black"}),
+    ("ToDtype", {"dtype": "float32"}),
+    ("RandomApply", {"transforms": []}),
+    ("RandomApply", {"transforms": 3}),
+    ("Compose", {"transforms": []}),
+    ("Compose", {"transforms": 3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), BAD_ARGUMENTS, ids=lambda v: v if isinstance(v, str) else str(v)
+)
+def test_bad_arguments_raise_as_torchvisions(name: str, arguments: dict[str, Any]) -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 - whatever it is
+        getattr(v2, name)(**arguments)
+    with pytest.raises(type(theirs.value)) as ours:
+        getattr(bk, name)(**arguments)
+    assert str(ours.value).startswith(f"bigkernel.{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda: bk.Resize(8, "bicubic"), "bicubic.*torchvision", id="filter"),
+        pytest.param(lambda: bk.Resize(8, "cubic"), "interpolation", id="no-filter"),
+        pytest.param(lambda: bk.Resize(0), "positive", id="no-size"),
+        pytest.param(lambda: bk.CenterCrop(-1), "positive", id="negative-size"),
+        pytest.param(lambda: bk.Resize((8, 8), max_size=9), "max_size", id="max-and-both"),
+        pytest.param(lambda: bk.Resize(8, max_size=8), "greater", id="max-too-small"),
+        pytest.param(lambda: bk.Resize(2, max_size=3)(picture(1, 200)), "one pixel", id="thin"),
+        pytest.param(lambda: bk.Pad(-1), "negative", id="negative-padding"),
+        pytest.param(lambda: bk.Pad(1, padding_mode="reflect"), "pad before", id="reflect"),
+        pytest.param(lambda: bk.Normalize([0.5], [0.0]), "zero", id="zero-std"),
+        pytest.param(lambda: bk.ToDtype(torch.int64), "float64", id="int64"),
+        pytest.param(lambda: bk.ToDtype({"x": torch.uint8}), "others", id="dict-without"),
+    ],
+)
+def test_bad_arguments_of_our_own(make: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_foreign_transforms_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"transforms\[1\]"):
+        bk.Compose([bk.Pad(1), lambda x: x])
+
+
+def test_interpolation_spellings() -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    expected = bk.InterpolationMode.BILINEAR
+    for spelling in ("bilinear", 2, v2.InterpolationMode.BILINEAR, expected):
+        assert bk.RandomRotation(3, spelling).interpolation is expected
+
+
+def test_dicts_for_fill_and_dtype() -> None:
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    fill = {tv_tensors.Image: 9, tv_tensors.Mask: 1}
+    assert bk.Pad(1, fill=fill)(picture())[0, 0, 0] == 9
+    dtype = {tv_tensors.Mask: torch.uint8, "others": torch.float32}
+    assert bk.ToDtype(dtype)(picture()).dtype == torch.float32
+    assert bk.ToDtype({"others": None})(picture()).dtype == torch.uint8
+
+
+def test_gradients_are_not_followed() -> None:
+    assert not CROP(batch().float().requires_grad_()).requires_grad
+
+
+def test_input_stays_as_it_was() -> None:
+    images = batch()
+    before = images.clone()
+    result = run(FULL, images)
+    result.zero_()
+    bk.ToImage()(images).zero_()
+    assert torch.equal(images, before)
+
+
+def test_repr() -> None:
+    assert repr(bk.RandomHorizontalFlip()) == "RandomHorizontalFlip(p=0.5)"
+    assert repr(bk.Resize(8)) == "Resize(size=[8], interpolation=bilinear, antialias=True)"
+    chain = bk.Compose([bk.RandomApply([bk.CenterCrop(4)], p=0.1), bk.Pad(2)])
+    assert repr(chain) == (
+        "Compose(\n"
+        "  RandomApply(\n"
+        "    CenterCrop(size=(4, 4))\n"
+        "    p=0.1\n"
+        "  )\n"
+        "  Pad(padding=2, fill=0, padding_mode=constant)\n"
+        ")"
+    )
