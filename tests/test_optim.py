@@ -1,0 +1,568 @@
+"""bigkernel.optim.AdamW and Adam in torch's place. Which feature has which test:
+
+constructor, groups, schedulers, closures  constructor_takes_torchs_arguments, trains_like_torch_*
+state_dict both ways, dtypes kept          loads_torchs_state, torch_loads_our_state, state_keeps_*
+max_grad_norm, master_weights, state_dtype max_grad_norm_*, master_weights_*, bf16_*
+GradScaler, accelerate, DTensor and FSDP2  grad_scaler_*, accelerate, fully_shard_*
+copies, pickles, hooks, late groups        copies_and_pickles, hooks, add_param_group_later
+bad input                                  sparse_*, rejects_*
+"""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bigkernel
+from bigkernel.optim import Adam, AdamW
+
+BF16 = torch.bfloat16
+PAIRS = [(AdamW, torch.optim.AdamW), (Adam, torch.optim.Adam)]
+IDS = ["adamw", "adam"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_no_fallback(monkeypatch):
+    """Small models: threads only cost time. A fallback to PyTorch is an error."""
+    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LayerNorm(288), nn.Linear(288, 5)).to(
+        dtype
+    )
+
+
+def batch(i, dtype=torch.float32):
+    g = torch.Generator().manual_seed(100 + i)
+    return torch.randn(4, 3, 8, 8, generator=g).to(dtype)
+
+
+def train(net, optimizer, steps, first=0, clip=None):
+    dtype = next(net.parameters()).dtype
+    for i in range(first, first + steps):
+        optimizer.zero_grad()
+        net(batch(i, dtype)).float().square().mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+
+
+def assert_same_parameters(a, b, exact=False):
+    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+        if exact:
+            assert torch.equal(x, y), name
+        else:
+            torch.testing.assert_close(
+                x, y, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=IDS)
+def test_constructor_takes_torchs_arguments(ours, theirs):
+    mine = inspect.signature(ours).parameters
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        assert mine[name].default == parameter.default, name
+        assert mine[name].kind == parameter.kind, name
+    net = model()
+    for options in ({"foreach": True}, {"fused": True}, {"capturable": True}, {"fused": False}):
+        ours(net.parameters(), 1e-3, (0.8, 0.99), 1e-7, 0.1, False, **options)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=IDS)
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+def test_trains_like_torch_with_groups_and_scheduler(ours, theirs, amsgrad, lr):
+    nets, ends = [model(), model()], []
+    for net, make, extra in zip(nets, (ours, theirs), ({}, {"foreach": False}), strict=True):
+        rate = 1e-2 if lr == "number" else torch.tensor(1e-2)
+        groups = [
+            {"params": net[0].parameters(), "weight_decay": 0.0},
+            {"params": net[2:].parameters(), "betas": (0.8, 0.95), "maximize": True, "lr": 1e-3},
+        ]
+        optimizer = make(groups, lr=rate, weight_decay=0.1, amsgrad=amsgrad, **extra)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        for i in range(6):
+            train(net, optimizer, 1, first=i)
+            scheduler.step()
+        ends.append(float(optimizer.param_groups[0]["lr"]))
+    assert_same_parameters(*nets)
+    assert ends[0] == pytest.approx(ends[1])
+
+
+def test_trains_like_torch_with_one_cycle_and_closure():
+    """OneCycleLR moves beta1 too; a closure's loss is passed on."""
+    nets, losses = [model(), model()], []
+    for net, make in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
+        optimizer = make(net.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=5)
+        for i in range(5):
+
+            def closure(optimizer=optimizer, net=net, i=i):
+                optimizer.zero_grad()
+                loss = net(batch(i)).square().mean()
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+            scheduler.step()
+    assert_same_parameters(*nets)
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=IDS)
+def test_loads_torchs_state(ours, theirs, fused):
+    net = model()
+    torchs = theirs(net.parameters(), lr=3e-3, weight_decay=0.2, amsgrad=True, fused=fused)
+    train(net, torchs, 3)
+    other = model()
+    other.load_state_dict(net.state_dict())
+    optimizer = ours(other.parameters())
+    optimizer.load_state_dict(torchs.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 3e-3
+    train(net, torchs, 3, first=3)
+    train(other, optimizer, 3, first=3)
+    assert_same_parameters(net, other)
+    assert all(state["step"] == 6 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=IDS)
+def test_torch_loads_our_state(ours, theirs, masters):
+    dtype = BF16 if masters else torch.float32
+    net = model(dtype)
+    optimizer = ours(net.parameters(), lr=3e-3, master_weights=masters, max_grad_norm=10.0)
+    train(net, optimizer, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = model(dtype)
+    other.load_state_dict(net.state_dict())
+    torchs = theirs(other.parameters(), foreach=False)
+    torchs.load_state_dict(torch.load(file, weights_only=True))
+    train(other, torchs, 2, first=3)
+    assert all(state["step"] == 5 for state in torchs.state.values())
+    if not masters:
+        train(net, optimizer, 2, first=3)
+        assert_same_parameters(net, other)
+
+
+@pytest.mark.parametrize("state_dtype", [None, BF16])
+def test_state_keeps_its_dtype_through_load_state_dict(state_dtype):
+    """torch.optim would cast moments and masters to the parameter's dtype."""
+    net, options = model(BF16), {"master_weights": True, "state_dtype": state_dtype}
+    optimizer = AdamW(net.parameters(), amsgrad=True, **options)
+    train(net, optimizer, 2)
+    other = copy.deepcopy(net)
+    again = AdamW(other.parameters(), amsgrad=True, **options)
+    again.load_state_dict(optimizer.state_dict())
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert again.state[q][key].dtype == value.dtype
+            assert torch.equal(again.state[q][key], value)
+            assert again.state[q][key].data_ptr() != value.data_ptr()
+        assert optimizer.state[p]["exp_avg"].dtype == (state_dtype or torch.float32)
+    train(net, optimizer, 2, first=2)
+    train(other, again, 2, first=2)
+    assert_same_parameters(net, other, exact=True)
+
+
+def test_loaded_moments_take_this_optimizers_dtype():
+    """A torch checkpoint of a bf16 model has bf16 moments; here they are fp32 unless asked."""
+    net = model(BF16)
+    torchs = torch.optim.AdamW(net.parameters())
+    train(net, torchs, 2)
+    for dtype in (None, BF16):
+        optimizer = AdamW(net.parameters(), state_dtype=dtype, master_weights=True)
+        optimizer.load_state_dict(torchs.state_dict())
+        train(net, optimizer, 1)
+        for state in optimizer.state.values():
+            assert state["exp_avg"].dtype == (dtype or torch.float32)
+            assert state["master_param"].dtype == torch.float32
+
+
+def test_load_state_dict_runs_hooks_and_rejects_what_does_not_fit():
+    net = model()
+    optimizer = AdamW(net.parameters())
+    train(net, optimizer, 1)
+    saved, calls = optimizer.state_dict(), []
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("before"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("after"))
+    optimizer.load_state_dict(saved)
+    assert calls == ["before", "after"]
+    with pytest.raises(ValueError, match="must be for groups of"):
+        AdamW([next(net.parameters())]).load_state_dict(saved)
+    reordered = list(net.parameters())[::-1]
+    with pytest.raises(ValueError, match="of the parameter's shape"):
+        AdamW(reordered).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_max_grad_norm_clips_as_torch_does(limit):
+    nets = [model(), model()]
+    groups = [
+        {"params": nets[0][0].parameters(), "lr": 1e-2},
+        {"params": nets[0][2:].parameters(), "weight_decay": 0.1},
+    ]
+    other = [
+        {"params": nets[1][0].parameters(), "lr": 1e-2},
+        {"params": nets[1][2:].parameters(), "weight_decay": 0.1},
+    ]
+    optimizer = AdamW(groups, eps=1e-4, max_grad_norm=limit)
+    assert optimizer.grad_norm is None
+    train(nets[0], optimizer, 4)
+    train(nets[1], torch.optim.AdamW(other, eps=1e-4), 4, clip=limit)
+    assert_same_parameters(*nets)
+    nets[0].zero_grad()
+    nets[0](batch(9)).square().mean().backward()
+    want = nn.utils.get_total_norm([p.grad for p in nets[0].parameters()])
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, want)
+
+
+def test_max_grad_norm_skips_what_is_not_finite():
+    net = model()
+    optimizer = AdamW(net.parameters(), max_grad_norm=float("inf"))
+    train(net, optimizer, 1)
+    before, state = copy.deepcopy(net), copy.deepcopy(optimizer.state_dict()["state"])
+    net[0].weight.grad[0, 0, 0, 0] = float("nan")
+    optimizer.step()
+    assert optimizer.grad_norm.isnan()
+    assert_same_parameters(net, before, exact=True)
+    for number, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, state[number][key])
+
+
+def test_master_weights_follow_an_fp32_model():
+    """bf16 gradients into fp32 masters: the masters go where an fp32 model would."""
+    net, wide = model(BF16), model(BF16).float()
+    optimizer = AdamW(net.parameters(), lr=1e-4, master_weights=True)
+    torchs = torch.optim.AdamW(wide.parameters(), lr=1e-4)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for p, q in zip(net.parameters(), wide.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=g).to(BF16)
+            q.grad = p.grad.float()
+        optimizer.step()
+        torchs.step()
+    for p, q in zip(net.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[p]["master_param"], q.detach())
+        assert torch.equal(p, optimizer.state[p]["master_param"].to(BF16))
+
+
+def test_bf16_parameters_move_under_stochastic_rounding():
+    """Updates of 1/40 ulp vanish when rounding to nearest and add up when rounding at random."""
+    ends = {}
+    for stochastic in (True, False):
+        p = nn.Parameter(torch.ones(4096, dtype=BF16))
+        optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=stochastic)
+        for _ in range(50):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends[stochastic] = p.float().mean().item()
+    assert ends[False] == 1.0
+    assert ends[True] == pytest.approx(1 - 50 * 1e-4, abs=3e-4)
+
+
+def test_bf16_rounding_is_reproducible_and_seeded():
+    def run(seed):
+        net = model(BF16)
+        train(net, AdamW(net.parameters(), rounding_seed=seed), 3)
+        return net
+
+    assert_same_parameters(run(0), run(0), exact=True)
+    assert not torch.equal(run(0)[0].weight, run(1)[0].weight)
+
+
+def test_bf16_without_stochastic_rounding_is_torchs():
+    """From the same fp32 moments, rounding to nearest."""
+    net, other = model(BF16), model(BF16)
+    train(net, AdamW(net.parameters(), stochastic_rounding=False), 1)
+    train(other, torch.optim.AdamW(other.parameters()), 1)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-5)
+
+
+def test_grad_scaler_unscales_and_skips_inside_the_step():
+    nets = [model(), model()]
+    optimizers = [AdamW(nets[0].parameters(), eps=1e-6), torch.optim.AdamW(nets[1].parameters())]
+    optimizers[1].param_groups[0]["eps"] = 1e-6
+    scales = []
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for i in range(6):
+            optimizer.zero_grad()
+            scaler.scale(net(batch(i)).square().mean()).backward()
+            if i == 3:
+                net[0].weight.grad[0] = float("inf")
+            if i == 4:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append(scaler.get_scale())
+        assert not hasattr(optimizer, "found_inf")
+    assert_same_parameters(*nets)
+    assert scales[0] == scales[1]
+    assert all(state["step"] == 5 for state in optimizers[0].state.values())
+
+
+def test_grad_scaler_with_clipping():
+    nets = [model(), model()]
+    ours = AdamW(nets[0].parameters(), eps=1e-4, max_grad_norm=0.1)
+    train(nets[1], torch.optim.AdamW(nets[1].parameters(), eps=1e-4), 3, clip=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for i in range(3):
+        ours.zero_grad()
+        scaler.scale(nets[0](batch(i)).square().mean()).backward()
+        scaler.step(ours)
+        scaler.update()
+    assert_same_parameters(*nets)
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    net, other = model(), model()
+    wrapped, optimizer = accelerator.prepare(net, AdamW(net.parameters()))
+    for i in range(2):
+        optimizer.zero_grad()
+        accelerator.backward(wrapped(batch(i)).square().mean())
+        optimizer.step()
+    train(other, torch.optim.AdamW(other.parameters()), 2)
+    assert_same_parameters(net, other)
+
+
+@pytest.fixture(scope="module")
+def gloo(tmp_path_factory):
+    import torch.distributed as dist
+
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_fully_shard_trains_and_clips(gloo, masters):
+    """FSDP2: parameters are DTensors; the norm is combined over the mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dtype = BF16 if masters else torch.float32
+    options = {"lr": 1e-2, "max_grad_norm": 0.5, "master_weights": masters, "eps": 1e-4}
+    net, plain = model(dtype), model(dtype)
+    fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+    optimizer, want = AdamW(net.parameters(), **options), AdamW(plain.parameters(), **options)
+    train(net, optimizer, 3)
+    train(plain, want, 3)
+    torch.testing.assert_close(optimizer.grad_norm, want.grad_norm)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        torch.testing.assert_close(p.full_tensor(), q)
+        state = optimizer.state[p]
+        assert isinstance(state["exp_avg"], DTensor)
+        assert state["exp_avg"].dtype == torch.float32
+    again = AdamW(net.parameters(), **options)
+    again.load_state_dict(optimizer.state_dict())
+    train(net, again, 1, first=3)
+    train(plain, want, 1, first=3)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q)
+
+
+def test_fully_shard_state_goes_through_distributed_checkpoint(gloo):
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = model(BF16)
+    fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+    options = {"master_weights": True, "lr": 1e-2}
+    optimizer = AdamW(net.parameters(), **options)
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    before = [p.full_tensor().clone() for p in net.parameters()]
+    again = AdamW(net.parameters(), **options)
+    set_optimizer_state_dict(net, again, saved)  # makes state by a step of lr 0
+    for p, q in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p.full_tensor(), q)
+        for key, value in optimizer.state[p].items():
+            other = again.state[p][key]
+            assert other.dtype == value.dtype
+            assert torch.equal(getattr(other, "_local_tensor", other), _local(value)), key
+
+
+def _local(t):
+    return getattr(t, "_local_tensor", t)
+
+
+def test_fully_shard_empty_shards_and_replicas(gloo):
+    """DTensors by hand: an empty one, and one that is replicated rather than cut."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    torch.manual_seed(0)
+    values = [torch.zeros(0, 3), torch.randn(4, 3), torch.randn(5), torch.randn(2)]
+    grads = [torch.randn_like(v) for v in values]
+    places = [[Shard(0)], [Shard(0)], [Replicate()], None]
+    params = []
+    for value, grad, place in zip(values, grads, places, strict=True):
+        split = (lambda t: t.clone()) if place is None else None
+        split = split or (lambda t, place=place: distribute_tensor(t.clone(), mesh, place))
+        p = nn.Parameter(split(value))
+        p.grad = split(grad)
+        params.append(p)
+    plain = [nn.Parameter(v.clone()) for v in values]
+    for p, grad in zip(plain, grads, strict=True):
+        p.grad = grad
+    optimizer, want = (AdamW(x, max_grad_norm=0.5) for x in (params, plain))
+    optimizer.step()
+    want.step()
+    torch.testing.assert_close(optimizer.grad_norm, want.grad_norm)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(_local(p.detach()), q.detach())
+
+
+def test_copies_and_pickles():
+    net = model()
+    optimizer = AdamW(net.parameters(), max_grad_norm=1.0, state_dtype=BF16, rounding_seed=4)
+    train(net, optimizer, 2)
+    for twin in (
+        copy.deepcopy((net, optimizer)),
+        pickle.loads(pickle.dumps((net, optimizer))),
+    ):
+        other, again = twin
+        assert again.max_grad_norm == 1.0
+        assert again.state_dtype == BF16
+        assert again.rounding_seed == 4
+        train(other, again, 2, first=2)
+        reference = copy.deepcopy((net, optimizer))
+        train(*reference, 2, first=2)
+        assert_same_parameters(other, reference[0], exact=True)
+    assert "AdamW" in repr(optimizer)
+
+
+def test_hooks():
+    net, calls = model(), []
+    optimizer = AdamW(net.parameters())
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_state_dict_post_hook(lambda o, d: d | {"extra": 1})
+    train(net, optimizer, 1)
+    assert calls == ["before", "after"]
+    assert optimizer.state_dict()["extra"] == 1
+
+
+def test_add_param_group_later_and_parameters_without_gradient():
+    nets = [model(), model()]
+    for net, make in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
+        optimizer = make(net[3].parameters())
+        train(net, optimizer, 2)
+        optimizer.add_param_group({"params": net[0].parameters(), "lr": 1e-2})
+        train(net, optimizer, 2, first=2)
+        unused = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [unused]})
+        optimizer.step()
+        assert unused not in optimizer.state
+    assert_same_parameters(*nets)
+
+
+def test_parameters_and_layouts_may_change_between_steps():
+    """Nothing is remembered about memory: data may be replaced, or take another layout."""
+    nets = [model(), model()]
+    for net, make in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
+        optimizer = make(net.parameters(), amsgrad=True)
+        train(net, optimizer, 2)
+        net.to(memory_format=torch.channels_last)
+        train(net, optimizer, 2, first=2)
+        for p in net.parameters():
+            p.data = p.data.clone()
+        train(net, optimizer, 1, first=4)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(net, optimizer, 1, first=5)
+    assert_same_parameters(*nets)
+
+
+def test_complex_parameters():
+    ends = []
+    for make in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+        optimizer = make([p, nn.Parameter(torch.zeros(2))])
+        for _ in range(3):
+            p.grad = torch.randn(6, dtype=torch.complex64)
+            optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_float64_runs_in_pytorch_aloud(monkeypatch):
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="float64 has no native kernel"):
+        AdamW([p]).step()
+    with bigkernel.use_backend("torch"):
+        optimizer = AdamW([p], max_grad_norm=1.0)
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.float64
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"must be dense, got torch.sparse_coo.*SparseAdam"):
+        AdamW(embedding.parameters()).step()
+
+
+def test_empty_and_zero_size():
+    net = nn.Linear(0, 3)
+    optimizer = AdamW([*net.parameters(), nn.Parameter(torch.empty(0))], max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    net(torch.zeros(2, 0)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdamW([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"lr": torch.ones(2)}, "lr must be a number or a tensor of one element"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\] must be at least 0 and below 1"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\] must be at least 0 and below 1"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"differentiable": True}, "differentiable must be False, got True. torch.optim's own"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or None"),
+        ({"state_dtype": torch.float16}, "state_dtype must be None, torch.float32 or"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_rejects_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW(model().parameters(), **options)
+    optimizer = AdamW([nn.Parameter(torch.ones(2))])
+    own = {"differentiable", "max_grad_norm", "state_dtype"}
+    if not own & set(options):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
+        assert len(optimizer.param_groups) == 1
