@@ -1,0 +1,40 @@
+"""Runs compiled CUDA kernels (PTX) on the CPU, checks and counts what they do. See README.md."""
+
+from bigkernel.testing.ptx.counters import Counters, Traffic
+from bigkernel.testing.ptx.errors import (
+    BarrierError,
+    Finding,
+    Misaligned,
+    MissingWait,
+    NoProgress,
+    OutOfBounds,
+    PtxError,
+    SharedRace,
+    Trap,
+    UninitializedRead,
+    UnknownInstruction,
+)
+from bigkernel.testing.ptx.launch import Kernel, Module, compile, load, nvcc
+from bigkernel.testing.ptx.memory import Memory
+
+__all__ = [
+    "BarrierError",
+    "Counters",
+    "Finding",
+    "Kernel",
+    "Memory",
+    "Misaligned",
+    "MissingWait",
+    "Module",
+    "NoProgress",
+    "OutOfBounds",
+    "PtxError",
+    "SharedRace",
+    "Traffic",
+    "Trap",
+    "UninitializedRead",
+    "UnknownInstruction",
+    "compile",
+    "load",
+    "nvcc",
+]

@@ -1,0 +1,221 @@
+"""Runs a batch of blocks: the lanes at the lowest program counter go first.
+
+So lanes that part at a branch meet again where the compiler laid the code after it. Barriers hold
+a block's lanes until all it waits for are there (PTX ISA, "Parallel Synchronization: bar").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigkernel.testing.ptx.alu import unknown
+from bigkernel.testing.ptx.errors import BarrierError, NoProgress, Trap
+from bigkernel.testing.ptx.lanes import Lanes
+from bigkernel.testing.ptx.machine import Machine
+from bigkernel.testing.ptx.parser import Instruction
+from bigkernel.testing.ptx.program import branch_targets, target
+from bigkernel.testing.ptx.types import Array
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """Lanes at a barrier."""
+
+    index: Array
+    goes_to: int
+    k: int
+    waits: bool
+    seen: dict[tuple[int, int], Array]  # (block, warp) -> its vector clock
+    predicate: Array | None
+
+
+class Scheduler:
+    """The program counters of a batch."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.m = machine
+        self.ready: dict[int, list[Array]] = {}
+        self.arrivals: dict[tuple[int, int], list[_Arrival]] = {}  # by (block, barrier)
+        self.executed = np.zeros(len(machine.job.pieces), np.int64)
+
+    def run(self) -> None:
+        """Until every thread has ended."""
+        m = self.m
+        everyone = m.everyone.index
+        self.ready = {0: [everyone if m.alive.all() else everyone[m.alive]]}
+        steps = 0
+        while self.ready:
+            pc = min(self.ready)
+            groups = self.ready.pop(pc)
+            if pc >= len(m.job.pieces):
+                self.end(np.concatenate(groups))
+            else:
+                index = groups[0] if len(groups) == 1 else np.sort(np.concatenate(groups))
+                self.step(pc, index)
+            steps += 1
+            if steps > m.job.max_steps:
+                lane, k = int(index[0]), self.first_instruction(pc)
+                what = f"still running after {steps - 1} basic blocks; raise max_steps if it should"
+                raise m.fail(NoProgress, lane, k, what)
+            if not self.ready and self.arrivals:
+                self.stuck()
+        m.count_instructions(self.executed)
+
+    def first_instruction(self, pc: int) -> int:
+        """An instruction to name for a basic block."""
+        block = self.m.flat.blocks[pc]
+        return block.body[0] if block.body else block.end or 0
+
+    def go(self, pc: int, index: Array) -> None:
+        """Lanes continue at a basic block."""
+        if len(index):
+            self.ready.setdefault(pc, []).append(index)
+
+    def step(self, pc: int, index: Array) -> None:
+        """Run one basic block."""
+        m = self.m
+        piece, block = m.job.pieces[pc], m.flat.blocks[pc]
+        lanes = m.everyone if len(index) == m.layout.lanes else Lanes(m.layout, index)
+        inputs = [m.register(name) for name in piece.inputs]
+        if not lanes.full:
+            inputs = [value[index] for value in inputs]
+        outputs, tail = piece.run(lanes, m, *inputs)
+        self.executed[pc] += lanes.warp_count
+        for name, value in zip(piece.outputs, outputs, strict=True):
+            if not lanes.full:
+                merged = m.register(name).copy()
+                merged[index] = value
+                value = merged
+            m.registers[name] = value
+        if block.end is None:
+            self.go(pc + 1, index)
+            return
+        i = m.flat.instructions[block.end]
+        guard, operands = tail
+        taken, rest = index, index[:0]
+        if guard is not None and not guard.all():
+            taken, rest = index[guard], index[~guard]
+            operands = tuple(o[guard] for o in operands)
+        self.go(pc + 1, rest)
+        if len(taken):
+            self.finish(i, block.end, pc, taken, operands)
+
+    def finish(self, i: Instruction, k: int, pc: int, index: Array, operands: Any) -> None:
+        """Lanes execute the last instruction of a basic block."""
+        m = self.m
+        if i.op == "bra":
+            self.go(target(m.flat, i, i.operands[0]), index)
+        elif i.op == "brx":
+            targets = branch_targets(m.flat, i)
+            for value in np.unique(operands[0]):
+                self.go(targets[int(value)], index[operands[0] == value])
+        elif i.op in ("ret", "exit"):
+            self.end(index)
+        elif i.op == "trap":
+            raise m.fail(Trap, int(index[0]), k, "the kernel gave up (trap or failed assert)")
+        else:
+            self.barrier(i, k, pc, index, operands)
+
+    def end(self, index: Array) -> None:
+        """Lanes have returned."""
+        self.m.alive[index] = False
+
+    def barrier(self, i: Instruction, k: int, pc: int, index: Array, operands: Any) -> None:
+        """bar.sync, bar.arrive, bar.red, and their barrier.cta forms."""
+        m = self.m
+        mods = set(i.mods)
+        if mods - {"sync", "arrive", "red", "aligned", "cta", "popc", "and", "or", "u32", "pred"}:
+            raise unknown(i)
+        predicate = operands[-1] if "red" in mods else None
+        numbers = operands[: len(operands) - (predicate is not None)]
+        full = len(index) == m.layout.lanes and len(numbers) == 1 and predicate is None
+        if full and not self.arrivals and "sync" in mods and m.alive.all():
+            m.shared.synchronize()
+            self.go(pc + 1, index)
+            return
+        lanes = Lanes(m.layout, index)
+        ids = numbers[0].astype(np.int64)
+        for block in np.unique(lanes.block):
+            for barrier in np.unique(ids[lanes.block == block]):
+                mine = (lanes.block == block) & (ids == barrier)
+                seen = {
+                    (int(block), int(w)): m.shared.clock[block, w].copy()
+                    for w in np.unique(lanes.warp[mine])
+                }
+                arrival = _Arrival(
+                    *(index[mine], pc + 1, k, "arrive" not in mods, seen),
+                    None if predicate is None else predicate[mine],
+                )
+                self.arrivals.setdefault((int(block), int(barrier)), []).append(arrival)
+                if "arrive" in mods:
+                    m.shared.advance(lanes.block[mine], lanes.warp[mine])
+                    self.go(pc + 1, index[mine])
+                expected = int(numbers[1][mine][0]) if len(numbers) > 1 else m.layout.threads
+                self.release(int(block), int(barrier), expected)
+
+    def release(self, block: int, barrier: int, expected: int) -> None:
+        """Let a barrier's lanes go on if all are there."""
+        m = self.m
+        here = self.arrivals[block, barrier]
+        count = sum(len(a.index) for a in here)
+        if count < expected:
+            return
+        if count > expected:
+            what = f"{count} threads arrived at barrier {barrier}, which expects {expected}"
+            raise m.fail(BarrierError, int(here[-1].index[0]), here[-1].k, what)
+        del self.arrivals[block, barrier]
+        self.check_aligned(here, barrier)
+        waiting = [a for a in here if a.waits]
+        vectors = np.stack([v for a in here for v in a.seen.values()])
+        warps = sorted({w for a in waiting for _, w in a.seen})
+        m.shared.synchronize_warps(block, vectors.max(0), np.array(warps))
+        reduced = [a for a in here if a.predicate is not None]
+        votes = np.concatenate([a.predicate for a in reduced]) if reduced else np.zeros(0, bool)  # type: ignore[misc]
+        for a in waiting:
+            if a.predicate is not None:
+                self.give(a, votes)
+            self.go(a.goes_to, a.index)
+
+    def give(self, arrival: _Arrival, votes: Array) -> None:
+        """bar.red's result."""
+        i = self.m.flat.instructions[arrival.k]
+        name = i.operands[0].name  # type: ignore[union-attr]
+        value = votes.sum() if "popc" in i.mods else votes.all() if "and" in i.mods else votes.any()
+        merged = self.m.register(name).copy()
+        merged[arrival.index] = value
+        self.m.registers[name] = merged
+
+    def check_aligned(self, here: list[_Arrival], barrier: int) -> None:
+        """A warp executes one and the same aligned barrier together."""
+        m = self.m
+        places: dict[tuple[int, int], _Arrival] = {}
+        for a in here:
+            i = m.flat.instructions[a.k]
+            if i.op == "barrier" and "aligned" not in i.mods:
+                continue
+            for warp in a.seen:
+                other = places.setdefault(warp, a)
+                if other.k != a.k:
+                    what = (f"its warp reaches barrier {barrier} in two places, the other in PTX "
+                            f"line {m.line(other.k)}")  # fmt: skip
+                    raise m.fail(BarrierError, int(a.index[0]), a.k, what)
+
+    def stuck(self) -> None:
+        """Nobody can go on: some barrier is not reached by all."""
+        m = self.m
+        (block, barrier), here = next(iter(self.arrivals.items()))
+        threads = np.arange(m.layout.threads) + block * m.layout.padded
+        absent = np.setdiff1d(threads, np.concatenate([a.index for a in here]))
+        what = f"{len(threads) - len(absent)} of {len(threads)} threads reach barrier {barrier}"
+        if len(absent):
+            lane = int(absent[0])
+            place = "has returned"
+            for (_, other), arrivals in self.arrivals.items():
+                for a in arrivals:
+                    if lane in a.index:
+                        place = f"waits at barrier {other} in PTX line {m.line(a.k)}"
+            what += f"; {m.layout.name(lane).split(', ', 1)[1]} {place}"
+        raise m.fail(BarrierError, int(here[0].index[0]), here[0].k, what)
