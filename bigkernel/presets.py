@@ -204,7 +204,16 @@ TEXT_SAMPLES: dict[str, dict[str, Any]] = {
 AUGMENTATIONS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "none": [],
     # Small turns and shifts: all that a hand-written digit bears. No flips, a 2 is not an S.
-    "gentle": [{"RandomAffine": {"degrees": 8, "translate": [0.06, 0.06], "scale": [0.95, 1.05]}}],
+    "gentle": [
+        {
+            "RandomAffine": {
+                "degrees": 8,
+                "translate": [0.06, 0.06],
+                "scale": [0.95, 1.05],
+                "interpolation": "bilinear",
+            }
+        }
+    ],
     "photos": [
         {"RandomResizedCrop": {"size": "size", "scale": [0.35, 1.0]}},
         {"RandomHorizontalFlip": {"p": 0.5}},

@@ -1,0 +1,147 @@
+"""New models from presets and config files, and models to go on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from bigkernel import presets
+from bigkernel.cli.errors import Failure, UsageError
+from bigkernel.cli.settings import Model
+
+
+def quiet_transformers() -> None:
+    """Only errors, and no bars for files that are read in a moment."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def inline(kind: str, model: Model) -> Model:
+    """A preset's name as it is; a config file (JSON or YAML) or a folder with one as its content."""
+    if isinstance(model, dict):
+        return model
+    table = presets.TEXT_MODELS if kind == presets.TEXT else presets.IMAGE_MODELS
+    if model in table:
+        return model
+    path = Path(model).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(
+            f"--model {model}: neither a preset nor a config file. Presets: {', '.join(table)}."
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError):
+        raise UsageError(f"{file} is not valid JSON or YAML.") from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UsageError(f"{file} must be a model's config with a model_type, such as llama.")
+    return content
+
+
+def _config(kind: str, model: Model, **from_data: Any) -> Any:
+    table = presets.TEXT_MODELS if kind == presets.TEXT else presets.IMAGE_MODELS
+    content = dict(model) if isinstance(model, dict) else dict(table[model])
+    # What belongs to a saved file and not to the shape of the model.
+    for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+        content.pop(name, None)
+    content.update(from_data)
+    model_type = content.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **content)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the model's config is not a valid {model_type}: {_one(error)}") from None
+
+
+def _one(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def new_text_model(
+    model: Model, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreTrainedModel:
+    """A decoder with random weights for this tokenizer and sequences of ``max_length``."""
+    config = _config(
+        presets.TEXT,
+        model,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return _build(AutoModelForCausalLM, config, "a causal language model")
+
+
+def image_size(model: Model | None, wanted: int | None, images: Any) -> int:
+    """Asked for, else the model's own, else the images' if small and square, else 32 pixels."""
+    if wanted is not None:
+        return wanted
+    content = presets.IMAGE_MODELS.get(model, {}) if isinstance(model, str) else model or {}
+    own = content.get("image_size")
+    if own is not None:
+        return int(own)
+    shapes = {tuple(images[i].shape[-2:]) for i in range(min(len(images), 64))}
+    height, width = next(iter(shapes))
+    return int(height) if len(shapes) == 1 and height == width and height <= 64 else 32
+
+
+def new_image_model(
+    model: Model, label_names: list[str], channels: int, size: int
+) -> PreTrainedModel:
+    """A classifier with random weights for these classes and images [channels, size, size]."""
+    config = _config(
+        presets.IMAGES,
+        model,
+        image_size=size,
+        num_channels=channels,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and size % patch:
+        raise UsageError(
+            f"images of {size} pixels cannot be cut into patches of {patch}: "
+            f"--image-size must be a multiple of {patch}."
+        )
+    return _build(AutoModelForImageClassification, config, "an image classifier")
+
+
+def _build(auto: Any, config: Any, what: str) -> PreTrainedModel:
+    try:
+        return auto.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UsageError(f"model_type {config.model_type} is not {what}.") from None
+        raise UsageError(f"the model cannot be built: {_one(error)}") from None
+
+
+def load(kind: str, name: str, **arguments: Any) -> PreTrainedModel:
+    """A trained model from a folder or a hub, in float32; safetensors only, never a pickle."""
+    auto = AutoModelForCausalLM if kind == presets.TEXT else AutoModelForImageClassification
+    local = Path(name).expanduser()
+    where = str(local) if local.exists() else name
+    try:
+        return auto.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **arguments)
+    except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
+        if local.exists():
+            raise Failure(f"{local} holds no model that can be loaded: {_one(error)}") from error
+        raise Failure(
+            f"{name} is not a folder here, and no hub gave a model of that name "
+            f"({_one(error)[:160]}). Give the path of a run or of a downloaded model."
+        ) from error
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """How many numbers the model learns, tied ones once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,247 @@
+"""Training, measuring and sampling language models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from bigkernel import presets
+from bigkernel.cli import models, run_folder
+from bigkernel.cli.errors import Failure
+from bigkernel.cli.settings import TextSettings
+from bigkernel.cli.train_loop import Task, check_same_data
+from bigkernel.data import (
+    Corpus,
+    DataError,
+    PackedDataset,
+    PackingCollator,
+    build_tokenizer,
+    load_corpus,
+    split_corpus,
+)
+from bigkernel.metrics import TextMetrics
+
+COMMAND = "train text"
+PROMPT = "The "
+SAMPLE = "sample.txt"
+
+
+def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task:
+    """Read the data and build the model; every complaint about the input comes from here."""
+    set_seed(settings.seed)
+    corpus = load_corpus(settings.data)
+    check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
+    train_part, held_part = split_corpus(corpus.documents, settings.validation)
+    spec = settings.tokenizer or settings.init_from or "bytes"
+    # Trained on what the model is trained on: the held-back part stays unseen.
+    tokenizer = build_tokenizer(spec, train_part, settings.vocab_size)
+    if settings.init_from is not None:
+        model = models.load(presets.TEXT, settings.init_from)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and settings.max_length > longest:
+            raise DataError(
+                f"{settings.init_from} takes sequences of {longest} tokens at most, and "
+                f"--max-length is {settings.max_length}."
+            )
+    else:
+        shape = settings.model or presets.TEXT_RECIPES["demo"]["model"]
+        model = models.new_text_model(shape, tokenizer, settings.max_length)
+    train_set = PackedDataset(train_part, tokenizer, settings.max_length, drop_last=True)
+    held_back = held_back_rows(held_part, tokenizer, settings.max_length)
+    prompt = settings.prompt or PROMPT
+    print(
+        f"corpus {corpus.name}: {len(corpus.documents):,} documents, {corpus.num_bytes:,} bytes, "
+        f"sha256 {corpus.sha256[:12]}; {len(tokenizer):,} tokens in the vocabulary"
+    )
+
+    def finish(model: PreTrainedModel, folder: Path) -> tuple[dict[str, float], str]:
+        figures = measure(model, held_back, settings.batch_size)
+        text = sample(model, tokenizer, prompt, settings.seed)
+        (folder / SAMPLE).write_text(text + "\n", encoding="utf-8")
+        print(f"sample: {text}")
+        return figures, "```text\n" + text.replace("```", "'''") + "\n```"
+
+    return Task(
+        command=COMMAND,
+        settings=settings,
+        run=run,
+        model=model,
+        train=train_set,
+        held_back=held_back,
+        collate=PackingCollator(settings.max_length),
+        unit="tokens",
+        per_item=settings.max_length,
+        data=facts(corpus),
+        save_inputs=lambda folder: tokenizer.save_pretrained(folder) and None,
+        finish=finish,
+        card=lambda run: _card(run, corpus, prompt),
+        trainer_options={"processing_class": tokenizer},
+    )
+
+
+def facts(corpus: Corpus) -> dict[str, Any]:
+    """What to record about a corpus."""
+    return {
+        "corpus": corpus.name,
+        "sha256": corpus.sha256,
+        "documents": len(corpus.documents),
+        "bytes": corpus.num_bytes,
+    }
+
+
+def held_back_rows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PackedDataset:
+    """The held-back part in rows of ``max_length``, or in one shorter row if it is shorter."""
+    count = sum(len(tokenizer(d, add_special_tokens=False)["input_ids"]) for d in documents)
+    if count < 2:
+        raise DataError(
+            "the held-back part of the corpus is shorter than two tokens. Use more text, or a "
+            "larger share in `validation` of a config file."
+        )
+    return PackedDataset(documents, tokenizer, min(max_length, count), drop_last=True)
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, rows: PackedDataset, batch_size: int) -> dict[str, float]:
+    """``TextMetrics`` of a model over packed rows."""
+    device = model.device
+    metrics = TextMetrics(rows.num_bytes).to(device)
+    collate = PackingCollator(rows.max_length)
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        labels = inputs.pop("labels")
+        metrics.update(model(**inputs, use_cache=False).logits, labels)
+    return metrics.compute()
+
+
+def readable(text: str) -> str:
+    """Text without the marks that stand for bytes that are no character, cut or invented."""
+    return text.replace("\ufffd", "")
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    seed: int,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 0.95,
+) -> str:
+    """``prompt`` and what the model goes on with; the same seed gives the same text.
+
+    Uses the KV cache. ``temperature=0`` takes the likeliest token each time. Without
+    ``max_new_tokens``: 200, or fewer where the model's context ends sooner.
+    """
+    if temperature < 0:
+        raise ValueError(f"the temperature must be 0 or more, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p must be in (0, 1], got {top_p}.")
+    if top_k < 0:
+        raise ValueError(f"top-k must be 0 (all tokens) or more, got {top_k}.")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # A document begins after the end of another one; that is how to ask for a fresh one.
+    ids = ids or [token for token in (tokenizer.eos_token_id,) if token is not None]
+    if not ids:
+        raise ValueError("the prompt is empty, and the tokenizer has no token to begin with.")
+    room = getattr(model.config, "max_position_embeddings", None)
+    left = (1 << 30) if room is None else room - len(ids)
+    if left < 1:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and the model's context holds {room}: "
+            "nothing can follow. Shorten the prompt."
+        )
+    count = min(200, left) if max_new_tokens is None else max_new_tokens
+    if count < 1:
+        raise ValueError(f"max-new-tokens must be 1 or more, got {count}.")
+    if count > left:
+        raise ValueError(
+            f"{count} new tokens do not fit: the model's context holds {room} and the prompt takes "
+            f"{len(ids)}. Ask for {left} at most."
+        )
+    draws = temperature > 0
+    inputs = torch.tensor([ids], device=model.device)
+    set_seed(seed)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if draws else {}
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=count,
+        do_sample=draws,
+        use_cache=True,
+        pad_token_id=_padding(tokenizer),
+        **options,
+    )
+    new = output[0, len(ids) :].tolist()
+    # Decoded with the prompt: a token may hold the end of one character or the space before a word.
+    text = readable(tokenizer.decode(ids + new, skip_special_tokens=True))
+    # Some tokenizers do not give back what they were given; the prompt is shown as it was typed.
+    shown = readable(tokenizer.decode(ids, skip_special_tokens=True))
+    return prompt + text[len(shown) :] if text.startswith(shown) else text
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer that a text run left."""
+    if not (run / "config.json").is_file():
+        raise Failure(
+            f"{run} holds no finished model. Go on with it: "
+            f"bigkernel train text --resume auto --out {run}"
+        )
+    model = models.load(presets.TEXT, str(run))
+    return model.eval(), AutoTokenizer.from_pretrained(str(run))
+
+
+def evaluate(
+    run: Path,
+    settings: TextSettings,
+    recorded: dict[str, Any],
+    data: str | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """Figures on the held-back part of the run's own corpus, or on all of another."""
+    from bigkernel.integrations import accelerate
+
+    model, tokenizer = load_run(run)
+    corpus = load_corpus(data if data is not None else settings.data)
+    documents: Sequence[str] = corpus.documents
+    if data is None:
+        check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
+        _, documents = split_corpus(corpus.documents, settings.validation)
+    rows = held_back_rows(list(documents), tokenizer, settings.max_length)
+    model = accelerate(model.to(device), quiet=True)
+    figures = measure(model, rows, settings.batch_size)
+    run_folder.write_evaluation(run, figures)
+    return figures
+
+
+def _card(run: Path, corpus: Corpus, prompt: str) -> dict[str, str]:
+    return {
+        "title": run.resolve().name,
+        "task": "text-generation",
+        "intended": (
+            f"A language model trained on `{corpus.name}` ({corpus.num_bytes:,} bytes). It knows "
+            "nothing but that text: what it says may be false, or repeat its source word for word."
+        ),
+        "usage": (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            f'inputs = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
+        ),
+    }

@@ -1,0 +1,216 @@
+"""What training text and training images have in common, from settings to a finished folder."""
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import bigkernel
+from bigkernel import report
+from bigkernel.cli import run_folder
+from bigkernel.cli.device import pick_device, pick_dtype, show_only
+from bigkernel.cli.errors import Failure
+from bigkernel.cli.models import parameters
+from bigkernel.cli.progress import MetricsFile, TrainingProgress, human_time, read_metrics
+from bigkernel.cli.settings import Settings, dump
+from bigkernel.optim import Adam
+from bigkernel.trainer import Trainer, TrainingArguments
+
+# Held-back data is looked at this many times during training, and checkpoints are written.
+LOOKS = 4
+
+
+@dataclass
+class Task:
+    """One training run, ready to start: everything that can be wrong with the input has been met.
+
+    ``data`` are facts to record about the data, ``unit`` what is counted and ``per_item`` how many
+    of it one item of the training set holds. ``finish`` is called with the trained model and the
+    run folder; it writes samples and pictures and returns (figures, the sample for the card).
+    """
+
+    command: str
+    settings: Settings
+    run: Path
+    model: PreTrainedModel
+    train: Any
+    held_back: Any
+    collate: Callable[..., Any]
+    unit: str
+    per_item: int
+    data: dict[str, Any]
+    save_inputs: Callable[[Path], None]
+    finish: Callable[[PreTrainedModel, Path], tuple[dict[str, float], str]]
+    card: Callable[[Path], dict[str, str]]
+    trainer_options: dict[str, Any]
+
+
+def train(task: Task, resume: str | None) -> None:
+    """Train, and leave the run folder complete. Prints as it goes."""
+    settings, run = task.settings, task.run
+    arguments = _arguments(task)
+    record = {
+        "parameters": parameters(task.model),
+        **task.data,
+        "bigkernel": bigkernel.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    if resume is None:
+        run_folder.clear(run)
+        run_folder.write_text(run / run_folder.CONFIG, dump(settings, task.command, record))
+    print(
+        f"{record['parameters']:,} parameters, {len(task.train):,} training and "
+        f"{len(task.held_back):,} held-back sequences"
+        if task.unit == "tokens"
+        else f"{record['parameters']:,} parameters, {len(task.train):,} training and "
+        f"{len(task.held_back):,} held-back images"
+    )
+    metrics = MetricsFile(run / run_folder.METRICS)
+    progress = TrainingProgress(
+        metrics,
+        task.unit,
+        settings.batch_size * settings.accumulate * task.per_item,
+        arguments.device,
+    )
+    trainer = Trainer(
+        model=task.model,
+        args=arguments,
+        train_dataset=task.train,
+        eval_dataset=_few(task.held_back),
+        data_collator=task.collate,
+        callbacks=[progress],
+        optimizer_cls_and_kwargs=_optimizer(settings),
+        **task.trainer_options,
+    )
+    for shown_by_us in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown_by_us)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        progress.close()
+    print(f"trained in {human_time(progress.seconds)}")
+    _leave(task, record, read_metrics(metrics.path))
+
+
+def _arguments(task: Task) -> TrainingArguments:
+    settings = task.settings
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    device = show_only(device)
+    per_step = settings.batch_size * settings.accumulate
+    steps = settings.max_steps or math.ceil(
+        math.ceil(len(task.train) / per_step) * (settings.epochs or 1.0)
+    )
+    look = max(1, steps // LOOKS)
+    return TrainingArguments(
+        output_dir=str(task.run),
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.epochs or 1.0,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr},
+        # A count, not a share: transformers reads 1 and more as steps.
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.beta2,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        eval_strategy="steps",
+        eval_steps=look,
+        save_strategy="steps",
+        save_steps=settings.save_steps or min(look, 500),
+        save_total_limit=2,
+        # Reading the loss waits for the GPU; on the CPU it costs nothing.
+        logging_steps=settings.log_steps or (1 if device.type == "cpu" else 10),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
+    """None is the Trainer's own: bigkernel's AdamW."""
+    if settings.optim == "adam":
+        options: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, settings.beta2)}
+        if settings.max_grad_norm:
+            options["max_grad_norm"] = settings.max_grad_norm
+        return Adam, options
+    if settings.optim == "sgd":
+        return torch.optim.SGD, {"lr": settings.lr, "momentum": 0.9}
+    return None
+
+
+def _few(held_back: Any, limit: int = 32) -> Any:
+    """Some items spread over the held-back part: enough to see the curve, soon done."""
+    if len(held_back) <= limit:
+        return held_back
+    places = torch.linspace(0, len(held_back) - 1, limit).round().long().tolist()
+    return torch.utils.data.Subset(held_back, places)
+
+
+def _leave(task: Task, record: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
+    """Model, inputs, pictures, figures and card; then say where they are."""
+    settings, run = task.settings, task.run
+    model = task.model.eval()
+    with run_folder.files_moved_into(run) as aside:
+        model.save_pretrained(aside)
+        task.save_inputs(aside)
+        report.save_loss_curve(history, aside / run_folder.LOSS)
+        figures, sample = task.finish(model, aside)
+        shown = {k: v for k, v in vars(settings).items() if v is not None and k != "out"}
+        card = report.model_card(
+            **task.card(run),
+            data=[(name.replace("_", " "), str(value)) for name, value in task.data.items()],
+            recipe=[(name, str(value)) for name, value in shown.items()],
+            metrics=figures,
+            sample=sample,
+            repeat=f"bigkernel {task.command} --config config.yaml --out ANOTHER_FOLDER",
+        )
+        (aside / run_folder.CARD).write_text(card, encoding="utf-8")
+    show(figures, f"on the {figures_of(task.unit)} held back from training")
+    print(f"model, metrics, pictures and card are in {run}")
+
+
+def figures_of(unit: str) -> str:
+    """What the figures are about."""
+    return "text" if unit == "tokens" else "images"
+
+
+def show(figures: Mapping[str, float], about: str) -> None:
+    """Print figures as aligned lines."""
+    print(about)
+    rows = report.figures(figures)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    sys.stdout.flush()
+
+
+def check_same_data(recorded: str | None, now: str, run: Path, what: str) -> None:
+    """Failure if the data of a run is not what it was trained on."""
+    if recorded is not None and recorded != now:
+        raise Failure(
+            f"the {what} of {run} has changed since it was recorded (sha256 {recorded[:12]}, now "
+            f"{now[:12]}), so its held-back part is another one. Put the old {what} back, or name "
+            "what to use with --data."
+        )
