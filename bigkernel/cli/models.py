@@ -27,7 +27,7 @@ def quiet_transformers() -> None:
 
 
 def inline(kind: str, model: Model) -> Model:
-    """A preset's name as it is; a config file (JSON or YAML) or a folder with one as its content."""
+    """A preset's name as it is; a config file, or a folder with one, as its content."""
     if isinstance(model, dict):
         return model
     table = presets.TEXT_MODELS if kind == presets.TEXT else presets.IMAGE_MODELS

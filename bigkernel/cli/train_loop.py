@@ -61,13 +61,14 @@ def train(task: Task, resume: str | None) -> None:
         "parameters": parameters(task.model),
         **task.data,
         "bigkernel": bigkernel.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
     if resume is None:
+        config = dump(settings, task.command, record)
         run_folder.clear(run)
-        run_folder.write_text(run / run_folder.CONFIG, dump(settings, task.command, record))
+        run_folder.write_text(run / run_folder.CONFIG, config)
     print(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
         f"{len(task.held_back):,} held-back sequences"

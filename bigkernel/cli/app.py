@@ -1,0 +1,203 @@
+"""The options of every command. What they do is in the modules that the commands import."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bigkernel.cli.errors import UsageError, guarded
+
+# Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
+_PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+app = typer.Typer(
+    help="Train, sample and measure Transformers on bigkernel's fused ops.",
+    add_completion=False,
+    **_PLAIN,  # type: ignore[arg-type]
+)
+train_app = typer.Typer(help="Train a model and leave it in a run folder.", **_PLAIN)  # type: ignore[arg-type]
+app.add_typer(train_app, name="train")
+
+
+def _text(help: str) -> Any:
+    return typer.Option(help=help, show_default=False)
+
+
+Data = Annotated[str | None, _text("Text: a file, a folder, .jsonl. Images: a folder of classes.")]
+ModelOption = Annotated[str | None, _text("A model preset, or a config file (JSON or YAML).")]
+InitFrom = Annotated[str | None, _text("A trained model to go on with: a folder or a hub name.")]
+Out = Annotated[Path | None, _text("The run folder (default: a free one under runs/).")]
+Preset = Annotated[str | None, _text("A recipe: demo (default), small, ... (see presets.py).")]
+Config = Annotated[Path | None, _text("A YAML file of settings, such as a run's config.yaml.")]
+Epochs = Annotated[float | None, _text("Passes over the training part.")]
+MaxSteps = Annotated[int | None, _text("Optimiser steps; with --epochs too, this one counts.")]
+Optim = Annotated[str | None, _text("adamw, adam or sgd.")]
+Lr = Annotated[float | None, _text("Highest learning rate.")]
+BatchSize = Annotated[int | None, _text("Sequences or images in a batch.")]
+Seed = Annotated[int | None, _text("Seed of weights, order, dropout and augmentation.")]
+Device = Annotated[str | None, _text("auto (default), cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, _text("auto (default), float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, _text("CPU threads.")]
+SaveSteps = Annotated[int | None, _text("A checkpoint every so many steps.")]
+Resume = Annotated[str | None, _text("auto, or a run or checkpoint folder to go on with.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+
+
+@train_app.command("text")
+@guarded
+def train_text(
+    data: Data = None,
+    sample: Annotated[
+        str | None, _text("A text that ships with the package instead of --data: zh.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, _text("bytes, bpe, wordpiece, or a folder or hub name for AutoTokenizer.")
+    ] = None,
+    vocab_size: Annotated[int | None, _text("Most tokens that bpe or wordpiece may make.")] = None,
+    model: ModelOption = None,
+    init_from: InitFrom = None,
+    max_length: Annotated[int | None, _text("Tokens in a sequence.")] = None,
+    prompt: Annotated[str | None, _text("What the sample at the end begins with.")] = None,
+    preset: Preset = None,
+    config: Config = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    optim: Optim = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    save_steps: SaveSteps = None,
+    out: Out = None,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Train a language model: a LLaMA-style decoder over bytes unless told otherwise."""
+    options = dict(locals())
+    _train("train text", options)
+
+
+@train_app.command("images")
+@guarded
+def train_images(
+    data: Data = None,
+    model: ModelOption = None,
+    init_from: InitFrom = None,
+    augment: Annotated[str | None, _text("A recipe's name, or a YAML file with one.")] = None,
+    image_size: Annotated[int | None, _text("Pixels a side into the model.")] = None,
+    preset: Preset = None,
+    config: Config = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    optim: Optim = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    save_steps: SaveSteps = None,
+    out: Out = None,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Train an image classifier: a ViT on scikit-learn's digits unless told otherwise."""
+    options = dict(locals())
+    _train("train images", options)
+
+
+def _train(command: str, options: dict[str, Any]) -> None:
+    from bigkernel.cli.start import start
+
+    start(command, options)
+
+
+@app.command()
+@guarded
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
+    max_new_tokens: Annotated[
+        int | None, _text("Tokens to add (default: 200, or what the context has room for).")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Continue a prompt with the model of a text run."""
+    from bigkernel.cli import device as devices
+    from bigkernel.cli import models, settings, text
+    from bigkernel.integrations import accelerate
+
+    if temperature < 0:
+        raise UsageError(f"--temperature must be 0 or more, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"--top-p must be in (0, 1], got {top_p}.")
+    if top_k < 0:
+        raise UsageError(f"--top-k must be 0 or more, got {top_k}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}.")
+    if settings.command_of(run) != text.COMMAND:
+        raise UsageError(f"{run} holds an image classifier; `generate` needs a text run.")
+    devices.use_threads(threads)
+    where = devices.pick_device(device or "auto")
+    models.quiet_transformers()
+    model, tokenizer = text.load_run(run)
+    model = accelerate(model.to(where), quiet=True)
+    print(
+        text.sample(
+            model,
+            tokenizer,
+            prompt,
+            seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+    )
+
+
+@app.command()
+@guarded
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, _text("Other data to measure on, all of it (default: the held-back part).")
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Measure the model of a run on data that it was not trained on."""
+    from bigkernel.cli import device as devices
+    from bigkernel.cli import images, models, run_folder, settings, text, train_loop
+
+    command = settings.command_of(run)
+    values, recorded = settings.read_config(run / run_folder.CONFIG, command)
+    devices.use_threads(threads if threads is not None else values.get("threads"))
+    where = devices.pick_device(device or "auto")
+    models.quiet_transformers()
+    chosen: Any = settings.COMMANDS[command](**values)
+    measure: Any = text.evaluate if command == text.COMMAND else images.evaluate
+    figures = measure(run, chosen, recorded, data, where)
+    train_loop.show(figures, f"{run} on {data or 'the part of its data held back from training'}")
+    files = [run_folder.EVALUATION]
+    files += [images.CONFUSION, images.ROC] if command == images.COMMAND else []
+    print("written: " + ", ".join(str(run / name) for name in files))
+
+
+@app.command()
+@guarded
+def env() -> None:
+    """Print versions, build, devices and the backend of each op: what a bug report pastes."""
+    from bigkernel.cli.env import report
+
+    lines = report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")

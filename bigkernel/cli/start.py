@@ -1,0 +1,95 @@
+"""From the options of a training command to a run under way."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from bigkernel import presets
+from bigkernel.cli import augmentation, device, images, models, run_folder, text
+from bigkernel.cli.errors import UsageError
+from bigkernel.cli.settings import (
+    ImageSettings,
+    Settings,
+    TextSettings,
+    gather,
+    option,
+    read_config,
+)
+from bigkernel.cli.train_loop import train
+
+# What may differ when a run goes on: nothing that changes a step, only where it runs and ends.
+FREE_ON_RESUME = {"out", "preset", "device", "threads", "epochs", "max_steps", "save_steps"}
+
+
+def start(command: str, options: dict[str, Any]) -> None:
+    """Work out the settings, prepare the task, and train."""
+    force, resume = options.pop("force"), options.pop("resume")
+    config, sample = options.pop("config"), options.pop("sample", None)
+    if force and resume is not None:
+        raise UsageError(
+            "--force replaces a run and --resume goes on with it: give one of the two."
+        )
+    out: Path | None = options.pop("out")
+    stored: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
+    going_on = False
+    if resume is not None:
+        out = run_folder.run_of(resume, out)
+        going_on = run_folder.is_run(out)
+        if going_on:
+            stored, recorded = read_config(out / run_folder.CONFIG, command)
+        elif out.exists():
+            run_folder.check_new(out, force=False)
+    given = read_config(config, command)[0] if config is not None else stored
+    # Where a file's run went to is not where its repetition goes.
+    given = {name: value for name, value in given.items() if name != "out"}
+    settings = _inline(gather(command, options, given, sample))
+    if going_on:
+        _check_same(settings, stored, cast(Path, out))
+    run = out if out is not None else run_folder.free_name(command.split()[1])
+    if not going_on:
+        run_folder.check_new(run, force)
+    settings.out = str(run)
+    device.use_threads(settings.threads)
+    device.pick_dtype(settings.dtype, device.pick_device(settings.device))
+    models.quiet_transformers()
+    if isinstance(settings, TextSettings):
+        task = text.prepare(settings, run, recorded)
+    else:
+        task = images.prepare(cast(ImageSettings, settings), run, recorded)
+    train(task, resume if going_on else None)
+
+
+def _inline(settings: Settings) -> Settings:
+    """Settings that hold wherever they are read: files by content, folders by absolute path."""
+    kind = presets.TEXT if isinstance(settings, TextSettings) else presets.IMAGES
+    changes: dict[str, Any] = {}
+    if settings.model is not None:
+        changes["model"] = models.inline(kind, settings.model)
+    if isinstance(settings, ImageSettings) and settings.augment is not None:
+        named = settings.augment in presets.AUGMENTATIONS if _is_name(settings.augment) else False
+        if not named:
+            changes["augment"] = augmentation.read_recipe(settings.augment)
+    for name in ("data", "init_from", "tokenizer"):
+        value = getattr(settings, name, None)
+        if value is not None and Path(value).expanduser().exists():
+            changes[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(settings, **changes)
+
+
+def _is_name(augment: Any) -> bool:
+    return isinstance(augment, str)
+
+
+def _check_same(settings: Settings, stored: Mapping[str, Any], run: Path) -> None:
+    """UsageError if a resumed run would not be the run that was begun."""
+    before = type(settings)(**stored)
+    for field in dataclasses.fields(settings):
+        was, now = getattr(before, field.name), getattr(settings, field.name)
+        if field.name not in FREE_ON_RESUME and was != now:
+            name = option(field.name)
+            raise UsageError(
+                f"{run} was begun with {name} {was}, and {now} would make it another run. "
+                f"Leave {name} out to go on, or start a new run with --init-from."
+            )
