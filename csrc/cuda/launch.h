@@ -1,0 +1,30 @@
+// Launching a kernel and saying what went wrong. No torch header here.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace bigkernel {
+
+inline void check_cuda(cudaError_t error, const std::string& doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // reported here: not again by whoever asks next
+  throw std::runtime_error("bigkernel: " + doing + ": " + cudaGetErrorString(error) + " (" +
+                           cudaGetErrorName(error) + ")");
+}
+
+// Right after kernel<<<grid, threads, shared, stream>>>(...).
+inline void check_launch(const char* kernel, dim3 grid, dim3 block, size_t shared = 0) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  auto triple = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
+  };
+  check_cuda(error, std::string("launching CUDA kernel ") + kernel + " with grid " + triple(grid) +
+                        ", block " + triple(block) + " and " + std::to_string(shared) +
+                        " bytes of shared memory failed");
+}
+
+}  // namespace bigkernel
