@@ -52,9 +52,11 @@ class NonFiniteLossError(RuntimeError):
         self.last_checkpoint = last_checkpoint
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped the training after a checkpoint was saved; a process that lets it through
-    exits with status 130.
+class TrainingInterrupted(KeyboardInterrupt, SystemExit):
+    """Ctrl-C stopped the training, after a checkpoint was saved.
+
+    It is a KeyboardInterrupt to whoever catches those. A process that lets it through exits with
+    status 130 and no traceback, as Python does for a SystemExit of that code.
 
     Attributes:
         step: optimizer steps done.
@@ -63,6 +65,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, step: int, checkpoint: Path) -> None:
         super().__init__(message)
+        self.code = 130
         self.step = step
         self.checkpoint = checkpoint
 

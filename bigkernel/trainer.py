@@ -30,6 +30,7 @@ from bigkernel import checkpoint
 from bigkernel.checkpoint import NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.integrations.accelerate import accelerate
+from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.optim import Adam, AdamW
 
 STATE_FILE = "bigkernel_state.json"
@@ -299,6 +300,22 @@ class Trainer(transformers.Trainer):
                 use_mtime=True,
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers', also for weights that it saves under other names than it loads."""
+        target = self._module() if model is None else model
+        if has_other_names(target, resume_from_checkpoint):
+            with _same_random_numbers_after():
+                load_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and has_other_names(self._module(), best):
+            load_weights(self._module(), best)
+        else:
+            super()._load_best_model()
+
     @contextlib.contextmanager
     def _checkpoint_folder(self, final: Path) -> Iterator[Path]:
         """The folder to write to; every process writes to the one that the first puts in place."""
@@ -392,12 +409,9 @@ class Trainer(transformers.Trainer):
         if not saved.is_dir():
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        raise TrainingInterrupted(
-            f"interrupted after step {step}; saved {saved}. "
-            f"Resume with resume_from_checkpoint='auto'.",
-            step,
-            saved,
-        )
+        message = f"interrupted after step {step}; saved {saved}, from which it can be resumed."
+        checkpoint.notify(message)
+        raise TrainingInterrupted(message, step, saved)
 
 
 class _ContinueLosses(TrainerCallback):

@@ -1,0 +1,675 @@
+"""The Trainer: what transformers' does, and what it adds.
+
+Feature list: the same losses, logs, callbacks and metrics as transformers' Trainer; gradient
+accumulation; bf16 autocast; clipping once; other optimizers; augmentation keyed by sample and
+epoch; resuming bit for bit (text with dropout, images with augmentation, kill -9 while saving,
+a cut-off checkpoint, a checkpoint of transformers' own); Ctrl-C; a loss that is not finite; a full
+disk; rotation and best model.
+"""
+
+import errno
+import functools
+import json
+import operator
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import Dataset
+
+import bigkernel.optim
+from bigkernel import checkpoint
+from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
+from bigkernel.data import ImageData, ImageDataset, PackedDataset, PackingCollator, build_tokenizer
+from bigkernel.data.augmentation import BatchAugmentation
+from bigkernel.data.images import collate_images
+from bigkernel.trainer import Trainer, TrainingArguments
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    sentences = []
+    monkeypatch.setattr(checkpoint, "notify", sentences.append)
+    return sentences
+
+
+# Two small tasks
+
+
+def text_data():
+    return PackedDataset(
+        ["abcdefgh" * 14, "the cat sat on the mat. " * 6], build_tokenizer("bytes"), 16
+    )
+
+
+def text_model(dropout=0.2):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def image_data(count=20):
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(count) % 3
+    return ImageDataset(ImageData(pixels.byte(), labels, ["a", "b", "c"], "noise", ""))
+
+
+def image_model(dropout=0.0):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+        hidden_dropout_prob=dropout,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def arguments(out, cls=TrainingArguments, **changes):
+    options = {
+        "output_dir": str(out),
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": True,
+    }
+    if cls is TrainingArguments:
+        options["announce"] = False
+    return cls(**{**options, **changes})
+
+
+def text_trainer(out, cls=Trainer, dropout=0.2, trainer=None, **changes):
+    kind = TrainingArguments if issubclass(cls, Trainer) else transformers.TrainingArguments
+    data = text_data()
+    return cls(
+        text_model(dropout),
+        arguments(out, kind, **changes),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=PackingCollator(16),
+        **(trainer or {}),
+    )
+
+
+class Noise:
+    """Float images plus noise that is drawn as bigkernel.transforms draw: by (seed, id)."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, images, generator=None, ids=None):
+        seed = generator.initial_seed()
+        self.calls.append((seed, ids.tolist(), torch.is_grad_enabled()))
+        out = []
+        for image, number in zip(images, ids.tolist(), strict=True):
+            own = torch.Generator().manual_seed((seed + number) % 2**63)
+            out.append(image[:, :8, :8] / 255.0 + 0.1 * torch.randn(1, 8, 8, generator=own))
+        return torch.stack(out)
+
+
+def scale_only(images, generator=None, ids=None):
+    return images / 255.0
+
+
+def image_trainer(out, dropout=0.0, trainer=None, **changes):
+    options = {"augmentation": Noise(), "eval_augmentation": scale_only, **(trainer or {})}
+    return Trainer(
+        image_model(dropout),
+        arguments(out, **changes),
+        train_dataset=image_data(),
+        eval_dataset=image_data(6),
+        data_collator=collate_images,
+        **options,
+    )
+
+
+def losses(trainer, names=("loss", "grad_norm", "eval_loss")):
+    return [
+        (log["step"], name, log[name])
+        for log in trainer.state.log_history
+        for name in names
+        if name in log
+    ]
+
+
+def parameters(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def assert_equal_runs(a, b, names=("loss", "grad_norm", "eval_loss")):
+    assert losses(a, names) == losses(b, names)
+    for x, y in zip(parameters(a), parameters(b), strict=True):
+        assert torch.equal(x, y)
+
+
+# The same as transformers' Trainer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_grad_norm": 0.05, "gradient_accumulation_steps": 3, "weight_decay": 0.1},
+        {"max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"bf16": True},
+    ],
+    ids=["defaults", "accumulate-clip", "no-clip", "bf16"],
+)
+def test_trains_as_transformers_trainer_does(tmp_path, changes):
+    runs = []
+    for cls in (transformers.Trainer, Trainer):
+        trainer = text_trainer(
+            tmp_path, cls, dropout=0.0, eval_strategy="steps", eval_steps=4, **changes
+        )
+        result = trainer.train()
+        runs.append((trainer.state.log_history, result, parameters(trainer)))
+    (expected, their_result, theirs), (actual, our_result, ours) = runs
+    assert [list(log) for log in actual] == [list(log) for log in expected]
+    tolerance = {"rel": 3e-2 if changes.get("bf16") else 1e-4, "abs": 1e-6}
+    for ours_log, theirs_log in zip(actual, expected, strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch"):
+            if name in theirs_log:
+                assert ours_log[name] == pytest.approx(theirs_log[name], **tolerance), name
+    assert our_result.training_loss == pytest.approx(their_result.training_loss, **tolerance)
+    if "bf16" not in changes:
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
+
+
+def test_epochs_metrics_callbacks_and_prediction(tmp_path):
+    class Counter(transformers.TrainerCallback):
+        def __init__(self):
+            self.events = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            assert kwargs["model"] is not None
+            assert kwargs["optimizer"] is not None
+            self.events.append("step")
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.events.append("epoch")
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            self.events.append(round(metrics["eval_accuracy"], 3))
+
+    counter = Counter()
+    trainer = image_trainer(
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        eval_strategy="epoch",
+        trainer={
+            "callbacks": [counter],
+            "compute_metrics": lambda p: {"accuracy": (p[0].argmax(-1) == p[1]).mean()},
+        },
+    )
+    trainer.train()
+    assert [event for event in counter.events if isinstance(event, str)] == [
+        *["step"] * 3,
+        "epoch",
+        *["step"] * 3,
+        "epoch",
+    ]
+    assert len(counter.events) == 10
+    prediction = trainer.predict(image_data(5))
+    assert prediction.predictions.shape == (5, 3)
+    assert prediction.label_ids.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_padded_batch_without_collator_or_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from bigkernel.data import TextDataset
+
+    tokenizer = build_tokenizer("bytes")
+
+    class WithLabels(TextDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {
+                **item,
+                "labels": item["input_ids"].masked_fill(item["attention_mask"] == 0, -100),
+            }
+
+    data = WithLabels(["short", "a longer text", "x"], tokenizer, 16)
+    results = []
+    for cls in (transformers.Trainer, Trainer):
+        trainer = cls(text_model(0.0), train_dataset=data)
+        trainer.args.use_cpu = True
+        results.append(trainer.train().training_loss)
+    assert trainer.args.output_dir == "tmp_trainer"
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+def test_what_is_replaced_is_announced_and_can_be_switched_off(tmp_path, capsys):
+    trainer = text_trainer(tmp_path, announce=True, max_steps=1)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "replaced attention in 1 x LlamaAttention (was sdpa)" in out
+    assert "bigkernel.optim.AdamW, clipping at norm 1 inside its step" in out
+    off = text_trainer(
+        tmp_path, use_bigkernel_attention=False, use_bigkernel_optimizer=False, max_steps=1
+    )
+    off.train()
+    assert off.model.config._attn_implementation == "sdpa"
+    assert type(off.optimizer.optimizer) is torch.optim.AdamW
+
+
+def test_plain_transformers_arguments_and_model_init_work(tmp_path):
+    trainer = Trainer(
+        args=arguments(tmp_path, transformers.TrainingArguments, max_steps=2),
+        model_init=lambda: text_model(),
+        train_dataset=text_data(),
+        data_collator=PackingCollator(16),
+    )
+    trainer.train()
+    assert trainer.model.config._attn_implementation.startswith("bigkernel")
+    assert isinstance(trainer.optimizer.optimizer, bigkernel.optim.AdamW)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "cls", "instance"])
+def test_other_optimizers_are_left_alone(tmp_path, kind):
+    if kind == "sgd":
+        expected, options = torch.optim.SGD, {}
+        trainer = text_trainer(tmp_path, optim="sgd", max_steps=2)
+    elif kind == "cls":
+        expected = bigkernel.optim.Adam
+        options = {"optimizer_cls_and_kwargs": (expected, {"lr": 1e-2, "max_grad_norm": 0.5})}
+        trainer = text_trainer(tmp_path, trainer=options, max_steps=2)
+    else:
+        expected = torch.optim.AdamW
+        model = text_model()
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=2),
+            train_dataset=text_data(),
+            data_collator=PackingCollator(16),
+            optimizers=(torch.optim.AdamW(model.parameters(), lr=1e-2), None),
+        )
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is expected
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(norms) == 2
+    assert min(norms) > 0
+
+
+# Augmentation
+
+
+def test_augmentation_is_for_training_and_keyed_by_sample(tmp_path):
+    trainer = image_trainer(
+        tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=6
+    )
+    trainer.train()
+    calls = trainer.augmentation.calls
+    epochs = [calls[:4], calls[4:]]
+    assert [
+        sorted(functools.reduce(operator.iadd, (ids for _, ids, _ in epoch), []))
+        for epoch in epochs
+    ] == [[*range(20)]] * 2
+    seeds = [{seed for seed, _, _ in epoch} for epoch in epochs]
+    assert len(seeds[0]) == len(seeds[1]) == 1
+    assert seeds[0] != seeds[1]
+    trainer.evaluate()
+    assert len(trainer.augmentation.calls) == 8
+    other = image_trainer(tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3)
+    other.train()
+    assert {seed for seed, _, _ in other.augmentation.calls} == seeds[0] | seeds[1]
+    reseeded = image_trainer(tmp_path, max_steps=1, data_seed=7)
+    reseeded.train()
+    assert reseeded.augmentation.calls[0][0] not in seeds[0] | seeds[1]
+
+
+def test_augmentation_of_images_of_different_sizes(tmp_path):
+    sizes = [(8, 9), (12, 8), (10, 10), (8, 8)]
+    images = [torch.full((1, h, w), 9, dtype=torch.uint8) for h, w in sizes]
+    data = ImageDataset(ImageData(images, torch.tensor([0, 1, 2, 0]), ["a", "b", "c"], "r", ""))
+
+    def crop(images, generator=None, ids=None):
+        return torch.stack([image[:, :8, :8] / 255.0 for image in images])
+
+    trainer = Trainer(
+        image_model(),
+        arguments(tmp_path, max_steps=2, remove_unused_columns=False),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate_images,
+        augmentation=crop,
+        eval_augmentation=crop,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_images_without_sample_ids_are_numbered(tmp_path):
+    class Bare(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return {"pixel_values": torch.zeros(1, 8, 8), "labels": index % 3}
+
+    noise = Noise()
+    trainer = Trainer(
+        image_model(), arguments(tmp_path, max_steps=5), train_dataset=Bare(), augmentation=noise
+    )
+    trainer.train()
+    assert [ids for _, ids, _ in noise.calls] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert len({seed for seed, _, _ in noise.calls}) == 1
+
+
+def test_augmentation_must_give_float_images_of_one_size():
+    images, ids = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2)
+    runner = BatchAugmentation(0)
+    with pytest.raises(ValueError, match=r"must give float images, got torch\.uint8"):
+        runner(lambda images, generator, ids: images, images, ids, 0)
+    with pytest.raises(ValueError, match=r"one \[N, C, H, W\] tensor, got list"):
+        runner(lambda images, generator, ids: list(images), images, ids, 0)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate):
+    # Nine steps over more than one epoch, logs every 2 and checkpoints every 3 steps, evaluation
+    # in between: nothing falls on the same step by itself.
+    options = {
+        "max_steps": 9,
+        "logging_steps": 2,
+        "save_steps": 3,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "gradient_accumulation_steps": accumulate,
+        "per_device_train_batch_size": 4,
+    }
+    whole = text_trainer(tmp_path / "a", **options)
+    whole.train()
+    assert whole.state.epoch > 1
+    for step in (3, 6):
+        resumed = text_trainer(tmp_path / f"b{step}", **options)
+        resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
+        assert_equal_runs(resumed, whole)
+    assert [text for text in told if "resuming from" in text]
+
+
+def test_resumed_image_run_is_the_uninterrupted_one(tmp_path, told):
+    options = {
+        "dropout": 0.1,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "epoch",
+    }
+    whole = image_trainer(tmp_path / "a", **options)
+    whole.train()
+    for step in (2, 4):  # 4 is the end of the first epoch
+        resumed = image_trainer(tmp_path / f"b{step}", seed=42, **options)
+        resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
+        # The checkpoint at the end of an epoch is older than that epoch's evaluation.
+        assert_equal_runs(resumed, whole, ("loss", "grad_norm"))
+        assert resumed.augmentation.calls == whole.augmentation.calls[step:]
+
+
+def test_a_cut_off_checkpoint_is_passed_over(tmp_path, told):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = text_trainer(tmp_path, **options)
+    whole.train()
+    for step, name in ((6, "optimizer.pt"), (4, "model.safetensors")):
+        file = tmp_path / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:-10])
+    resumed = text_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_equal_runs(resumed, whole)
+    assert ["damaged" in text for text in told] == [True, True, False]
+    assert "checkpoint-6 is damaged: optimizer.pt has" in told[0]
+    assert told[2].startswith("resuming from")
+    assert told[2].endswith("checkpoint-2.")
+    checkpoint.verify_checkpoint(tmp_path / "checkpoint-6")
+
+
+def test_auto_starts_anew_where_there_is_nothing(tmp_path, told):
+    text_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="auto")
+    assert "starting anew" in told[0]
+    with pytest.raises(ValueError, match="train without resuming first"):
+        text_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_transformers_own_trainer(tmp_path, told):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "dropout": 0.0}
+    theirs = text_trainer(tmp_path / "a", transformers.Trainer, **options)
+    theirs.train()
+    ours = text_trainer(tmp_path / "b", **options)
+    ours.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for (step, name, a), (_, _, b) in zip(losses(ours), losses(theirs), strict=True):
+        assert a == pytest.approx(b, rel=1e-4), (step, name)
+    back = text_trainer(tmp_path / "c", transformers.Trainer, **options)
+    back.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("task", [text_trainer, image_trainer], ids=["text", "images"])
+def test_rotation_and_best_model(tmp_path, task):
+    trainer = task(
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    kept = [path.name for path in checkpoint.find_checkpoints(tmp_path)]
+    assert len(kept) <= 3
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    loaded = type(trainer.model).from_pretrained(best)
+    for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, told):
+    image_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = image_trainer(tmp_path, max_steps=2)
+    other.model.classifier = torch.nn.Linear(16, 5)
+    other.model.config.num_labels = 5
+    with pytest.raises(CheckpointError, match="do not fit a ViTForImageClassification"):
+        other.train(resume_from_checkpoint=True)
+
+
+# Accidents
+
+
+def killed_while_saving(out):
+    """Train, and die by kill -9 while the checkpoint of step 4 is half written."""
+    torch.set_num_threads(1)
+
+    class Killed(Trainer):
+        def _save_rng_state(self, output_dir):
+            if self.state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            super()._save_rng_state(output_dir)
+
+    text_trainer(out, Killed, max_steps=6, save_strategy="steps", save_steps=2).train()
+
+
+def interrupted(out):
+    """Train, and get Ctrl-C in step 3."""
+    torch.set_num_threads(1)
+
+    class CtrlC(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    text_trainer(out, max_steps=6, trainer={"callbacks": [CtrlC()]}).train()
+
+
+def in_another_process(function, out):
+    tests = os.path.dirname(__file__)
+    path = f"import sys; sys.path.insert(0, {tests!r})"
+    code = f"{path}; import test_trainer as t; t.{function}({str(out)!r})"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(tests),
+        check=False,
+    )
+
+
+def test_kill_9_while_saving_then_resume_bit_for_bit(tmp_path, told):
+    done = in_another_process("killed_while_saving", tmp_path / "run")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(os.listdir(tmp_path / "run"))
+    assert left == [".checkpoint-4.partial", "checkpoint-2"]
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    resumed = text_trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint="auto")
+    whole = text_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert_equal_runs(resumed, whole)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_ctrl_c_saves_and_ends_as_ctrl_c_does(tmp_path, told):
+    done = in_another_process("interrupted", tmp_path / "run")
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "finishing this step, then saving" in done.stderr
+    assert "interrupted after step 3; saved" in done.stderr
+    resumed = text_trainer(tmp_path / "run", max_steps=6)
+    resumed.train(resume_from_checkpoint="auto")
+    whole = text_trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    assert_equal_runs(resumed, whole)
+
+
+class Signals(transformers.TrainerCallback):
+    def __init__(self, count):
+        self.count = count
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for _ in range(self.count):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_an_exception_with_the_step_and_the_checkpoint(tmp_path, told):
+    trainer = text_trainer(tmp_path, trainer={"callbacks": [Signals(1)]})
+    with pytest.raises(TrainingInterrupted, match="after step 2") as caught:
+        trainer.train()
+    assert caught.value.step == 2
+    assert caught.value.checkpoint == tmp_path / "checkpoint-2"
+    checkpoint.verify_checkpoint(caught.value.checkpoint)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not trainer.is_in_train
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path, told):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        text_trainer(tmp_path, trainer={"callbacks": [Signals(2)]}).train()
+    assert not isinstance(caught.value, TrainingInterrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        text_trainer(tmp_path, trainer={"callbacks": [Signals(1)]}, save_on_interrupt=False).train()
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert checkpoint.find_checkpoints(tmp_path) == []
+
+
+class Poisoned(Trainer):
+    """The loss of step 4 is NaN."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.state.global_step == 3:
+            self.before = parameters(self)
+            loss = loss * float("nan")
+        return loss
+
+
+def test_a_loss_that_is_not_finite_stops_after_the_last_good_checkpoint(tmp_path, told):
+    trainer = text_trainer(tmp_path, Poisoned, save_strategy="steps", save_steps=2)
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 4; .*checkpoint-2") as e:
+        trainer.train()
+    assert e.value.step == 4
+    assert e.value.last_checkpoint == tmp_path / "checkpoint-2"
+    for a, b in zip(trainer.before, parameters(trainer), strict=True):
+        assert torch.equal(a, b)
+    assert len(checkpoint.find_checkpoints(tmp_path)) == 1
+    with pytest.raises(NonFiniteLossError, match="there is no checkpoint yet"):
+        text_trainer(tmp_path / "other", Poisoned).train()
+    off = text_trainer(tmp_path / "off", Poisoned, stop_on_nonfinite_loss=False, max_steps=4)
+    off.train()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, told, monkeypatch):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    sync = os.fsync
+
+    def full(descriptor):
+        if "checkpoint-4" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: no space left"):
+        text_trainer(tmp_path, **options).train()
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    monkeypatch.setattr(os, "fsync", sync)
+    resumed = text_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint="auto")
+    whole = text_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert_equal_runs(resumed, whole)
+
+
+def test_a_checkpoint_holds_what_is_documented(tmp_path):
+    trainer = text_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.processing_class = build_tokenizer("bytes")
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(listed) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert {"model.safetensors", "tokenizer.json", "bigkernel_state.json"} <= set(listed)
+    state = json.loads((folder / "bigkernel_state.json").read_text())
+    assert state["augmentation"] == {"seed": 42, "seen": 0}
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder)
