@@ -22,7 +22,9 @@ geometry, float64 [N, 16]
                two pixels (antialias) drops them and renormalises, as torch does; fill is left only
                where no tap remains.
             2  s + (1 - m) fill: a plain blend; with fill 0, what rotate and affine do without fill.
-    15      how nearest picks a pixel:
+    15      how nearest picks a pixel (0 and 1 first round sx and sy to 1/65536 of a pixel, so that
+            what is a tie in exact arithmetic is one; torchvision's rotate and affine decide ties by
+            the noise of fp32 positions):
             0  floor(sx): a point on the edge of two pixels takes the right one.
             1  round(sx - .5), halves to even, as rotate and affine do.
             2  as resize does: it takes floor(k * scale) for output pixel k of the resize, a
@@ -151,7 +153,7 @@ def augment(
             f"{channels} channels",
             "Leave color out, or select channels",
         )
-    fill_table = _fill(fill, n, channels)
+    fill_table = _fill(fill, n, channels if batch else None)
     if not batch:
         channels = fill_table.shape[1]
     height, width = _check_size(size)
@@ -324,16 +326,17 @@ def _check_size(size: Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _fill(fill: Numbers, n: int, channels: int) -> Tensor:
+def _fill(fill: Numbers, n: int, channels: int | None) -> Tensor:
+    """[N, C] or [1, C]; without images (``channels`` None) it says how many channels there are."""
     table = torch.as_tensor(fill, dtype=torch.float32)
     if table.dim() == 0:
-        table = table.expand(1, max(channels, 1))
+        table = table.expand(1, 1 if channels is None else channels)
     elif table.dim() == 1:
         table = table.view(1, -1)
     check(
         table.dim() == 2
         and table.shape[0] in (1, n)
-        and table.shape[1] in (channels or table.shape[1],),
+        and (channels is None or table.shape[1] == channels),
         "augment",
         "fill",
         f"a number, {channels} numbers or a tensor [N, C] = [{n}, {channels}]",

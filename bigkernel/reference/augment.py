@@ -20,6 +20,7 @@ FILL_BLEND, CLAMP, FILL_OVER = 0, 1, 2  # geometry[14]
 NEAREST_FLOOR, NEAREST_EVEN, NEAREST_RESIZE = 0, 1, 2  # geometry[15]
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE = 1, 2, 3, 4, 5
 WHOLE_NUMBERS = 16  # added to a colour code
+CODES = frozenset(range(1, 6)) | frozenset(range(17, 22))
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64)
 
@@ -131,8 +132,6 @@ def _box(start: float, stop: float, size: int) -> tuple[int, int]:
 
 def _nearest(s: Tensor, rule: float, step: float, cross: float, origin: float) -> Tensor:
     """Index of the pixel nearest to the pixel-edge coordinate ``s``, by the wanted rule."""
-    if rule == NEAREST_EVEN:
-        return (s - 0.5).round().long()
     usable = cross == 0 and 1 / FAR <= abs(step) <= FAR and abs(origin) <= FAR
     if rule == NEAREST_RESIZE and usable:
         # interpolate(mode="nearest") multiplies the output index by the scale in float32, and so
@@ -140,7 +139,10 @@ def _nearest(s: Tensor, rule: float, step: float, cross: float, origin: float) -
         scale = torch.tensor(abs(step), dtype=torch.float64).float().to(s.device)
         k = ((s - origin) / abs(step) - 0.5).round()
         return (k.float() * scale).floor().long() + int(origin)
-    return s.floor().long()
+    # What is a tie in exact arithmetic is to be one here: drop the noise of sines and products.
+    if rule == NEAREST_EVEN:
+        return (((s - 0.5) * 65536).round() / 65536).round().long()
+    return ((s * 65536).round() / 65536).floor().long()
 
 
 Taps = list[tuple[Tensor, Tensor]]  # (index, weight) of each tap; shaped like the positions
@@ -223,21 +225,21 @@ def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
     """Apply each sample's list of (code, factor) pairs to [N, C, H, W] with values in 0..bound."""
     table = color.tolist()
     for k in range(color.shape[1]):
-        codes = [int(pairs[k][0]) for pairs in table]
-        for code in sorted(set(codes)):
-            if code == 0:
-                continue
+        codes = [pairs[k][0] for pairs in table]
+        for code in set(codes) - {0.0}:
+            if code not in CODES:
+                raise ValueError(
+                    f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}."
+                )
             rows = [i for i, c in enumerate(codes) if c == code]
             factor = torch.tensor([table[i][k][1] for i in rows], dtype=value.dtype)
-            value[rows] = _adjust(value[rows], code, factor.to(value.device), bound)
+            value[rows] = _adjust(value[rows], int(code), factor.to(value.device), bound)
     return value
 
 
 def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
     """One colour operation on [M, C, H, W] with a factor for each sample."""
     whole, operation = code >= WHOLE_NUMBERS and bound == 255, code % WHOLE_NUMBERS
-    if code not in range(1, 6) and code - WHOLE_NUMBERS not in range(1, 6):
-        raise ValueError(f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}.")
     colored = value.shape[1] == 3
     if not colored and operation in (SATURATION, HUE, GREYSCALE):
         return value

@@ -20,14 +20,18 @@ BK_INLINE VecI floor_of(VecD s, VecD& whole) {
   return i + narrow(above);
 }
 
+BK_INLINE VecD round_to_even(VecD s) {  // |s| below 2^51
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  return (s + magic) - magic;
+}
 BK_INLINE VecI nearest_index(VecD s, AugmentNearest rule) {
+  // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/reference/augment.py.
   if (rule == AugmentNearest::kEven) {
-    const double magic = 6755399441055744.0;  // 1.5 * 2^52: rounds halves to even
-    const VecD t = (s - 0.5) + magic;
-    return __builtin_convertvector(t - magic, VecI);
+    const VecD snapped = round_to_even((s - 0.5) * 65536.0) * (1.0 / 65536);
+    return __builtin_convertvector(round_to_even(snapped), VecI);
   }
   VecD whole;
-  return floor_of(s, whole);
+  return floor_of(round_to_even(s * 65536.0) * (1.0 / 65536), whole);
 }
 
 // The filter's window along one axis: `count` taps from `first`, at distances t - `centre`.

@@ -147,7 +147,6 @@ class AugmentPlanner {
     }
 
     static int64_t pick(AugmentNearest rule, double s, double step, double origin) {
-      if (rule == AugmentNearest::kEven) return int64_t(std::nearbyint(s - 0.5));
       const double scale = std::abs(step);
       if (rule == AugmentNearest::kResize && scale >= 1 / kAugmentFar && scale <= kAugmentFar &&
           std::abs(origin) <= kAugmentFar) {
@@ -156,7 +155,10 @@ class AugmentPlanner {
         const float product = k * float(scale);
         return int64_t(std::floor(product)) + int64_t(origin);
       }
-      return int64_t(std::floor(s));
+      // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/reference/augment.py.
+      if (rule == AugmentNearest::kEven)
+        return int64_t(std::nearbyint(std::nearbyint((s - 0.5) * 65536) / 65536));
+      return int64_t(std::floor(std::nearbyint(s * 65536) / 65536));
     }
 
     // Fills `all` with the weights of consecutive pixels and returns the first of them. `total`

@@ -1,0 +1,648 @@
+"""The augment op: native kernel and torch backend against float64 and against torchvision.
+
+Feature -> test
+  resized crop: bilinear, antialias, nearest     test_augment_resized_crop_equals_torchvision
+  crop with padding, fill                        test_augment_crop_with_padding_equals_torchvision
+  horizontal and vertical flip                   test_augment_flips_equal_torchvision
+  rotation: fill, centre, expand                 test_augment_rotate_equals_torchvision,
+                                                 test_augment_right_angles_equal_torchvision
+  affine: rotate, translate, scale, shear        test_augment_affine_equals_torchvision
+  brightness, contrast, saturation, hue, grey    test_augment_colour_equals_torchvision
+  colours in any order                           test_augment_jitter_in_any_order_equals_torchvision
+  normalise, conversion of dtype                 test_augment_normalises_as_torchvision
+  layouts in and out, ragged sizes, strides      test_augment_layouts, test_augment_ragged,
+                                                 test_augment_noncontiguous
+  a chain folded into one call                   test_augment_folded_chain_stays_close
+  accuracy of every path, dtype, border          test_augment_matches_reference
+  antialias for maps that are not axis-aligned   test_augment_matches_reference[rotated-shrink-...]
+  several contrasts                              test_augment_several_contrasts
+  determinism, independence of threads, batch    test_augment_is_deterministic
+  wild tables, zero sizes                        test_augment_wild_tables, test_augment_zero_sizes
+  nothing read outside box and image             test_augment_reads_nothing_outside
+  any table, any size                            test_augment_any_table (hypothesis)
+"""
+
+import itertools
+import math
+
+import augment_tables as tables
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
+
+import bigkernel
+from bigkernel.ops.augment import augment
+from bigkernel.reference import augment as reference
+from bigkernel.testing.tolerance import assert_as_accurate
+
+MODES = {"nearest": InterpolationMode.NEAREST, "bilinear": InterpolationMode.BILINEAR}
+DTYPES = {
+    "uint8": torch.uint8,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def picture(*shape, dtype=torch.uint8, seed=0):
+    values = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(torch.uint8) if dtype == torch.uint8 else (values / 255).to(dtype)
+
+
+def run(image, geometry, color=None, **options):
+    """augment for one image and one row of each table."""
+    return augment(image[None], geometry[None], color, **options)[0]
+
+
+def assert_close_to_torchvision(image, actual, expected, bytes_apart=1):
+    """Within 1 LSB for uint8, at the rounding of fp32 positions for floats."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype == image.dtype
+    far = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0
+    assert far <= (bytes_apart if image.dtype == torch.uint8 else 2e-5)
+
+
+both = pytest.mark.parametrize("dtype", ["uint8", "fp32"])
+
+
+@both
+@pytest.mark.parametrize("mode", ["bilinear", "antialias", "nearest"])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((3, 5, 30, 40), (24, 24)),  # shrink both
+        ((3, 5, 20, 22), (50, 61)),  # grow both
+        ((0, 0, 40, 52), (7, 130)),  # shrink one, grow the other
+        ((39, 51, 1, 1), (5, 9)),  # one pixel
+        ((0, 0, 40, 52), (40, 52)),  # unchanged
+        ((2, 0, 4, 41), (164, 82)),  # fp32 products on either side of a whole number
+    ],
+)
+def test_augment_resized_crop_equals_torchvision(cpu_isa, dtype, mode, box, size):
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    interpolation = "nearest" if mode == "nearest" else "bilinear"
+    options = {"interpolation": interpolation, "antialias": mode == "antialias"}
+    actual = run(image, tables.resized_crop(*box, size), size=size, **options)
+    expected = F.resized_crop(
+        image, *box, list(size), interpolation=MODES[interpolation], antialias=mode == "antialias"
+    )
+    assert_close_to_torchvision(image, actual, expected, 0 if mode == "nearest" else 1)
+
+
+@both
+@pytest.mark.parametrize("corner", [(0, 0), (-3, 4), (30, 45), (-60, -60), (5, -9)])
+def test_augment_crop_with_padding_equals_torchvision(cpu_isa, dtype, corner):
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    top, left = corner
+    fill = [7.0, 0.0, 250.0] if dtype == "uint8" else [0.1, 0.0, 0.9]
+    padded = F.pad(image, [64, 64, 64, 64], fill=fill)
+    expected = F.crop(padded, top + 64, left + 64, 24, 33)
+    geometry = tables.crop(top, left, (24, 33), (40, 52))
+    for interpolation in ("bilinear", "nearest"):
+        actual = run(image, geometry, size=(24, 33), fill=fill, interpolation=interpolation)
+        assert torch.equal(actual, expected)
+
+
+@both
+@pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
+def test_augment_flips_equal_torchvision(cpu_isa, dtype, flips):
+    image = picture(3, 21, 34, dtype=DTYPES[dtype])
+    expected = F.horizontal_flip(image) if flips[0] else image
+    expected = F.vertical_flip(expected) if flips[1] else expected
+    geometry = tables.resized_crop(0, 0, 21, 34, (21, 34), *flips)
+    for interpolation in ("bilinear", "nearest"):
+        actual = run(image, geometry, size=(21, 34), interpolation=interpolation)
+        assert torch.equal(actual, expected)
+
+
+@both
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("fill", [None, 0.0, [0.1, 0.9, 0.4]], ids=["none", "zero", "channels"])
+@pytest.mark.parametrize("angle", [-15.0, 33.0, 180.0, 251.5])
+def test_augment_rotate_equals_torchvision(cpu_isa, dtype, interpolation, fill, angle):
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    scale = 255 if dtype == "uint8" else 1
+    fill = [scale * x for x in fill] if isinstance(fill, list) else fill
+    for center, expand in ((None, False), ([11.0, 4.5], False), (None, True)):
+        expected = F.rotate(
+            image, angle, MODES[interpolation], expand=expand, center=center, fill=fill
+        )
+        size = tuple(expected.shape[-2:])
+        geometry = tables.affine(
+            -angle, [0, 0], 1.0, [0, 0], (40, 52), size, center, fill is not None
+        )
+        options = {"interpolation": interpolation, "antialias": False, "fill": fill or 0.0}
+        actual = run(image, geometry, size=size, **options)
+        assert_close_to_torchvision(image, actual, expected)
+
+
+@both
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("fill", [None, 0.7])
+@pytest.mark.parametrize(
+    "parameters",
+    [(20.0, [3, -4], 0.8, [5.0, 9.0]), (-71.0, [0, 11], 2.3, [0.0, -20.0])],
+)
+def test_augment_affine_equals_torchvision(cpu_isa, dtype, interpolation, fill, parameters):
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    geometry = tables.affine(*parameters, (40, 52), fill=fill is not None)
+    options = {"interpolation": interpolation, "antialias": False, "fill": fill or 0.0}
+    actual = run(image, geometry, size=(40, 52), **options)
+    expected = F.affine(image, *parameters, interpolation=MODES[interpolation], fill=fill)
+    if interpolation == "nearest":
+        # torchvision's positions are fp32: it may take the other pixel where one lies on an edge.
+        apart = (actual.double() - expected.double()).abs() > 2e-5
+        assert apart.any(0).float().mean() <= 0.001
+    else:
+        assert_close_to_torchvision(image, actual, expected)
+
+
+@both
+@pytest.mark.parametrize("angle", [90.0, 270.0])
+def test_augment_right_angles_equal_torchvision(cpu_isa, dtype, angle):
+    """Every position lies on a pixel's centre, or on a corner: halves go to the even pixel."""
+    for center in (None, [11.0, 4.5]):
+        image = picture(3, 64, 64, dtype=DTYPES[dtype])  # a power of two: exact in fp32 too
+        for interpolation in MODES:
+            expected = F.rotate(image, angle, MODES[interpolation], center=center)
+            geometry = tables.affine(-angle, [0, 0], 1.0, [0, 0], (64, 64), None, center, False)
+            options = {"interpolation": interpolation, "antialias": False}
+            actual = run(image, geometry, size=(64, 64), **options)
+            assert_close_to_torchvision(image, actual, expected)
+
+
+COLOURS = {
+    "brightness": (F.adjust_brightness, (0.0, 0.4, 1.0, 1.9)),
+    "contrast": (F.adjust_contrast, (0.0, 0.4, 1.0, 1.9)),
+    "saturation": (F.adjust_saturation, (0.0, 0.4, 1.0, 1.9)),
+    "hue": (F.adjust_hue, (-0.5, -0.21, 0.0, 0.37)),
+    "greyscale": (lambda image, _: F.rgb_to_grayscale(image, 3), (0.0,)),
+}
+UNCHANGED = tables.resized_crop(0, 0, 40, 52, (40, 52))
+
+
+@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint8-whole", "fp32"])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_augment_colour_equals_torchvision(cpu_isa, name, dtype, channels):
+    dtype, _, whole = dtype.partition("-")
+    image = picture(channels, 40, 52, dtype=DTYPES[dtype])
+    image[:, :4, :4] = image[:1, :4, :4]  # greys, where hue has no direction
+    function, factors = COLOURS[name]
+    for factor in factors:
+        grey_already = channels == 1 and name == "greyscale"
+        expected = image if grey_already else function(image, factor)
+        actual = run(
+            image, UNCHANGED, tables.chain((name, factor), whole=bool(whole)), size=(40, 52)
+        )
+        # Without whole numbers torchvision's cut grey and cut result add up to nearly 2.
+        apart = 2 if name == "hue" or (name == "saturation" and not whole) else 1
+        assert_close_to_torchvision(image, actual, expected, apart)
+
+
+def test_augment_jitter_in_any_order_equals_torchvision(cpu_isa):
+    image = picture(3, 40, 52)
+    factors = {"brightness": 0.8, "contrast": 1.3, "saturation": 0.6, "hue": -0.1}
+    for order in itertools.permutations(factors):
+        expected = image
+        for name in order:
+            expected = COLOURS[name][0](expected, factors[name])
+        pairs = [(name, factors[name]) for name in order]
+        actual = run(image, UNCHANGED, tables.chain(*pairs, whole=True), size=(40, 52))
+        # All but a few pixels are equal; where fp32 falls on the other side of a cut, the 1 of
+        # difference is multiplied by what follows, contrast's 1.3 here, and hue adds its own.
+        assert_close_to_torchvision(image, actual, expected, 3)
+        assert (actual != expected).float().mean() < 0.06
+
+
+@pytest.mark.parametrize("out", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["uint8", "fp32"])
+def test_augment_normalises_as_torchvision(cpu_isa, dtype, out):
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    actual = run(image, UNCHANGED, size=(40, 52), mean=mean, std=std, dtype=DTYPES[out])
+    exact = (image.double() / (255 if dtype == "uint8" else 1)).sub(
+        torch.tensor(mean, dtype=torch.float32).double().view(3, 1, 1)
+    ) / torch.tensor(std, dtype=torch.float32).double().view(3, 1, 1)
+    theirs = F.normalize(F.to_dtype(image, torch.float32, scale=True), mean, std)
+    assert_as_accurate(actual, exact, theirs.to(DTYPES[out]))
+
+
+def test_augment_converts_between_bytes_and_floats(cpu_isa):
+    image = picture(3, 40, 52)
+    as_float = run(image, UNCHANGED, size=(40, 52), dtype=torch.float32)
+    torch.testing.assert_close(as_float, F.to_dtype(image, torch.float32, scale=True))
+    assert torch.equal(run(as_float, UNCHANGED, size=(40, 52), dtype=torch.uint8), image)
+    kept = run(image, UNCHANGED, size=(40, 52), dtype=torch.float32, in_scale=1.0)
+    assert torch.equal(kept, image.float())
+
+
+PATHS = {  # which sampler a case walks through
+    "shrink": tables.resized_crop(3, 2, 35, 48, (24, 19)),
+    "grow": tables.resized_crop(3, 2, 15, 18, (24, 19), flip_x=True),
+    "sparse": tables.row((8.0, 0, 10, 0, 2, 1), (0, 0, 170, 50), (24, 19)),  # gathers, no filter
+    "shift": tables.crop(-4, 7, (24, 19), (40, 52)),
+    "rotate": tables.affine(25, [0, 0], 1.0, [0, 0], (40, 52), (24, 19)),
+    "rotated-shrink": tables.affine(-40, [1, 0], 0.4, [0, 3], (40, 52), (24, 19)),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("border", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_augment_matches_reference(cpu_isa, path, border, dtype):
+    """The project's rule: at most twice the error of PyTorch at that dtype, both against fp64."""
+    shape = (3, 50, 170) if path == "sparse" else (3, 40, 52)
+    image = picture(*shape, dtype=DTYPES[dtype])
+    geometry = PATHS[path].clone()
+    geometry[14] = border
+    color = tables.chain(("brightness", 1.1), ("hue", 0.1), ("contrast", 0.7), ("saturation", 1.2))
+    unit = 255.0 if dtype == "uint8" else 1.0
+    options = {"size": (24, 19), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    fill = [0.2 * unit, 0.5 * unit, 0.7 * unit]
+    out = torch.float32 if dtype == "uint8" else DTYPES[dtype]
+    for colors, antialias in ((None, False), (None, True), (color, True)):
+        options |= {"antialias": antialias, "interpolation": "bilinear"}
+        actual = run(image, geometry, colors, fill=fill, dtype=out, **options)
+        with bigkernel.use_backend("torch"):
+            same = run(image, geometry, colors, fill=fill, dtype=out, **options)
+            unit_fill = (torch.tensor(fill).double() / unit).tolist()
+            exact = run(image.double() / unit, geometry, colors, fill=unit_fill, **options)
+        assert_as_accurate(actual, exact, same)
+
+
+def test_augment_several_contrasts(cpu_isa):
+    image = picture(3, 40, 52, dtype=torch.float32)
+    pairs = [("contrast", 1.5), ("hue", 0.2), ("contrast", 0.3), ("contrast", 1.2), ("hue", 0.1)]
+    expected = image
+    for name, factor in pairs:
+        expected = COLOURS[name][0](expected, factor)
+    actual = run(image, UNCHANGED, tables.chain(*pairs), size=(40, 52))
+    assert_close_to_torchvision(image, actual, expected)
+
+
+def sample_tables(n, size=(23, 37)):
+    """A mixture of rows and colours for n images of 40 x 52."""
+    rows, colors = [], []
+    for i in range(n):
+        rows.append(
+            tables.affine(11.0 * i, [i, 0], 0.7, [0, 0], (40, 52), size)
+            if i % 2
+            else tables.resized_crop(i % 5, i % 7, 30, 40, size, flip_x=i % 3 == 0)
+        )
+        colors.append(tables.chain(("contrast", 0.5 + i % 4 / 4), ("hue", i % 5 / 10)))
+    return torch.stack(rows), torch.cat(colors)
+
+
+@pytest.mark.parametrize("channels_last_in", [False, True])
+@pytest.mark.parametrize("channels_last_out", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_augment_layouts(cpu_isa, channels_last_in, channels_last_out, dtype, channels):
+    images = picture(6, channels, 40, 52, dtype=DTYPES[dtype])
+    geometry, color = sample_tables(6)
+    options = {"size": (23, 37), "fill": 0.25}
+    plain = augment(images, geometry, None if channels == 4 else color, **options)
+    given_images = images.permute(0, 2, 3, 1).contiguous() if channels_last_in else images
+    actual = augment(
+        given_images,
+        geometry,
+        None if channels == 4 else color,
+        channels_last_in=channels_last_in,
+        channels_last_out=channels_last_out,
+        **options,
+    )
+    assert actual.is_contiguous()
+    actual = actual.permute(0, 3, 1, 2) if channels_last_out else actual
+    assert torch.equal(actual, plain)
+
+
+def test_augment_ragged(cpu_isa):
+    images = [picture(3, h, w, seed=h) for h, w in [(40, 52), (1, 1), (17, 200), (90, 3), (8, 8)]]
+    rows = [tables.resized_crop(0, 0, *image.shape[1:], (16, 20)) for image in images]
+    actual = augment(images, torch.stack(rows), size=(16, 20))
+    for image, got in zip(images, actual, strict=True):
+        assert_close_to_torchvision(image, got, F.resize(image, [16, 20]))
+
+
+def test_augment_noncontiguous(cpu_isa):
+    images = picture(4, 3, 40, 52)
+    geometry, color = sample_tables(4)
+    plain = augment(images, geometry, color, size=(23, 37))
+    wide = torch.zeros(4, 3, 80, 104, dtype=torch.uint8)
+    wide[:, :, 5:45, 7:59] = images
+    every_second = torch.zeros(4, 3, 40, 104, dtype=torch.uint8)
+    every_second[..., ::2] = images
+    for layout in (
+        images.contiguous(memory_format=torch.channels_last),
+        wide[:, :, 5:45, 7:59],
+        every_second[..., ::2],
+        images.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert torch.equal(augment(layout, geometry, color, size=(23, 37)), plain)
+    assert torch.equal(
+        augment(images, geometry.T.contiguous().T, color, size=(23, 37), fill=0.0), plain
+    )
+    one = picture(1, 1, 40, 52).expand(4, 3, 40, 52)
+    assert torch.equal(
+        augment(one, geometry, color, size=(23, 37)),
+        augment(one.contiguous(), geometry, color, size=(23, 37)),
+    )
+
+
+def test_augment_folded_chain_stays_close(cpu_isa):
+    """Crop, resize and rotation in one resampling against torchvision's two, jitter included.
+
+    One resampling is the sharper: this picture differs by 0.7 on average, by 6 at most. Along the
+    fill's edge the two are not comparable.
+    """
+    size = (64, 64)
+    coarse = picture(1, 3, 12, 12).float()
+    image = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic")[0]
+    image = image.clamp(0, 255).to(torch.uint8)
+    expected = F.resized_crop(image, 10, 5, 70, 80, list(size), antialias=True)
+    expected = F.rotate(F.horizontal_flip(expected), 12.0, InterpolationMode.BILINEAR, fill=0)
+    expected = F.adjust_contrast(F.adjust_brightness(expected, 1.2), 0.8)
+
+    def homogeneous(r):
+        return torch.cat([r[:6].view(2, 3), torch.tensor([[0.0, 0.0, 1.0]])]).double()
+
+    crop = tables.resized_crop(10, 5, 70, 80, size, flip_x=True)
+    turn = tables.affine(-12.0, [0, 0], 1.0, [0, 0], size)
+    geometry = crop.clone()
+    geometry[:6] = (homogeneous(crop) @ homogeneous(turn))[:2].flatten()
+    geometry[14] = tables.FILL_BLEND
+    color = tables.chain(("brightness", 1.2), ("contrast", 0.8), whole=True)
+    actual = run(image, geometry, color, size=size)
+    apart = (actual.double() - expected.double()).abs()
+    edge = F.rotate(torch.ones(1, *size), 12.0, InterpolationMode.BILINEAR, fill=0)[0]
+    inside = -torch.nn.functional.max_pool2d(-edge[None], 5, 1, 2)[0] == 1
+    assert apart[:, inside].mean() < 1
+    assert apart[:, inside].max() <= 8
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_augment_is_deterministic(cpu_isa, n):
+    """Bit-equal over runs, thread counts and batch sizes."""
+    images = picture(n, 3, 40, 52)
+    geometry, color = sample_tables(n)
+    options = {"size": (23, 37), "dtype": torch.float32}
+    expected = augment(images, geometry, color, **options)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(augment(images, geometry, color, **options), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for i in range(n):
+        alone = augment(images[i : i + 1], geometry[i : i + 1], color[i : i + 1], **options)
+        assert torch.equal(alone[0], expected[i])
+
+
+WILD = [math.nan, math.inf, -math.inf, 1e300, -1e300, 1e18, 3e9, -3e9, 1e6, 0.0, 1e-300]
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("border", [0, 1, 2])
+def test_augment_wild_tables(cpu_isa, interpolation, border):
+    """NaN, infinite and huge coordinates are fill, and so is an empty source box."""
+    image = picture(3, 9, 11)
+    rows = []
+    for value in WILD:
+        for place in range(14):
+            wild = tables.affine(30.0, [0, 0], 1.0, [0, 0], (9, 11))
+            if place % 2:
+                wild = tables.resized_crop(1, 1, 7, 9, (9, 11))
+            wild[place] = value
+            wild[14], wild[15] = border, place % 3
+            rows.append(wild)
+    geometry = torch.stack(rows)
+    images = image.expand(len(rows), 3, 9, 11)
+    options = {"size": (9, 11), "fill": 77.0, "interpolation": interpolation}
+    actual = augment(images, geometry, **options)
+    with bigkernel.use_backend("torch"):
+        expected = augment(images, geometry, **options)
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    nowhere = [r[:6].isnan().any() or r[6:10].isnan().any() for r in rows]
+    assert (actual[torch.tensor(nowhere)] == 77).all()
+
+
+def test_augment_zero_sizes(cpu_isa):
+    none = torch.zeros(0, 16, dtype=torch.float64)
+    assert augment(picture(0, 3, 8, 8), none, size=(4, 5)).shape == (0, 3, 4, 5)
+    assert augment([], none, size=(4, 5), fill=[0.0, 0.0, 0.0]).shape == (0, 3, 4, 5)
+    geometry = UNCHANGED[None]
+    for h, w in ((0, 8), (8, 0), (0, 0)):
+        empty = torch.zeros(1, 3, h, w, dtype=torch.uint8)
+        assert (augment(empty, geometry, size=(4, 5), fill=9.0) == 9).all()
+    image = picture(1, 3, 8, 8)
+    assert augment(image, geometry, size=(0, 5)).shape == (1, 3, 0, 5)
+    assert augment(image, geometry, size=(4, 0), channels_last_out=True).shape == (1, 4, 0, 3)
+    assert augment(image[:, :0], geometry, size=(4, 5)).shape == (1, 0, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("path", ["shrink", "grow", "shift", "rotate", "rotated-shrink"])
+def test_augment_reads_nothing_outside(cpu_isa, dtype, channels_last, path):
+    """With NaN around the image in memory, and around the source box in the image."""
+    clean = picture(3, 40, 52, dtype=DTYPES[dtype])
+    geometry = PATHS[path].clone()
+    x0, y0, x1, y1 = geometry[6:10].int().tolist()
+    for border in (0, 1, 2):
+        geometry[14] = border
+        for box in ((x0, y0, x1, y1), (9, 10, 31, 30)):
+            geometry[6:10] = torch.tensor(box)
+            surrounded = torch.full((3, 60, 70), math.nan, dtype=DTYPES[dtype])
+            if channels_last:
+                surrounded = surrounded.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+            inner = surrounded[:, 11:51, 9:61]
+            rows, columns = slice(box[1], box[3]), slice(box[0], box[2])
+            inner[:, rows, columns] = clean[:, rows, columns]
+            expected = run(clean, geometry, size=(24, 19), fill=0.5)
+            actual = run(inner, geometry, size=(24, 19), fill=0.5)
+            assert torch.equal(actual, expected)
+    # A pixel that is taken as it is does not see its neighbours.
+    dotted = clean.clone()
+    dotted[:, ::2, ::2] = math.nan
+    same = run(dotted, UNCHANGED, size=(40, 52))
+    assert torch.equal(same.nan_to_num(nan=9.0), dotted.nan_to_num(nan=9.0))
+
+
+number = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0]), st.floats(-4, 4).map(lambda x: round(x, 3))
+)
+
+
+@st.composite
+def cases(draw):
+    h, w, oh, ow = (draw(st.integers(1, 20)) for _ in range(4))
+    box = [draw(st.integers(-2, w)), draw(st.integers(-2, h))]
+    box += [draw(st.integers(box[0], w + 3)), draw(st.integers(box[1], h + 3))]
+    out_box = [draw(st.integers(-1, ow)), draw(st.integers(-1, oh)), ow, oh]
+    matrix = [draw(number), 0.0, draw(number) * 4, 0.0, draw(number), draw(number) * 4]
+    if draw(st.booleans()):
+        matrix[1], matrix[3] = draw(number), draw(number)
+    border, rule = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    geometry = tables.row(matrix, box, (oh, ow), border, rule, out_box)
+    options = {
+        "size": (oh, ow),
+        "interpolation": draw(st.sampled_from(["nearest", "bilinear"])),
+        "antialias": draw(st.booleans()),
+        "fill": [0.1, 0.5, 0.9],
+        "dtype": draw(st.sampled_from([torch.float32, torch.uint8])),
+    }
+    code = st.tuples(st.integers(0, 5), st.floats(0, 2, width=32))
+    color = torch.tensor([draw(st.lists(code, min_size=1, max_size=4))], dtype=torch.float32)
+    dtype = draw(st.sampled_from([torch.uint8, torch.float32, torch.bfloat16, torch.float16]))
+    image = picture(3, h, w, dtype=dtype, seed=draw(st.integers(0, 99)))
+    if draw(st.booleans()):
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return image, geometry, color, options
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(case=cases())
+def test_augment_any_table(cpu_isa, case):
+    image, geometry, color, options = case
+    actual = run(image, geometry, color, **options)
+    with bigkernel.use_backend("torch"):
+        expected = run(image, geometry, color, **options)
+    apart = (actual.double() - expected.double()).abs().max().item()
+    assert apart <= (1 if options["dtype"] == torch.uint8 else 3e-5)
+
+
+def op_arguments(images, geometry, color, **changes):
+    arguments = {
+        "images": images,
+        "geometry": geometry,
+        "color": color,
+        "fill": torch.zeros(1, 3),
+        "mean": torch.tensor([0.4, 0.5, 0.6]),
+        "std": torch.tensor([0.2, 0.3, 0.4]),
+        "out_h": 23,
+        "out_w": 37,
+        "channels_last_in": False,
+        "channels_last_out": False,
+        "interpolation": 1,
+        "antialias": True,
+        "in_scale": 1 / 255,
+        "out_dtype": 0,
+    }
+    return tuple((arguments | changes).values())
+
+
+@pytest.mark.parametrize("namespace", ["bigkernel", "bigkernel_torch"])
+def test_augment_opcheck(namespace):
+    geometry, color = sample_tables(2)
+    op = getattr(torch.ops, namespace).augment.default
+    batch, ragged = [picture(2, 3, 40, 52)], [picture(3, 40, 52), picture(3, 40, 60)]
+    torch.library.opcheck(op, op_arguments(batch, geometry, color))
+    torch.library.opcheck(
+        op, op_arguments(ragged, geometry, color, mean=None, channels_last_out=True, out_dtype=3)
+    )
+
+
+def test_augment_compile():
+    geometry, color = sample_tables(2)
+    images = picture(2, 3, 40, 52)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(images, geometry, color):
+        return augment(images, geometry, color, size=(23, 37), dtype=torch.float32, mean=0.5) + 1
+
+    expected = augment(images, geometry, color, size=(23, 37), dtype=torch.float32, mean=0.5) + 1
+    assert torch.equal(step(images, geometry, color), expected)
+
+
+def test_augment_float64_goes_to_torch_aloud():
+    image = picture(3, 40, 52).double() / 255
+    with pytest.raises(RuntimeError, match="float64 has no native kernel"):
+        run(image, UNCHANGED, size=(40, 52))
+    with bigkernel.use_backend("torch"):
+        assert torch.equal(run(image, UNCHANGED, size=(40, 52)), image)
+
+
+GOOD = picture(2, 3, 8, 8)
+ROWS = UNCHANGED.expand(2, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((GOOD[0], ROWS), {}, ValueError, r"images must be a batch \[N, C, H, W\].*images\[None\]"),
+        ((GOOD.long(), ROWS), {}, TypeError, "images must be uint8, float32"),
+        (([GOOD[0], GOOD[1].float()], ROWS), {}, TypeError, r"images\[1\] must be torch.uint8"),
+        (([GOOD[0], GOOD[1, :1]], ROWS), {}, ValueError, r"images\[1\] must be of 3 channels"),
+        (([GOOD[0], 3], ROWS), {}, TypeError, r"images\[1\] must be a tensor, got int"),
+        ((GOOD.float().requires_grad_(), ROWS), {}, ValueError, "images.detach"),
+        ((GOOD, ROWS[:1]), {}, ValueError, r"geometry must be of shape \(N, 16\) with N = 2"),
+        ((GOOD, ROWS.float()), {}, TypeError, "geometry must be a torch.float64 tensor"),
+        ((GOOD, ROWS, torch.zeros(2, 3)), {}, ValueError, r"color must be of shape \(N, K, 2\)"),
+        ((GOOD, ROWS, torch.zeros(2, 1, 2).double()), {}, TypeError, "color must be a torch.float"),
+        ((GOOD[:, :2], ROWS, torch.zeros(2, 1, 2)), {}, ValueError, "of 1 or 3 channels"),
+        ((GOOD, ROWS), {"fill": [1.0, 2.0]}, ValueError, "fill must be a number, 3 numbers"),
+        ((GOOD, ROWS), {"mean": [1.0, 2.0]}, ValueError, "mean must be a number or 3 numbers"),
+        ((GOOD, ROWS), {"std": [1.0, 0.0, 1.0]}, ValueError, "std must be without a zero"),
+        ((GOOD, ROWS), {"size": (4,)}, ValueError, r"size must be \(height, width\)"),
+        ((GOOD, ROWS), {"size": (4, -1)}, ValueError, "neither negative"),
+        ((GOOD, ROWS), {"interpolation": "bicubic"}, ValueError, "'nearest' or 'bilinear'"),
+        ((GOOD, ROWS), {"dtype": torch.int32}, TypeError, "dtype must be uint8"),
+    ],
+)
+def test_augment_rejects_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        augment(*arguments, **({"size": (4, 4)} | options))
+
+
+@pytest.mark.parametrize("code", [6.0, 16.0, -1.0, 1.5, math.nan])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_augment_rejects_unknown_colours(code, backend):
+    color = torch.tensor([[[code, 1.0]]])
+    with (
+        bigkernel.use_backend(backend),
+        pytest.raises((ValueError, RuntimeError), match="color codes must be 0 to 5, or 17 to 21"),
+    ):
+        run(GOOD[0], UNCHANGED, color, size=(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [GOOD.int()]}, "images must be"),
+        ({"images": [GOOD[0]]}, "a row for each image"),
+        ({"images": [GOOD[:, :2]]}, "must have 3 channels"),
+        ({"geometry": ROWS[:, :8]}, "geometry must be float64"),
+        ({"color": torch.zeros(1, 1, 2)}, "color must be float32"),
+        ({"fill": torch.zeros(3)}, "fill must be float32"),
+        ({"mean": torch.zeros(2)}, "mean must be float32"),
+        ({"interpolation": 7}, "interpolation must be"),
+        ({"out_dtype": 9}, "out_dtype must be"),
+        ({"out_h": -1}, "must not be negative"),
+    ],
+)
+def test_augment_native_op_checks_for_itself(changes, message):
+    """Called below the public function: whatever memory safety rests on is checked again."""
+    if not bigkernel.cpu_isas():
+        pytest.skip("the native module is not built")
+    arguments = {"images": [GOOD], "geometry": ROWS, "color": torch.zeros(2, 1, 2)} | changes
+    first = [arguments.pop(name) for name in ("images", "geometry", "color")]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bigkernel.augment(*op_arguments(*first, **arguments))
+
+
+def test_augment_reference_handles_float64():
+    """The definition itself, in float64, against torchvision in float64."""
+    image = picture(3, 40, 52).double() / 255
+    box = (3, 5, 30, 40)
+    with bigkernel.use_backend("torch"):
+        actual = run(image, tables.resized_crop(*box, (24, 24)), size=(24, 24))
+    expected = F.resized_crop(image, *box, [24, 24], antialias=True)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    assert reference.OUT_DTYPES[4] == torch.float64
