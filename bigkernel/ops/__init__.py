@@ -2,6 +2,7 @@
 
 from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
 from bigkernel.ops.attention import attention, attention_varlen
+from bigkernel.ops.augment import augment
 
 __all__ = [
     "AdamGroup",
@@ -10,4 +11,5 @@ __all__ = [
     "adam_step_",
     "attention",
     "attention_varlen",
+    "augment",
 ]
