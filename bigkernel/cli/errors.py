@@ -62,11 +62,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            # The Trainer's is a SystemExit too, and has said what it saved.
+            if not isinstance(error, SystemExit):
+                print("\nInterrupted.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, SystemExit):
             raise
-        except KeyboardInterrupt as error:
-            print(f"\n{str(error) or 'Interrupted.'}", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
         except UsageError as error:
             fail(error, USAGE)
         except BrokenPipeError:
