@@ -91,7 +91,8 @@ class Memory:
 
 def _bytes_of(array: Any) -> tuple[Array, int, str]:
     """Bytes from the first to the last element, their offset in the base, and a description."""
-    what = f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
+    shape = list(getattr(array, "shape", ()))
+    what = f"{str(getattr(array, 'dtype', '')).removeprefix('torch.')} {shape}"
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise ValueError(f"Memory.register: array ({what}) must be writeable; pass a copy")
