@@ -1,17 +1,54 @@
-"""bigkernel: fused kernels that make training Transformers faster."""
+"""bigkernel: fused kernels that make training Transformers faster.
 
-from bigkernel import ops
+What needs transformers is imported at first use, so that `import bigkernel` stays quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bigkernel import ops, optim, transforms
 from bigkernel.backend import cpu_isas, explain, use_backend, use_cpu_isa
 from bigkernel.ops._sdpa import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from bigkernel import data
+    from bigkernel.integrations import accelerate, restore
+    from bigkernel.trainer import Trainer, TrainingArguments
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Trainer",
+    "TrainingArguments",
     "__version__",
+    "accelerate",
     "cpu_isas",
+    "data",
     "explain",
     "ops",
+    "optim",
+    "restore",
     "scaled_dot_product_attention",
+    "transforms",
     "use_backend",
     "use_cpu_isa",
 ]
+
+_LAZY = {
+    "Trainer": "bigkernel.trainer",
+    "TrainingArguments": "bigkernel.trainer",
+    "accelerate": "bigkernel.integrations",
+    "restore": "bigkernel.integrations",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "data":
+        return importlib.import_module("bigkernel.data")
+    raise AttributeError(f"module 'bigkernel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

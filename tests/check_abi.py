@@ -20,13 +20,13 @@ from bigkernel import _library
 assert _library.native is not None, _library.native_error
 torch.manual_seed(0)
 
-def both(run):
+def both(run, tolerance=1e-4):
     results = []
     for name in ("cpu", "torch"):
         with bigkernel.use_backend(name):
             results.append(run())
     for a, b in zip(*results):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-4)
 
 q, k, v = (torch.randn(2, h, 33, 40) for h in (4, 2, 2))
 def attention():
@@ -49,7 +49,9 @@ images = torch.randint(0, 256, (3, 3, 50, 60), dtype=torch.uint8)
 t = bigkernel.transforms
 jitter = t.ColorJitter(0.4, 0.4, 0.4)
 chain = t.Compose([t.RandomResizedCrop(32), jitter, t.Normalize([0.5] * 3, [0.5] * 3)])
-both(lambda: [chain(images, generator=torch.Generator().manual_seed(1), ids=torch.arange(3))])
+# The steps of a chain round to whole values of uint8, so one of them may differ by 1 / 255 / std.
+augment = lambda: [chain(images, generator=torch.Generator().manual_seed(1), ids=torch.arange(3))]
+both(augment, tolerance=2 / 255 + 1e-6)
 print(f"torch {torch.__version__}: attention, adam and augment run in {_library.native.__file__}")
 """
 
