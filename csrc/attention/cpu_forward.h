@@ -6,7 +6,7 @@
 namespace bigkernel::BK_ISA {
 
 struct ForwardScratch {
-  float *q, *scores, *out, *mask, *drop, *top, *sum, *factor, *tile;
+  float *q, *scores, *out, *mask, *drop, *top, *base, *sum, *factor, *lanes, *tile;
 };
 
 BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
@@ -17,8 +17,10 @@ BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
   s.mask = arena.take(t.block_q * t.ld_s);      // [block_q, block_k]
   s.drop = arena.take(t.block_k + 4 * kLanes);  // [block_k]
   s.top = arena.take(t.block_q);                // [block_q], the highest score so far
-  s.sum = arena.take(t.block_q);                // [block_q]
-  s.factor = arena.take(t.block_q);             // [block_q]
+  s.base = arena.take(t.block_q);               // [block_q], the same, or 0 for -inf
+  s.sum = arena.take(t.block_q);                // [block_q], of exp(score - base)
+  s.factor = arena.take(t.block_q);             // [block_q], exp(base before - base)
+  s.lanes = arena.take(t.block_q * kLanes);     // [block_q, kLanes], rows not yet reduced
   s.tile = arena.take(t.width_q * t.ld_s + t.block_k * t.ld_v);  // keys, values
   return s;
 }
@@ -41,29 +43,103 @@ void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile)
             args.sequences[unit.sequence], unit.kv_head, tile);
 }
 
-// Turns the products of one row with the keys [from, to) into probabilities relative to the running
-// maximum; updates maximum and sum; returns the factor for what the row has summed up so far.
-// Keys outside [lo, hi) are closed. A score is a product times `scale`, positive.
-BK_INLINE float softmax_row(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, float scale,
-                            float& top, float& sum) {
-  fill(s, from, lo < to ? lo : to, -kInf);
-  fill(s, hi > from ? hi : from, to, -kInf);
+// What a row sees of a tile, rounded to whole vectors for all kMr rows of its group.
+struct RowSpan {
+  int64_t from, to;  // columns that are computed
+  int64_t lo, hi;    // of those, the open ones
+};
+
+BK_INLINE RowSpan row_span(const Spans& spans, int64_t r, int64_t rows) {
+  const int64_t first = r / kMr * kMr, last = first + kMr < rows ? first + kMr - 1 : rows - 1;
+  return RowSpan{spans.lo[first] / kLanes * kLanes, round_up(spans.hi[last], kLanes), spans.lo[r],
+                 spans.hi[r]};
+}
+
+// The maximum of the open columns, still a vector; closes the others.
+BK_INLINE VecF close_and_maximum(float* s, const RowSpan& span) {
   VecF most = set1(-kInf);
-  for (int64_t c = from; c < to; c += kLanes) most = vmax(load(s + c), most);
-  const float previous = top;
-  const float highest = reduce_max(most) * scale;
-  top = highest > previous ? highest : previous;
-  // A row that has met no open key yet: exp of -inf, not of -inf + inf.
-  const VecF base = set1(top == -kInf ? 0.0f : top);
+  if (span.from >= span.to) return most;
+  fill(s, span.from, span.lo, -kInf);
+  fill(s, span.hi, span.to, -kInf);
+  for (int64_t c = span.from; c < span.to; c += kLanes) most = vmax(load(s + c), most);
+  return most;
+}
+
+// s = exp(scale * s - base) in place; returns the sum, still a vector.
+BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float base) {
+  constexpr int kAtOnce = 2;
   VecF total{};
-  for (int64_t c = from; c < to; c += kLanes) {
+  int64_t c = span.from;
+  for (; c + kAtOnce * kLanes <= span.to; c += kAtOnce * kLanes) {
+    VecF p[kAtOnce];
+#pragma GCC unroll 8
+    for (int n = 0; n < kAtOnce; ++n) p[n] = load(s + c + n * kLanes) * scale - base;
+    exp_softmax(p);
+#pragma GCC unroll 8
+    for (int n = 0; n < kAtOnce; ++n) {
+      total += p[n];
+      store(s + c + n * kLanes, p[n]);
+    }
+  }
+  for (; c < span.to; c += kLanes) {
     const VecF p = exp_softmax(load(s + c) * scale - base);
     total += p;
     store(s + c, p);
   }
-  const float factor = exp_softmax(previous - base)[0];
-  sum = sum * factor + reduce_sum(total);
-  return factor;
+  return total;
+}
+
+// Takes a tile of scores into the online softmax: scores become probabilities relative to the
+// running maximum, `factor` what the rows' results so far must be multiplied with. A score is
+// `scale` (positive) times what is in w.scores. Reductions across lanes are done for kLanes rows at
+// a time.
+inline void softmax_tile(const ForwardScratch& w, const Tiling& t, const Spans& spans, int64_t rows,
+                         float scale) {
+  for (int64_t r = 0; r < rows; ++r)
+    store(w.lanes + r * kLanes, close_and_maximum(w.scores + r * t.ld_s, row_span(spans, r, rows)));
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const VecF previous = load(w.top + r);
+    const VecF highest = maximum_of_rows(w.lanes + r * kLanes) * scale;
+    const VecF top = highest > previous ? highest : previous;
+    // A row that has met no open key yet: exp of -inf, not of -inf + inf.
+    const VecF base = top == -kInf ? VecF{} : top;
+    store(w.top + r, top);
+    store(w.base + r, base);
+    store(w.factor + r, exp_softmax(previous - base));
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    store(w.lanes + r * kLanes,
+          exponentiate(w.scores + r * t.ld_s, row_span(spans, r, rows), scale, w.base[r]));
+  for (int64_t r = 0; r < rows; r += kLanes)
+    store(w.sum + r, load(w.sum + r) * load(w.factor + r) + sum_of_rows(w.lanes + r * kLanes));
+}
+
+// Products to scores, where there is more to it than a factor.
+inline void finish_scores(const ForwardScratch& w, const Tiling& t, const AttentionArgs& args,
+                          const AttentionSequence& seq, const Reach& reach, const MaskTile& mask,
+                          const Spans& spans, int64_t head, int64_t begin, int64_t rows,
+                          int64_t key) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const RowSpan span = row_span(spans, r, rows);
+    const ScoreRow score =
+        score_row(args, seq.index, head, begin + r + reach.off - key, mask.row(r));
+    float* s = w.scores + r * t.ld_s;
+    VecF tanh;
+    for (int64_t c = span.from; c < span.to; c += kLanes) store(s + c, score(load(s + c), c, tanh));
+  }
+}
+
+inline void drop_tile(const ForwardScratch& w, const Tiling& t, const AttentionArgs& args,
+                      const AttentionSequence& seq, const Spans& spans, int64_t head, int64_t begin,
+                      int64_t rows, int64_t key) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const RowSpan span = row_span(spans, r, rows);
+    const int64_t start = span.from / (4 * kLanes) * (4 * kLanes);
+    dropout_row(w.drop + start, args, seq.index, head, begin + r, key + start, span.to - start);
+    float* s = w.scores + r * t.ld_s;
+    for (int64_t c = span.from; c < span.to; c += kLanes)
+      store(s + c, load(s + c) * load(w.drop + c));
+  }
 }
 
 void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
@@ -81,11 +157,10 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
 
   unpack_tile(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
               args.dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    w.top[r] = -kInf;
-    w.sum[r] = 0.0f;
-    fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
-  }
+  fill(w.top, 0, t.block_q, -kInf);
+  fill(w.sum, 0, t.block_q, 0.0f);
+  fill(w.lanes, 0, t.block_q * kLanes, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
   const int64_t first = reach.lo(block.begin) / t.block_k;
   const int64_t last = (reach.hi(block.begin + rows - 1) + t.block_k - 1) / t.block_k;
@@ -116,26 +191,9 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
                        w.scores + r * t.ld_s + from, t.ld_s, args.dim, Start::kZero, nullptr},
                       n, (to - from) / kLanes);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t group = r / kMr * kMr, end = group + kMr < rows ? group + kMr : rows;
-      const int64_t from = spans.lo[group] / kLanes * kLanes;
-      const int64_t to = round_up(spans.hi[end - 1], kLanes);
-      float* s = w.scores + r * t.ld_s;
-      if (from >= to) continue;
-      if (!plain) {
-        const ScoreRow score =
-            score_row(args, seq.index, head, block.begin + r + reach.off - key, mask.row(r));
-        VecF tanh;
-        for (int64_t c = from; c < to; c += kLanes) store(s + c, score(load(s + c), c, tanh));
-      }
-      w.factor[r] = softmax_row(s, from, to, spans.lo[r], spans.hi[r], scale, w.top[r], w.sum[r]);
-      if (args.dropout_p > 0) {
-        const int64_t start = from / (4 * kLanes) * (4 * kLanes);
-        dropout_row(w.drop + start, args, seq.index, head, block.begin + r, key + start,
-                    to - start);
-        for (int64_t c = from; c < to; c += kLanes) store(s + c, load(s + c) * load(w.drop + c));
-      }
-    }
+    if (!plain) finish_scores(w, t, args, seq, reach, mask, spans, head, block.begin, rows, key);
+    softmax_tile(w, t, spans, rows, scale);
+    if (args.dropout_p > 0) drop_tile(w, t, args, seq, spans, head, block.begin, rows, key);
     for (int64_t r = 0; r < rows; r += kMr) {
       const int64_t n = rows - r < kMr ? rows - r : kMr;
       const int64_t from = spans.lo[r], to = spans.hi[r + n - 1];

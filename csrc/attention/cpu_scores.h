@@ -8,15 +8,30 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInf = __builtin_inff();
 
 // e^x for x <= 87, within 2 ulp of a result that is normal; below e^-87, 0. A NaN passes through.
-BK_INLINE VecF exp_softmax(VecF x) {
+// N vectors side by side: one alone would wait for the latency of its own chain of operations.
+template <int N>
+BK_INLINE void exp_softmax(VecF (&x)[N]) {
   const VecF magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: the low bits hold the biased exponent
-  const VecF shifted = fma(x, set1(kLog2E), magic);
-  const VecF f = fma(x, set1(kLog2E), magic - shifted);
-  VecF p = set1(kExp2[6]);
+  VecF shifted[N], f[N], p[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) shifted[n] = fma(x[n], set1(kLog2E), magic);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(kLog2E), magic - shifted[n]);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) p[n] = fma(set1(kExp2[6]), f[n], set1(kExp2[5]));
 #pragma GCC unroll 6
-  for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
-  const VecF r = p * (VecF)(((VecI)shifted) << 23);
-  return x < -87.0f ? VecF{} : r;
+  for (int i = 4; i >= 0; --i)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], f[n], set1(kExp2[i]));
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) p[n] = p[n] * (VecF)(((VecI)shifted[n]) << 23);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) x[n] = x[n] < -87.0f ? VecF{} : p[n];
+}
+BK_INLINE VecF exp_softmax(VecF x) {
+  VecF one[1] = {x};
+  exp_softmax(one);
+  return one[0];
 }
 
 // The keys [lo, hi) that a row sees, both non-decreasing in the row.
