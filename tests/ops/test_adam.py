@@ -107,10 +107,21 @@ def assert_same_lists(a, b):
 
 
 def assert_lists_as_accurate(actual, exact, same):
+    """The rule of assert_as_accurate over each list as a whole: PyTorch's error on a tensor of one
+    element may happen to be nothing.
+    """
+
+    def flat(tensors):
+        return torch.cat([t.flatten() for t in tensors])
+
     for name in actual:
         wanted = exact["params"] if name == "masters" else exact[name]
-        for a, e, s in zip(actual[name], wanted, same[name], strict=True):
-            assert_as_accurate(a, e.double(), s)
+        assert_as_accurate(flat(actual[name]), flat(wanted).double(), flat(same[name]))
+
+
+def assert_norm(actual, exact):
+    """Within two ulps."""
+    torch.testing.assert_close(actual.double(), exact, rtol=2 * torch.finfo(F32).eps, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -230,12 +241,14 @@ def test_adam_lr_and_step_as_numbers_or_tensors():
 )
 def test_adam_lengths_and_misalignment(n, offsets, dtypes, amsgrad):
     """Any length at any offset from an aligned address; nothing is written beside it."""
-    whole = make(DTYPES[dtypes], [(n + 8,)] * 1, amsgrad=amsgrad)
+    whole = make(DTYPES[dtypes], [(n + 8,), (2000,)], amsgrad=amsgrad)
     shifts = dict(zip(["params", "grads", "exp_avgs", "exp_avg_sqs"], offsets, strict=True))
     for isa in bigkernel.cpu_isas():
         buffers = clone(whole)
         views = {
-            name: buffers[name] if name == "steps" else [buffers[name][0][s : s + n]]
+            name: buffers[name]
+            if name == "steps"
+            else [buffers[name][0][s : s + n], buffers[name][1]]
             for name, s in ((name, shifts.get(name, 1)) for name in buffers)
         }
         apart, exact, same = clone(views), to64(views), clone(views)
@@ -306,7 +319,7 @@ def test_adam_clipping(backend, max_norm):
         norm = ops.adam_groups_step_(groups, max_norm=max_norm)
     grads = [g.double() for x in want for g in x["grads"]]
     total = torch.nn.utils.get_total_norm(grads)
-    assert_as_accurate(norm, total, torch.nn.utils.get_total_norm([g.float() for g in grads]))
+    assert_norm(norm, total)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for x, options in zip(want, hyper, strict=True):
         x["grads"] = [g.double() * factor for g in x["grads"]]
@@ -335,17 +348,15 @@ def test_adam_norm_is_accurate(cpu_isa, dtype):
     grads = [g.to(dtype) for g in make(DTYPES["fp32"], [*SIZES, (100_003,)])["grads"]]
     grads.append(torch.randn(40, 30, dtype=dtype)[::2, ::3])  # gaps
     exact = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]))
-    same = torch.linalg.vector_norm(torch.cat([g.float().flatten() for g in grads]))
-    assert_as_accurate(ops.adam_norm(grads), exact, same)
-    scaled = ops.adam_norm(grads, torch.tensor(8.0))
-    assert_as_accurate(scaled, exact / 8, same / 8)
+    assert_norm(ops.adam_norm(grads), exact)
+    assert_norm(ops.adam_norm(grads, torch.tensor(8.0)), exact / 8)
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25, 1e-36])
 def test_adam_norm_neither_overflows_nor_underflows(cpu_isa, scale):
     grads = [torch.randn(700) * scale, torch.zeros(600), torch.randn(3) * scale]
     exact = torch.linalg.vector_norm(torch.cat(grads).double())
-    torch.testing.assert_close(ops.adam_norm(grads).double(), exact, rtol=1e-6, atol=0)
+    assert_norm(ops.adam_norm(grads), exact)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
