@@ -54,20 +54,23 @@ def keeps_axes(rows: Floats) -> Bools:
 
 def is_whole_pixel_move(rows: Floats) -> Bools:
     """[n] maps that send whole pixels to whole pixels."""
-    units = (np.abs(np.abs(rows[:, [0, 1, 3, 4]]).round() - np.abs(rows[:, [0, 1, 3, 4]]))) < _EXACT
-    one_each = np.abs(np.abs(rows[:, [0, 3]]) + np.abs(rows[:, [1, 4]]) - 1.0) < _EXACT
-    moved = np.abs(rows[:, [2, 5]] - np.rint(rows[:, [2, 5]])) < _EXACT
-    return np.asarray(
-        units.all(axis=1) & one_each.all(axis=1) & moved.all(axis=1) & keeps_axes(rows)
-    )
+    m = np.abs(rows)
+    off = np.abs(rows - np.rint(rows)).max(axis=1)
+    off += np.abs(m[:, 0] + m[:, 1] - 1.0) + np.abs(m[:, 3] + m[:, 4] - 1.0)
+    return np.asarray((off < _EXACT) & keeps_axes(rows))
 
 
 def map_box(rows: Floats, box: Ints | Floats) -> Floats:
     """[n, 4] the smallest boxes around the mapped boxes (the mapped boxes, if axes are kept)."""
-    x, y = box[:, [0, 2, 0, 2]], box[:, [1, 1, 3, 3]]
-    u = rows[:, 0:1] * x + rows[:, 1:2] * y + rows[:, 2:3]
-    v = rows[:, 3:4] * x + rows[:, 4:5] * y + rows[:, 5:6]
-    return np.stack([u.min(axis=1), v.min(axis=1), u.max(axis=1), v.max(axis=1)], axis=1)
+    a, b, c, d, e, f = rows.T
+    x0, y0, x1, y1 = box.T
+    x, y, half_x, half_y = (x0 + x1) * 0.5, (y0 + y1) * 0.5, (x1 - x0) * 0.5, (y1 - y0) * 0.5
+    u, v = a * x + b * y + c, d * x + e * y + f
+    reach_u, reach_v = (
+        np.abs(a) * half_x + np.abs(b) * half_y,
+        np.abs(d) * half_x + np.abs(e) * half_y,
+    )
+    return np.stack([u - reach_u, v - reach_v, u + reach_u, v + reach_v], axis=1)
 
 
 def canvas_box(height: Ints, width: Ints) -> Ints:
@@ -77,8 +80,8 @@ def canvas_box(height: Ints, width: Ints) -> Ints:
 
 def intersect(box: Floats | Ints, bounds: Ints) -> Floats:
     """[n, 4] the common part; of no width or height, inside ``bounds``, where there is none."""
-    lower, upper = np.tile(bounds[:, :2], 2), np.tile(bounds[:, 2:], 2)
-    return np.asarray(np.clip(box, lower, upper), dtype=np.float64)
+    inside = np.maximum(box, bounds[:, [0, 1, 0, 1]]).astype(np.float64)
+    return np.minimum(inside, bounds[:, [2, 3, 2, 3]], out=inside)
 
 
 def warp_matrix(

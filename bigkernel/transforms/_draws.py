@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from bigkernel.errors import check
-from bigkernel.random import philox4x32
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+_Words = NDArray[np.uint64]
 _MASK = 0xFFFFFFFF
 
 
@@ -22,28 +22,45 @@ class Draws:
     """The uniform numbers of one call, for all transforms of a chain and all samples at once.
 
     Transform number t of the chain (depth first) owns ``counts[t]`` blocks of four numbers a
-    sample. Block d of sample ``id`` is Philox4x32-10 with the seed as key and the counter
-    (d, t, id mod 2^32, id div 2^32); a word becomes a number in [0, 1) by its upper 24 bits. So a
-    draw depends on nothing but seed, id, transform and d.
+    sample. Block d of sample ``id`` is Philox4x32-10 (``bigkernel.random``) with the seed as key
+    and the counter (d, t, id mod 2^32, id div 2^32); a word becomes a number in [0, 1) by its
+    upper 24 bits. So a draw depends on nothing but seed, id, transform and d.
     """
 
     def __init__(self, seed: int, ids: Ints, counts: Sequence[int]) -> None:
         block = np.concatenate([np.arange(c) for c in counts] or [np.arange(0)])
         owner = np.repeat(np.arange(len(counts)), np.asarray(counts, dtype=np.int64))
         self._starts = np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
-        key = torch.from_numpy(ids)
-        words = philox4x32(
+        words = _philox4x32(
             seed,
-            torch.from_numpy(block.astype(np.int64))[:, None],
-            torch.from_numpy(owner.astype(np.int64))[:, None],
-            (key & _MASK)[None, :],
-            ((key >> 32) & _MASK)[None, :],
+            block.astype(np.uint64)[:, None],
+            owner.astype(np.uint64)[:, None],
+            (ids & _MASK).astype(np.uint64)[None, :],
+            ((ids >> 32) & _MASK).astype(np.uint64)[None, :],
         )
-        self._numbers = (torch.stack(words, dim=-1) >> 8).numpy().astype(np.float64) * 2.0**-24
+        upper = np.stack(words, axis=-1) >> np.uint64(8)
+        self._numbers = upper.astype(np.float64) * 2.0**-24
 
     def of(self, transform: int) -> Floats:
         """[blocks, N, 4] numbers in [0, 1) of one transform of the chain."""
         return self._numbers[self._starts[transform] : self._starts[transform + 1]]
+
+
+def _philox4x32(
+    seed: int, c0: _Words, c1: _Words, c2: _Words, c3: _Words
+) -> tuple[_Words, _Words, _Words, _Words]:
+    """``bigkernel.random.philox4x32`` in NumPy, whose unsigned numbers make it three times faster.
+
+    A call's draws are a thousand words or so: the time is that of the number of operations.
+    """
+    low, half = np.uint64(_MASK), np.uint64(32)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (b >> half) ^ c1 ^ np.uint64(k0), b & low
+        c2, c3 = (a >> half) ^ c3 ^ np.uint64(k1), a & low
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
 
 
 def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:

@@ -50,7 +50,7 @@ from bigkernel.transforms._draws import Bools, Floats, Ints
 
 _EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
 _PER_SAMPLE = (
-    *("height", "width", "map", "source", "output", "whole", "straight", "border", "nearest"),
+    *("height", "width", "map", "source", "output", "straight", "border", "nearest"),
     *("edge_padded", "fill", "filled", "colored", "contrasted"),
 )
 
@@ -89,7 +89,7 @@ class Segment:
         self.map = identity(n)
         self.source = canvas_box(height, width)
         self.output = canvas_box(height, width)
-        self.whole = np.ones(n, dtype=bool)  # the map moves whole pixels to whole pixels
+        self._known = self.map, self.output, self.output.astype(np.float64)  # see _shown
         self.straight = np.ones(n, dtype=bool)  # the map keeps the axes (or swaps them)
         self.border = np.full(n, CLAMP)
         self.nearest = np.full(n, NEAREST_FLOOR)
@@ -201,7 +201,8 @@ class Segment:
     def _pad_fits(self, step: steps.Pad) -> Bools:
         pads = (step.sides > 0).any(axis=1)
         if step.edge:
-            fits = ~self.colored & self.whole & self._is_all_source() & ~self.edge_padded
+            whole = is_whole_pixel_move(self.map)
+            fits = ~self.colored & whole & self._is_all_source() & ~self.edge_padded
         else:
             fits = ~self.colored & self._same_fill(step.fill)
         return np.asarray(fits | ~pads)
@@ -276,7 +277,6 @@ class Segment:
     def _precede(self, active: Bools, matrix: Floats) -> None:
         """The map becomes: first ``matrix``, then what the map was."""
         self.map = np.where(active[:, None], compose(self.map, matrix), self.map)
-        self.whole = is_whole_pixel_move(self.map)
         self.straight = keeps_axes(self.map)
 
     def _move(self, step: steps.Crop | steps.Pad, corner: Ints) -> None:
@@ -285,17 +285,26 @@ class Segment:
         move[:, 2], move[:, 5] = corner[:, 0], corner[:, 1]
         self._precede(step.active, move)
         canvas = canvas_box(*step.sizes(self.height, self.width))
-        kept = intersect(self.output - np.tile(corner, 2), canvas).astype(np.int64)
+        kept = intersect(self.output - corner[:, [0, 1, 0, 1]], canvas).astype(np.int64)
         self.output = np.where(step.active[:, None], kept, self.output)
+
+    def _shown(self) -> Floats:
+        """[n, 4] the output box, in the source."""
+        # Arrays are replaced, never changed: the same ones have the same box.
+        known_map, known_output, box = self._known
+        if known_map is not self.map or known_output is not self.output:
+            box = map_box(self.map, self.output)
+            self._known = self.map, self.output, box
+        return box
 
     def _frame(self) -> Ints:
         """[n, 4] the source pixels that the image shows: the source box cut by the output box."""
-        frame = intersect(np.rint(map_box(self.map, self.output)), self.source)
+        frame = intersect(np.rint(self._shown()), self.source)
         return frame.astype(np.int64)
 
     def _frame_is_whole(self) -> Bools:
         """[n] the frame's edges lie on whole source pixels, to half an image pixel at most."""
-        exact = intersect(map_box(self.map, self.output), self.source)
+        exact = intersect(self._shown(), self.source)
         off = np.abs(exact - np.rint(exact)).reshape(-1, 2, 2).max(axis=1)  # [n, (x, y)]
         pixel = np.abs(self.map[:, [0, 3]]) + np.abs(self.map[:, [1, 4]])  # source per image pixel
         return np.asarray((off <= 0.5 * pixel + _EPS).all(axis=1))
@@ -306,8 +315,8 @@ class Segment:
 
     def _is_all_source(self) -> Bools:
         """[n] every pixel of the image shows source pixels: nothing of it is fill."""
-        mapped = map_box(self.map, self.output)
-        outside = np.abs(mapped - intersect(mapped, self.source)).max(axis=1)
+        shown = self._shown()
+        outside = np.abs(shown - intersect(shown, self.source)).max(axis=1)
         return np.asarray(self._is_whole_frame() & self.straight & (outside <= 0.5))
 
     # Fill, in the units of the call's input
@@ -321,7 +330,9 @@ class Segment:
         return np.asarray(value / self.scale)
 
     def _same_fill(self, fill: tuple[float, ...] | None) -> Bools:
-        return np.asarray(~self.filled | np.isclose(self.fill, self._input_fill(fill)).all(axis=1))
+        return np.asarray(
+            ~self.filled | (np.abs(self.fill - self._input_fill(fill)) < 1e-6).all(axis=1)
+        )
 
     def _use_fill(self, active: Bools, fill: tuple[float, ...] | None) -> None:
         self.fill = np.where(active[:, None], self._input_fill(fill), self.fill)
