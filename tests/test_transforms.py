@@ -21,7 +21,7 @@ functional = v2.functional
 Reference = Callable[[Tensor, Any, int], Tensor]
 
 
-def pictures(n: int = 6, height: int = 47, width: int = 61, channels: int = 3) -> Tensor:
+def pictures(n: int = 4, height: int = 47, width: int = 61, channels: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(
         0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator

@@ -50,7 +50,7 @@ from bigkernel.transforms._draws import Bools, Floats, Ints
 
 _EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
 _PER_SAMPLE = (
-    *("height", "width", "map", "source", "output", "straight", "border", "nearest"),
+    *("height", "width", "map", "source", "output", "straight", "border", "nearest", "nudge"),
     *("edge_padded", "fill", "filled", "colored", "contrasted"),
 )
 
@@ -93,6 +93,7 @@ class Segment:
         self.straight = np.ones(n, dtype=bool)  # the map keeps the axes (or swaps them)
         self.border = np.full(n, CLAMP)
         self.nearest = np.full(n, NEAREST_FLOOR)
+        self.nudge = np.zeros((n, 2))  # what decides between two pixels that are equally near
         self.edge_padded = np.zeros(n, dtype=bool)
         self.fill = np.zeros((n, channels))
         self.filled = np.zeros(n, dtype=bool)
@@ -151,6 +152,8 @@ class Segment:
         n = len(self.height)
         geometry = np.zeros((n, 16))
         geometry[:, 0:6] = self.map
+        if not self.bilinear:
+            geometry[:, [2, 5]] += self.nudge
         geometry[:, 6:10] = self.source
         geometry[:, 10:14] = self.output
         geometry[:, 14] = self.border
@@ -225,7 +228,9 @@ class Segment:
             # torchvision's blend at the edge does not commute with subtracting a mean.
             warps &= step.fill is None or self.mean is None
         moves = is_whole_pixel_move(step.matrix)
-        return np.asarray((moves | warps) & ~self.colored & self._same_fill(step.fill))
+        # The table knows torch's rule for nearest resizing along the axes alone.
+        turns = moves & (np.abs(step.matrix[:, 0]) < 0.5) & (self.nearest == NEAREST_RESIZE)
+        return np.asarray((moves | warps) & ~turns & ~self.colored & self._same_fill(step.fill))
 
     def _affine(self, step: steps.Affine) -> None:
         canvas = canvas_box(step.height, step.width)
@@ -266,6 +271,11 @@ class Segment:
         lopsided = step.interpolation is InterpolationMode.NEAREST
         rule = NEAREST_RESIZE if lopsided else NEAREST_FLOOR
         self.nearest = np.where(changes, rule, self.nearest)
+        if step.interpolation is InterpolationMode.NEAREST_EXACT:
+            # A point on the edge of two pixels takes the right one of the image as it is now,
+            # mirrored or not, however the map's sums are rounded.
+            rightwards = np.sign(self.map[:, [0, 3]] + self.map[:, [1, 4]])
+            self.nudge = np.where(changes[:, None], 1e-9 * rightwards, self.nudge)
         self._precede(changes, scaling(self.width / step.width, self.height / step.height))
         canvas = canvas_box(step.height, step.width)
         self.output = np.where(changes[:, None], canvas, self.output)

@@ -66,6 +66,8 @@ class Compose(_Container):
       once, not twice.
     - Pixels outside an earlier crop count as fill for a later rotation or affine map, as they do
       one after another. A crop of a resized image ends within half a pixel of where it would.
+    - The outermost pixels of a padded image that is then warped bilinearly blend plainly with the
+      fill; torchvision's blend, when it is given a fill, weighs them twice.
     - Values are not rounded to the dtype between transforms, except between colour operations on
       uint8 images, which round as torchvision's do.
 
