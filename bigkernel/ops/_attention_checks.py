@@ -55,6 +55,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, rank: int, shape: str) -
         f"q's, {q.shape[-1]}, and positive",
         k.shape[-1],
     )
+    check(v.shape[-1] > 0, op, "v's head dim", "positive", v.shape[-1])
     check(
         v.shape[:-1] == k.shape[:-1],
         op,

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from bigkernel import _library
 from bigkernel.backend import select
@@ -325,22 +324,16 @@ def attention_varlen(
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Pick the backend and call its op."""
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    widest = max(head_dim, value_dim)
+    widest = max(q.shape[-1], v.shape[-1])
     reason = None
     if q.dtype == torch.float64:
         reason = "float64 has no native kernel"
     elif widest > MAX_NATIVE_HEAD_DIM:
         reason = f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
     ops = select("attention_fwd", q.device, reason)
-    q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
-    if ops is torch.ops.bigkernel and head_dim != value_dim:
-        # The kernels have one head dim. Zeros add nothing to a score, nor to the columns kept.
-        q, k = (pad(x, (0, widest - head_dim)) for x in (q, k))
-        v = pad(v, (0, widest - value_dim))
-        out, lse = ops.attention_fwd(q, k, v, *options)
-        return out[..., :value_dim], lse
-    return ops.attention_fwd(q, k, v, *options)
+    return ops.attention_fwd(
+        _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), *options
+    )
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

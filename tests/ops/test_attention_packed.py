@@ -1,0 +1,237 @@
+"""attention_varlen: sequences packed end to end equal separate calls, and never see each other."""
+
+import pytest
+import torch
+
+from bigkernel import ops
+from bigkernel.reference.attention import Rule, attention_reference
+from tests.ops import attention_cases
+from tests.ops.attention_cases import DTYPES, SEED, device_of, largest_error
+
+backend = attention_cases.backend
+
+# Empty on either side or both, one token, within a tile, more than one tile.
+LENGTHS = [(5, 9), (0, 3), (40, 40), (4, 0), (1, 1), (0, 0), (33, 150)]
+HEADS, KV_HEADS, DIM = 4, 2, 24
+
+FEATURES = {
+    "plain": {},
+    "causal_top_left": {"causal": True},
+    "causal_bottom_right": {"causal": True, "align": "bottom_right"},
+    "window": {"window": (7, 3), "align": "bottom_right"},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": "H", "align": "bottom_right"},
+    "alibi_per_sequence": {"alibi_slopes": "BH", "causal": True},
+    "dropout": {"dropout_p": 0.3},
+    "everything": {
+        "causal": True,
+        "align": "bottom_right",
+        "window": (30, 0),
+        "softcap": 2.0,
+        "alibi_slopes": "BH",
+        "dropout_p": 0.2,
+    },
+}
+
+
+def cumulative(lengths, device="cpu"):
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def draw(dtype, device="cpu", lengths=LENGTHS):
+    """q, k, v, dout, dlse and both cu_seqlens."""
+    torch.manual_seed(3)
+    rows, keys = (sum(side) for side in zip(*lengths, strict=True))
+    q, k, v, dout = (
+        torch.randn(n, h, DIM).to(device, dtype)
+        for n, h in ((rows, HEADS), (keys, KV_HEADS), (keys, KV_HEADS), (rows, HEADS))
+    )
+    dlse = torch.randn(HEADS, rows).to(device)
+    return (q, k, v), (dout, dlse), [cumulative(x, device) for x in zip(*lengths, strict=True)]
+
+
+def options(feature, device="cpu"):
+    found = dict(FEATURES[feature])
+    if "alibi_slopes" in found:
+        torch.manual_seed(4)
+        shape = (len(LENGTHS), HEADS) if found["alibi_slopes"] == "BH" else (HEADS,)
+        found["alibi_slopes"] = torch.rand(shape).to(device) * 0.3
+    return found
+
+
+def forward_backward(function, qkv, gradients):
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    out, lse = function(*qkv)
+    grads = torch.autograd.grad(
+        [out, lse], qkv, [x.to(y.dtype) for x, y in zip(gradients, (out, lse), strict=True)]
+    )
+    return [x.detach().cpu() for x in (out, lse, *grads)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_attention_varlen_matches_reference(backend, feature, dtype):
+    device = device_of(backend)
+    qkv, gradients, (cu_q, cu_k) = draw(DTYPES[dtype], device)
+    keywords = options(feature, device)
+    actual = forward_backward(
+        lambda q, k, v: ops.attention_varlen(
+            q, k, v, cu_q, cu_k, seed=SEED, return_lse=True, **keywords
+        ),
+        qkv,
+        gradients,
+    )
+    left, right = (-1 if side is None else side for side in keywords.get("window", (None, None)))
+    rule = Rule(
+        DIM**-0.5,
+        keywords.get("causal", False),
+        keywords.get("align") == "bottom_right",
+        left,
+        right,
+        keywords.get("softcap", 0.0),
+        keywords.get("dropout_p", 0.0),
+    )
+
+    def reference(dtype):
+        return forward_backward(
+            lambda q, k, v: attention_reference(
+                q,
+                k,
+                v,
+                rule,
+                alibi_slopes=keywords.get("alibi_slopes"),
+                seed=torch.tensor([SEED], device=device),
+                cu_seqlens_q=cu_q,
+                cu_seqlens_k=cu_k,
+            ),
+            [x.to(dtype) for x in qkv],
+            [x.to(dtype) for x in gradients],
+        )
+
+    exact, same = reference(torch.float64), reference(DTYPES[dtype])
+    same[1] = reference(torch.float32)[1]  # lse is kept in float32
+    for name, a, e, s in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, same, strict=True):
+        half_ulp = 0.5 * torch.finfo(a.dtype).eps * e[e.isfinite()].abs().max().item()
+        error, allowed = largest_error(a, e), 2 * largest_error(s, e) + half_ulp
+        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_attention_varlen_equals_separate_calls(backend, feature):
+    """Bit for bit forward; backward up to the order in which partial sums are added."""
+    device = device_of(backend)
+    qkv, gradients, (cu_q, cu_k) = draw(torch.float32, device)
+    keywords = options(feature, device)
+    slopes = keywords.pop("alibi_slopes", None)
+    packed = forward_backward(
+        lambda q, k, v: ops.attention_varlen(
+            q, k, v, cu_q, cu_k, seed=SEED, alibi_slopes=slopes, return_lse=True, **keywords
+        ),
+        qkv,
+        gradients,
+    )
+
+    def separate(q, k, v):
+        outs, lses = [], []
+        parts = zip(*(x.split(n) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))), strict=True)
+        for b, part in enumerate(parts):
+            # Batch entry b, because dropout and slopes are keyed by it.
+            one_q, one_k, one_v = (x.transpose(0, 1).expand(b + 1, -1, -1, -1) for x in part)
+            own = slopes[: b + 1] if slopes is not None and slopes.dim() == 2 else slopes
+            out, lse = ops.attention(
+                one_q, one_k, one_v, seed=SEED, alibi_slopes=own, return_lse=True, **keywords
+            )
+            outs.append(out[b].transpose(0, 1))
+            lses.append(lse[b])
+        return torch.cat(outs), torch.cat(lses, 1)
+
+    expected = forward_backward(separate, qkv, gradients)
+    if backend.startswith("cpu"):
+        assert torch.equal(packed[0], expected[0])
+        assert torch.equal(packed[1], expected[1])
+    for a, e in zip(packed, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-6)
+
+
+ROWS, KEYS = ([pair[side] for pair in LENGTHS] for side in (0, 1))
+
+
+def test_attention_varlen_nan_neighbours(backend):
+    """A sequence of NaN changes no bit of the others, forward and backward."""
+    device = device_of(backend)
+    qkv, gradients, (cu_q, cu_k) = draw(torch.float32, device)
+
+    def call(q, k, v):
+        return ops.attention_varlen(q, k, v, cu_q, cu_k, causal=True, return_lse=True)
+
+    clean = forward_backward(call, qkv, gradients)
+    start_q, stop_q = cu_q[2:4].tolist()
+    start_k, stop_k = cu_k[2:4].tolist()
+    poisoned = [x.clone() for x in qkv]
+    for x, start, stop in zip(
+        poisoned, (start_q, start_k, start_k), (stop_q, stop_k, stop_k), strict=True
+    ):
+        x[start:stop] = torch.nan
+    dirty = forward_backward(call, poisoned, gradients)
+    rows = torch.ones(sum(ROWS), dtype=torch.bool)
+    rows[start_q:stop_q] = False
+    keys = torch.ones(sum(KEYS), dtype=torch.bool)
+    keys[start_k:stop_k] = False
+    for a, e, index in zip(dirty, clean, (rows, rows, rows, keys, keys), strict=True):
+        a, e = (x.T if x.shape[0] == HEADS and x.dim() == 2 else x for x in (a, e))  # lse [H, T]
+        assert torch.equal(a[index], e[index])
+    assert dirty[0][~rows].isnan().all()
+
+
+def test_attention_varlen_strided_nan(backend):
+    """q, k and v as slices of one fused projection whose other columns are NaN."""
+    device = device_of(backend)
+    lengths = [(7, 7), (20, 20)]
+    (q, _, _), gradients, (cu, _) = draw(torch.float32, device, lengths)
+    fused = torch.full((27, 4, HEADS, DIM + 3), torch.nan, device=device)
+    for i in range(3):
+        fused[:, i, :, :DIM] = q * (i + 1)
+    views = [fused[:, i, :, :DIM] for i in range(3)]
+
+    def call(q, k, v):
+        return ops.attention_varlen(q, k, v, cu, cu, window=(3, 3), return_lse=True)
+
+    for a, e in zip(
+        forward_backward(call, views, gradients),
+        forward_backward(call, [x.contiguous() for x in views], gradients),
+        strict=True,
+    ):
+        if backend.startswith("cpu"):
+            assert torch.equal(a, e)
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(0, 5), (0, 0)], [(5, 0), (2, 0)]], ids=str)
+def test_attention_varlen_nothing_to_do(backend, lengths):
+    """No sequences; no queries; no keys, which is a fully masked row."""
+    device = device_of(backend)
+    sides = list(zip(*lengths, strict=True)) or [(), ()]
+    rows, keys = map(sum, sides)
+    q = torch.randn(rows, HEADS, DIM, device=device, requires_grad=True)
+    k, v = (torch.randn(keys, KV_HEADS, DIM, device=device, requires_grad=True) for _ in range(2))
+    cu_q, cu_k = (cumulative(side, device) for side in sides)
+    out, lse = ops.attention_varlen(q, k, v, cu_q, cu_k, return_lse=True)
+    assert out.shape == (rows, HEADS, DIM)
+    assert lse.shape == (HEADS, rows)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    for x in (q, k, v):
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all()
+
+
+def test_attention_varlen_max_seqlen(backend):
+    """The true maximum, or anything above it, changes nothing."""
+    device = device_of(backend)
+    (q, k, v), _, (cu_q, cu_k) = draw(torch.float32, device)
+    out = ops.attention_varlen(q, k, v, cu_q, cu_k)
+    same = ops.attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=40, max_seqlen_k=150)
+    more = ops.attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=10**9, max_seqlen_k=10**9)
+    assert torch.equal(out, same)
+    assert torch.equal(out, more)
