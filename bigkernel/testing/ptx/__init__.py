@@ -14,6 +14,7 @@ from bigkernel.testing.ptx.errors import (
     UninitializedRead,
     UnknownInstruction,
 )
+from bigkernel.testing.ptx.host import HostLibrary, Launch
 from bigkernel.testing.ptx.launch import Kernel, Module, compile, load, nvcc
 from bigkernel.testing.ptx.memory import Memory
 
@@ -21,7 +22,9 @@ __all__ = [
     "BarrierError",
     "Counters",
     "Finding",
+    "HostLibrary",
     "Kernel",
+    "Launch",
     "Memory",
     "Misaligned",
     "MissingWait",

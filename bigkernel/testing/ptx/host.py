@@ -1,0 +1,176 @@
+"""Runs a launcher's own host code, with the launches going to the emulator.
+
+The .cu file is compiled as for a GPU, its host part linked to a stand-in for the CUDA runtime that
+hands each ``kernel<<<grid, block, shared>>>(arguments)`` to Python. So grid, shared memory,
+template choice and argument structs are those that a GPU launch would use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigkernel.testing.ptx.counters import Counters
+from bigkernel.testing.ptx.launch import Module, load, nvcc
+from bigkernel.testing.ptx.memory import Memory
+
+_RUNTIME = r"""
+#include <cuda_runtime_api.h>
+#include <map>
+#include <string>
+typedef int (*Launch)(const char*, const unsigned*, size_t, void**);
+static Launch on_launch;
+static std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> all;
+  return all;
+}
+static struct { dim3 grid, block; size_t shared; } next_launch;
+static cudaError_t last_error;
+extern "C" {
+void ptx_on_launch(Launch f) { on_launch = f; }
+void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*,
+                            uint3*, dim3*, dim3*, int*) { names()[host] = device; }
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st*) {
+  next_launch.grid = grid; next_launch.block = block; next_launch.shared = shared;
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void*) {
+  *grid = next_launch.grid; *block = next_launch.block; *shared = next_launch.shared;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void** args, size_t shared,
+                             cudaStream_t) {
+  const unsigned extents[] = {g.x, g.y, g.z, b.x, b.y, b.z};
+  if (!on_launch || on_launch(names()[f].c_str(), extents, shared, args))
+    last_error = cudaErrorLaunchFailure;
+  return last_error;
+}
+cudaError_t __cudaGetKernel(void** kernel, const void* f) {
+  *kernel = const_cast<void*>(f);
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(void* f, dim3 g, dim3 b, void** args, size_t shared,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(f, g, b, args, shared, stream);
+}
+cudaError_t cudaGetLastError() {
+  cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorLaunchFailure"; }
+const char* cudaGetErrorString(cudaError_t) { return "the emulator stopped the launch"; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {  // an A100's
+    case cudaDevAttrMultiProcessorCount: *value = 108; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 166912; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    default: *value = 0; return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+}
+"""
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that the host code made."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    counters: Counters
+
+
+class HostLibrary:
+    """Sources (.cu, .cpp) as a shared library whose launches run in the emulator.
+
+    ``library`` is the ctypes.CDLL: call its ``extern "C"`` functions within ``running(memory)``,
+    with addresses from that memory for device pointers. Raises RuntimeError with nvcc's message.
+    """
+
+    def __init__(
+        self, sources: Sequence[str | Path], arch: str = "sm_80", flags: Sequence[str] = ()
+    ) -> None:
+        program = nvcc()
+        if program is None:
+            raise RuntimeError("HostLibrary: nvcc is not on the path; install the CUDA toolkit")
+        virtual = arch.replace("sm_", "compute_")
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        (folder / "runtime.cpp").write_text(_RUNTIME)
+        target = str(folder / "library.so")
+        options = ["-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-keep", "-lineinfo"]
+        options += ["-Xlinker", "-Bsymbolic"]  # torch may have loaded the real runtime
+        options += [f"-gencode=arch={virtual},code={virtual}", "-keep-dir", str(folder), *flags]
+        files = [*map(str, sources), str(folder / "runtime.cpp")]
+        command = [program, *options, *files, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"HostLibrary: nvcc failed:\n{done.stderr}")
+        self.modules: list[Module] = [load(p.read_text()) for p in sorted(folder.glob("*.ptx"))]
+        self.library = ctypes.CDLL(target)
+
+    @contextmanager
+    def running(self, memory: Memory) -> Iterator[list[Launch]]:
+        """Within, launches run at once, on ``memory``; gives the list that they are added to.
+
+        What the emulator raises comes out at the end of the block; launches after it do nothing.
+        """
+        launches: list[Launch] = []
+        errors: list[BaseException] = []
+
+        def launch(name: bytes, extents: Any, shared: int, arguments: Any) -> int:
+            if errors:
+                return 1
+            try:
+                launches.append(self._launch(name.decode(), extents[:6], shared, arguments, memory))
+            except BaseException as error:
+                errors.append(error)  # C++ frames lie between: raised below
+                return 1
+            return 0
+
+        callback = _CALLBACK(launch)
+        self.library.ptx_on_launch(callback)
+        try:
+            yield launches
+        finally:
+            self.library.ptx_on_launch(_CALLBACK(0))
+        if errors:
+            raise errors[0]
+
+    def _launch(
+        self, name: str, extents: list[int], shared: int, arguments: Any, memory: Memory
+    ) -> Launch:
+        module = next(m for m in self.modules if name in m.kernels)
+        kernel = module[name]
+        params = kernel.function.params
+        values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(params)]
+        grid, block = tuple(extents[:3]), tuple(extents[3:])
+        counters = kernel.launch(grid, block, values, memory, shared)
+        return Launch(name, grid, block, shared, counters)

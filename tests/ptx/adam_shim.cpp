@@ -1,0 +1,38 @@
+// What csrc/adam/cuda.cpp does between its checks and its return, for test_adam_kernel.py.
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "adam/cuda.h"
+
+using namespace bigkernel;
+
+extern "C" int64_t adam_partials(const AdamTensor* tensors, int64_t count) {
+  return adam_partial_count({tensors, tensors + count});
+}
+
+extern "C" void adam_sizes(int64_t* sizes) {
+  const int64_t all[] = {sizeof(AdamTensor), sizeof(AdamDeviceGroup), sizeof(AdamDeviceCall),
+                         sizeof(AdamScalars)};
+  std::memcpy(sizes, all, sizeof(all));
+}
+
+// measure: 0 only the step, 1 norm and step, 2 only the norm. Returns what was thrown, or "".
+extern "C" const char* adam_run(const AdamTensor* tensors, int64_t count,
+                                const AdamDeviceGroup* groups, int64_t group_count,
+                                const AdamDeviceCall* call, int measure) {
+  static std::string message;
+  message.clear();
+  try {
+    const std::vector<AdamTensor> list(tensors, tensors + count);
+    if (measure) launch_adam_norm(list, call->partials, 0, nullptr);
+    if (measure == 2)
+      launch_adam_finish(*call, 0, nullptr);
+    else
+      launch_adam_step(list, {groups, groups + group_count}, *call, 0, nullptr);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
