@@ -20,7 +20,6 @@ from bigkernel.transforms._transform import Sampling, _run
 
 # float64 runs in PyTorch by design, which the op says once.
 pytestmark = pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning")
-SIZE = (33, 41)
 
 
 def scene(n: int = 8, height: int = 33, width: int = 41, seed: int = 2) -> Tensor:

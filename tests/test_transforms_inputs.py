@@ -344,6 +344,15 @@ def test_interpolation_spellings() -> None:
         assert bk.RandomRotation(3, spelling).interpolation is expected
 
 
+def test_numpy_scalars_are_numbers() -> None:
+    bk.RandomRotation(np.float32(3), fill=np.float32(0.5))
+    bk.RandomAffine(np.int64(3), shear=np.float64(2))
+    bk.ColorJitter(np.float32(0.5), hue=np.float64(0.1))
+    assert bk.RandomResizedCrop(np.int64(6)).size == (6, 6)
+    assert bk.Resize(np.int64(6)).size == [6]
+    bk.Pad(np.int64(2))
+
+
 def test_dicts_for_fill_and_dtype() -> None:
     tv_tensors = pytest.importorskip("torchvision.tv_tensors")
     fill = {tv_tensors.Image: 9, tv_tensors.Mask: 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -63,11 +63,13 @@ def interpolation_mode(owner: str, value: object) -> InterpolationMode:
     return mode
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """Python's and NumPy's whole numbers."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Python's and NumPy's real numbers."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -123,7 +125,6 @@ def number_pair(owner: str, name: str, value: object, sizes: tuple[int, ...] = (
 def angle_range(owner: str, name: str, value: object, sizes: tuple[int, ...] = (2,)) -> list[float]:
     """[-value, value] from a number, or the sequence itself."""
     if is_number(value):
-        assert isinstance(value, (int, float))
         check(value >= 0, owner, name, "positive when it is a single number", repr(value))
         return [-float(value), float(value)]
     return number_pair(owner, name, value, sizes)

@@ -78,7 +78,8 @@ def gather(images: Any, layout: str) -> Images:
         )
         last = _channels_last(images, layout)
         single = images.dim() == 3
-        wrapper = None if type(images) is Tensor else type(images)
+        kind = type(images)
+        wrapper = kind if kind.__module__.startswith("torchvision.") else None  # tv_tensors.Image
         plain = images.detach().as_subclass(Tensor)
         batch = plain[None] if single else plain
         count = batch.shape[0]

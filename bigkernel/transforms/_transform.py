@@ -243,13 +243,10 @@ def _apply(
     images: Tensor | list[Tensor], call: Call, channels_last_in: bool, channels_last_out: bool
 ) -> list[tuple[Ints, Tensor]]:
     """One augment call for each output size."""
-    sizes, which = np.unique(
-        np.stack([call.height, call.width], axis=1), axis=0, return_inverse=True
-    )
     results = []
-    for i, (height, width) in enumerate(sizes.tolist()):
-        places = np.flatnonzero(which.reshape(-1) == i)
-        part = call if len(sizes) == 1 else call.take(places)
+    for height, width in sorted(set(zip(call.height.tolist(), call.width.tolist(), strict=True))):
+        places = np.flatnonzero((call.height == height) & (call.width == width))
+        part = call if len(places) == len(call.height) else call.take(places)
         result = augment(
             _pick(images, places),
             torch.from_numpy(part.geometry),

@@ -87,7 +87,6 @@ def _factor_range(
     if value is None:
         return None
     if arguments.is_number(value):
-        assert isinstance(value, (int, float))
         check(value >= 0, "ColorJitter", name, "not negative when it is a single number", value)
         low, high = center - value, center + value
         if name != "hue":
