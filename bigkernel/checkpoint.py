@@ -203,7 +203,6 @@ def resolve_checkpoint(source: str | Path | bool, run: str | Path) -> Path | Non
         if named is None and not find_checkpoints(path):
             verify_checkpoint(path)  # a checkpoint under another name
             return path
-    clean_up(folder)
     candidates = [
         path
         for path in find_checkpoints(folder)

@@ -254,15 +254,15 @@ class Trainer(transformers.Trainer):
             NonFiniteLossError: the loss became NaN or infinite.
             CheckpointError: a checkpoint could not be written; those before it are intact.
         """
+        if self.args.should_save:
+            checkpoint.clean_up(self._run_folder())
+        self.accelerator.wait_for_everyone()
         folder: Path | None = None
         if resume_from_checkpoint:
             folder = checkpoint.resolve_checkpoint(resume_from_checkpoint, self._run_folder())
-            if folder is None:
-                checkpoint.notify(f"no checkpoint in {self._run_folder()} yet: starting anew.")
-            else:
-                checkpoint.notify(f"resuming from {folder}.")
-        elif self.args.should_save:
-            checkpoint.clean_up(self._run_folder())
+            if self.is_world_process_zero():
+                nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
+                checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
         self._resumed_losses = None if folder is None else self._load_own_state(folder)
         self._interrupted = False
         try:

@@ -54,6 +54,13 @@ def test_corpus_default_is_the_standard_library():
     assert all(document.strip() for document in corpus.documents)
 
 
+def test_corpus_sample_is_chinese():
+    corpus = load_corpus("sample:zh")
+    assert corpus.name == "sample:zh"
+    assert "人工智能" in "".join(corpus.documents)
+    assert corpus.num_bytes > 2 * corpus.num_characters
+
+
 def test_corpus_text_file(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffzeile eins\r\nzwei äöü\n".encode())

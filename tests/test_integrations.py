@@ -320,6 +320,20 @@ def test_prefill_in_chunks_matches_one_forward(name, cache):
         close(torch.cat(parts, 1), eager(ids).logits)
 
 
+# Compiled
+
+
+def test_a_compiled_model_is_one_graph():
+    eager, ours = pair("gemma2")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 7:] = 0
+    expected = eager(tokens(), attention_mask=mask).logits[mask.bool()]
+    actual = compiled(tokens(), attention_mask=mask).logits[mask.bool()]
+    close(actual, expected)
+    actual.sum().backward()
+
+
 # Dropout
 
 

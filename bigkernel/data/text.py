@@ -94,15 +94,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}.")
         eos = _first_id(tokenizer, "eos", "sep") if add_eos else None
-        encoded = tokenizer(
-            list(documents),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            # Not an input to a model yet: silences the warning about the model's longest input.
-            verbose=False,
-        )["input_ids"]
-        pieces = [ids + ([] if eos is None else [eos]) for ids in encoded if ids]
-        ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+        pieces = [
+            piece for document in documents if len(piece := _encode(tokenizer, document, eos))
+        ]
+        ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
         if len(ids) < max_length:
             raise DataError(
                 f"the text has {len(ids)} tokens, shorter than one sequence of {max_length}; "
@@ -204,6 +199,14 @@ def offsets_of_documents(document: Tensor) -> Tensor:
 def unpack(tokens: Tensor, offsets: Tensor) -> list[Tensor]:
     """The documents of a packed row: views of ``tokens`` [T, ...] between consecutive offsets."""
     return [tokens[start:end] for start, end in pairwise(offsets.tolist())]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, eos: int | None) -> Tensor:
+    """int64 [n] tokens of a text, end mark included; of a text without tokens, none."""
+    # Not an input to a model yet: verbose=False silences the warning about its longest input.
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids = encoded["input_ids"]
+    return torch.tensor([*ids, eos] if ids and eos is not None else ids, dtype=torch.int64)
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:
