@@ -67,8 +67,8 @@ def build(recipe: Recipe, image_size: int, where: str = "augment") -> list[Trans
             raise UsageError(
                 f"{place} has no argument {unknown[0]!r}. It takes: {', '.join(known)}."
             )
-        values = {key: _value(key, value, image_size) for key, value in arguments.items()}
         try:
+            values = {key: _value(key, value, image_size) for key, value in arguments.items()}
             chain.append(cls(**values))
         except (TypeError, ValueError) as error:
             raise UsageError(f"{place}: {error}") from None

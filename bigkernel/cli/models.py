@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,7 +60,7 @@ def _config(kind: str, model: Model, **from_data: Any) -> Any:
     model_type = content.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UsageError(f"the model's config is not a valid {model_type}: {_one(error)}") from None
 
 

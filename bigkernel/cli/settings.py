@@ -99,6 +99,7 @@ class TextSettings(Settings):
 class ImageSettings(Settings):
     """Settings of ``bigkernel train images``."""
 
+    validation: float = 0.2
     augment: Augment | None = None
     image_size: int | None = None
 

@@ -1,0 +1,471 @@
+"""The command line: every command, every complaint and its exit code.
+
+Feature -> test: train text -> test_text_run_leaves_everything; train images ->
+test_image_run_leaves_everything; generate -> test_generate_*; evaluate -> test_evaluate_*;
+env -> test_env_*; python -m bigkernel -> test_module_is_the_command; --config ->
+test_config_repeats_the_run; --force, --out -> test_a_run_is_not_overwritten; --init-from ->
+test_init_from_*; bad input -> test_bad_usage, test_bad_data. Resuming and Ctrl-C are in
+test_cli_resume.py, settings and augmentation files in test_cli_settings.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+
+from bigkernel.cli import main
+
+TINY_TEXT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+TINY_VIT = {
+    "model_type": "vit",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from the small hill\n"
+
+
+def sentence_of(captured: str) -> str:
+    """The one line of complaint, checked to be one."""
+    lines = [line for line in captured.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, captured
+    assert "Traceback" not in captured
+    return lines[0].removeprefix("Error: ")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, tiny configs, and one finished text run in ``run``."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "corpus.txt").write_text(WORDS * 40)
+    (folder / "tiny.json").write_text(json.dumps(TINY_TEXT))
+    assert main(train_text(folder, "run")) == 0
+    return folder
+
+
+def train_text(folder: Path, out: str, *more: str) -> list[str]:
+    """Arguments of a text run that takes a moment."""
+    return [
+        *("train", "text", "--data", str(folder / "corpus.txt")),
+        *("--model", str(folder / "tiny.json"), "--out", str(folder / out)),
+        *("--max-length", "32", "--batch-size", "4", "--max-steps", "8", "--threads", "1"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes, one unreadable image among them, and one finished image run."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for name, level in (("dark", 40), ("bright", 200)):
+        (folder / "data" / name).mkdir(parents=True)
+        for number in range(12):
+            noise = torch.randint(-30, 30, (14, 16 + number, 3), generator=generator)
+            pixels = (noise + level).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "data" / name / f"{number}.png")
+    (folder / "data" / "dark" / "broken.png").write_bytes(b"\x89PNG no more")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY_VIT))
+    with pytest.warns(UserWarning, match="broken.png"):
+        assert main(train_images(folder, "run")) == 0
+    return folder
+
+
+def train_images(folder: Path, out: str, *more: str) -> list[str]:
+    """Arguments of an image run that takes a moment."""
+    return [
+        *("train", "images", "--data", str(folder / "data")),
+        *("--model", str(folder / "tiny.yaml"), "--out", str(folder / out)),
+        *("--image-size", "8", "--batch-size", "8", "--max-steps", "12", "--lr", "3e-3"),
+        *("--augment", "photos-strong", "--threads", "1"),
+        *more,
+    ]
+
+
+def test_text_run_leaves_everything(texts: Path) -> None:
+    run = texts / "run"
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert model.config.hidden_size == 32
+    assert tokenizer.decode(tokenizer("fox 狐")["input_ids"]) == "fox 狐"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes"} <= steps[-1].keys()
+    assert any("eval_loss" in r for r in records)
+    with Image.open(run / "loss.png") as image:
+        assert image.width > 300
+    assert (run / "sample.txt").read_text().startswith("The ")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["command"] == "train text"
+    assert config["model"] == TINY_TEXT  # the file's content: the file may change or go
+    assert len(config["record"]["sha256"]) == 64
+    card = (run / "README.md").read_text()
+    assert "bits per byte" in card
+    assert "from_pretrained" in card
+    assert not list(run.glob("*.bin")), "nothing that would need unpickling"
+
+
+def test_image_run_leaves_everything(pictures: Path) -> None:
+    run = pictures / "run"
+    model = AutoModelForImageClassification.from_pretrained(run)
+    assert model.config.id2label == {0: "bright", 1: "dark"}
+    assert json.loads((run / "labels.json").read_text()) == ["bright", "dark"]
+    assert json.loads((run / "preprocessor_config.json").read_text())["size"]["height"] == 8
+    for name in ("loss.png", "sample.png", "confusion_matrix.png", "roc_curves.png"):
+        with Image.open(run / name) as image:
+            assert image.width > 100, name
+    record = yaml.safe_load((run / "config.yaml").read_text())["record"]
+    assert record["skipped"] == 1
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "images_per_second" in steps[0]
+    assert "roc auc" in (run / "README.md").read_text()
+
+
+def test_shown_while_training(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train_text(texts, "shown")) == 0
+    out = capsys.readouterr().out
+    for part in ("replaced", "step 8/8", "loss", "lr", "grad_norm", "tokens/s", "MiB", "left"):
+        assert part in out, part
+    assert "nats per byte" in out
+    assert str(texts / "shown") in out
+
+
+@pytest.mark.parametrize("optim", ["adam", "sgd"])
+def test_other_optimizers(texts: Path, optim: str) -> None:
+    assert main(train_text(texts, optim, "--optim", optim, "--max-steps", "2")) == 0
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece"])
+def test_tokenizers_trained_on_the_corpus(
+    texts: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_text(texts, tokenizer, "--tokenizer", tokenizer, "--vocab-size", "300")
+    assert main([*arguments, "--max-length", "8", "--max-steps", "2"]) == 0
+    assert main(["generate", str(texts / tokenizer), "--prompt", "the fox"]) == 0
+    assert "the fox" in capsys.readouterr().out
+
+
+def test_generate_is_repeatable_and_cut_to_length(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(*more: str) -> str:
+        run = str(texts / "run")
+        assert main(["generate", run, "--prompt", "the ", "--max-new-tokens", "12", *more]) == 0
+        return capsys.readouterr().out
+
+    first = generate("--seed", "3")
+    assert first.startswith("the ")
+    assert len(first.rstrip("\n").encode()) <= 4 + 12
+    assert generate("--seed", "3") == first
+    assert generate("--temperature", "0") == generate("--temperature", "0", "--seed", "9")
+    assert generate("--top-k", "1", "--seed", "5") == generate("--temperature", "0")
+    generate("--top-p", "0.5", "--top-k", "0")
+
+
+def test_generate_shows_no_broken_characters(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Hot sampling from a hardly trained model over bytes: mostly not UTF-8.
+    run = str(texts / "run")
+    assert main(["generate", run, "--prompt", "狐", "--temperature", "9", "--top-p", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("狐")
+    assert "\ufffd" not in out
+
+
+def test_generate_from_nothing(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(texts / "run")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluate_text(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(texts / "run")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    figures = json.loads((texts / "run" / "evaluation.json").read_text())
+    assert figures["bits_per_byte"] == pytest.approx(figures["nats_per_byte"] / 0.6931471805599453)
+    assert f"{figures['loss']:.4f}" in (texts / "run" / "README.md").read_text()
+    assert main(["evaluate", str(texts / "run"), "--data", str(texts / "corpus.txt")]) == 0
+
+
+def test_evaluate_images(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = pictures / "run"
+    with pytest.warns(UserWarning, match="broken.png"):
+        assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    for name in ("accuracy", "precision", "recall", "f1", "roc auc", "confusion_matrix.png"):
+        assert name in out
+    assert json.loads((run / "evaluation.json").read_text())["images"] == 4
+
+
+def test_env_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    for name in ("torch", "native module", "threads", "op attention_fwd on cpu", "op augment"):
+        assert name in out, name
+
+
+def test_module_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bigkernel", "evaluate", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not a run folder" in sentence_of(done.stderr)
+
+
+def test_config_repeats_the_run(texts: Path) -> None:
+    again = ["train", "text", "--config", str(texts / "run" / "config.yaml")]
+    assert main([*again, "--out", str(texts / "again")]) == 0
+    assert losses(texts / "again") == losses(texts / "run")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a run."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_init_from_goes_on_with_a_model(texts: Path) -> None:
+    arguments = train_text(texts, "tuned", "--init-from", str(texts / "run"))
+    place = arguments.index("--model")
+    del arguments[place : place + 2]
+    assert main([*arguments, "--lr", "1e-4"]) == 0
+    assert losses(texts / "tuned")[0][1] < losses(texts / "run")[0][1]
+
+
+def test_init_from_with_other_classes(pictures: Path) -> None:
+    arguments = ["train", "images", "--init-from", str(pictures / "run"), "--max-steps", "2"]
+    assert main([*arguments, "--out", str(pictures / "digits"), "--threads", "1"]) == 0
+    model = AutoModelForImageClassification.from_pretrained(pictures / "digits")
+    assert model.config.num_labels == 10
+    assert model.config.num_channels == 3
+
+
+def test_a_run_is_not_overwritten(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = losses(texts / "run")
+    assert main(train_text(texts, "run")) == 2
+    assert "--force" in sentence_of(capsys.readouterr().err)
+    assert losses(texts / "run") == before
+    assert main(train_text(texts, "forced", "--max-steps", "2")) == 0
+    (texts / "forced" / "left.txt").write_text("from before")
+    assert main(train_text(texts, "forced", "--max-steps", "3", "--force")) == 0
+    assert [step for step, _ in losses(texts / "forced")] == [1, 2, 3]
+    assert not (texts / "forced" / "left.txt").exists()
+
+
+def test_force_keeps_the_old_run_until_the_new_one_can_start(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    before = losses(texts / "run")
+    arguments = train_text(texts, "run", "--force")
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "empty.txt")
+    assert main(arguments) == 1
+    assert "empty" in sentence_of(capsys.readouterr().err)
+    assert losses(texts / "run") == before
+
+
+def test_force_spares_a_folder_that_is_no_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    arguments = train_text(texts, "x", "--force")
+    arguments[arguments.index("--out") + 1] = str(tmp_path)
+    assert main(arguments) == 2
+    assert "not a run" in sentence_of(capsys.readouterr().err)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+BAD_USAGE = {
+    "preset": (["train", "text", "--preset", "dmeo"], "Did you mean 'demo'"),
+    "sample": (["train", "text", "--sample", "fr"], "There are: zh"),
+    "sample-and-data": (["train", "text", "--sample", "zh", "--data", "x"], "one of the two"),
+    "optim": (["train", "text", "--optim", "adagrad"], "adamw, adam, sgd"),
+    "dtype": (["train", "text", "--dtype", "int8"], "bfloat16"),
+    "float16-on-cpu": (["train", "text", "--dtype", "float16", "--device", "cpu"], "GPU"),
+    "device": (["train", "text", "--device", "quantum"], "cuda:N"),
+    "lr": (["train", "text", "--lr", "0"], "--lr must be above 0"),
+    "steps": (["train", "text", "--max-steps", "0"], "--max-steps must be above 0"),
+    "epochs": (["train", "images", "--epochs", "-1"], "--epochs must be above 0"),
+    "batch": (["train", "images", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    "seed": (["train", "images", "--seed", "-1"], "--seed must be in"),
+    "threads": (["train", "images", "--threads", "0"], "--threads must be above 0"),
+    "max-length": (["train", "text", "--max-length", "1"], "2 tokens or more"),
+    "model": (["train", "text", "--model", "nope"], "neither a preset nor a config file"),
+    "both-models": (["train", "text", "--model", "llama-1m", "--init-from", "x"], "one of the two"),
+    "augment": (["train", "images", "--augment", "nope"], "Recipes: none, gentle"),
+    "patches": (["train", "images", "--image-size", "9"], "multiple of 2"),
+    "config": (["train", "text", "--config", "nope.yaml"], "no such config file"),
+    "resume-without-out": (["train", "text", "--resume", "auto"], "--out RUN"),
+    "resume-nothing": (["train", "text", "--resume", "/nowhere"], "no such folder"),
+    "resume-and-force": (["train", "text", "--resume", "auto", "--force"], "one of the two"),
+    "no-run": (["generate", "/nowhere"], "not a run folder"),
+    "temperature": (["generate", "/nowhere", "--temperature", "-1"], "--temperature must be"),
+    "top-p": (["generate", "/nowhere", "--top-p", "0"], "--top-p must be"),
+    "top-k": (["generate", "/nowhere", "--top-k", "-1"], "--top-k must be"),
+    "new-tokens": (["generate", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_USAGE.values(), ids=BAD_USAGE)
+def test_bad_usage(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert expected in sentence_of(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir()), "a command that is refused leaves nothing"
+
+
+@pytest.mark.parametrize("arguments", [["tarin"], ["train", "text", "--nope"], ["generate"]])
+def test_unknown_words_are_usage_errors(arguments: list[str]) -> None:
+    assert main(arguments) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "text", "--device", "cuda"]) == 2
+    assert "--device cpu" in sentence_of(capsys.readouterr().err)
+
+
+BAD_TEXT = {
+    "missing": (None, "there is no file or folder"),
+    "empty": (b"", "empty"),
+    "binary": (b"\x00\x01\x02" * 100, "binary"),
+    "not-utf8": ("für ".encode("latin-1") * 100, "not UTF-8"),
+    "short": (b"too short", "shorter than one sequence"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD_TEXT.values(), ids=BAD_TEXT)
+def test_bad_text(
+    content: bytes | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("corpus.txt").write_bytes(content)
+    assert main(["train", "text", "--data", "corpus.txt"]) == 1
+    assert expected in sentence_of(capsys.readouterr().err)
+    assert not Path("runs").exists()
+
+
+def test_missing_tokenizer_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The environment variable HF_HUB_OFFLINE is read once, at import.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "text", "--tokenizer", "bert-base-nowhere"]) == 1
+    assert "bert-base-nowhere" in sentence_of(capsys.readouterr().err)
+
+
+def test_missing_model_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The environment variable HF_HUB_OFFLINE is read once, at import.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "images", "--init-from", "vit-nowhere"]) == 1
+    assert "vit-nowhere" in sentence_of(capsys.readouterr().err)
+
+
+def test_bad_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def complaint(*more: str) -> str:
+        assert main(["train", "images", "--data", "data", *more]) == 1
+        return sentence_of(capsys.readouterr().err)
+
+    assert "there is no folder" in complaint()
+    Path("data/one").mkdir(parents=True)
+    assert "no images" in complaint()
+    picture = Image.new("RGB", (16, 16))
+    picture.save("data/one/a.png")
+    picture.save("data/one/b.png")
+    assert "one class only" in complaint()
+    Path("data/two").mkdir()
+    picture.save("data/two/a.png")
+    picture.save("data/two/b.png")
+    Path("crop.yaml").write_text("- RandomCrop: {size: 64}\n")
+    message = complaint("--augment", "crop.yaml")
+    assert "64" in message
+    assert "16" in message
+    for file in Path("data").rglob("*.png"):
+        file.write_bytes(b"gone")
+    with pytest.warns(UserWarning, match="4 of 4 images"):
+        assert "none of the 4 images" in complaint()
+
+
+def test_changed_corpus_is_not_taken_for_the_old_one(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(WORDS * 40)
+    arguments = train_text(texts, "changed", "--max-steps", "2")
+    arguments[arguments.index("--data") + 1] = str(corpus)
+    assert main(arguments) == 0
+    corpus.write_text(WORDS * 41)
+    assert main(["evaluate", str(texts / "changed")]) == 1
+    assert "has changed" in sentence_of(capsys.readouterr().err)
+
+
+def test_generate_refuses_what_does_not_fit(
+    texts: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(texts / "run")
+    assert main(["generate", run, "--prompt", "x" * 40]) == 1
+    assert "context holds 32" in sentence_of(capsys.readouterr().err)
+    assert main(["generate", run, "--prompt", "x", "--max-new-tokens", "32"]) == 1
+    assert "31 at most" in sentence_of(capsys.readouterr().err)
+    assert main(["generate", str(pictures / "run"), "--prompt", "x"]) == 2
+    assert "needs a text run" in sentence_of(capsys.readouterr().err)
+
+
+def test_full_disk_is_said(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("bigkernel.report.save_loss_curve", full)
+    assert main(train_text(texts, "full")) == 1
+    assert "disk is full" in sentence_of(capsys.readouterr().err)
+    assert list((texts / "full").glob("checkpoint-*"))
+
+
+def test_surprises_are_one_sentence_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def surprise() -> None:
+        raise KeyError("unexpected")
+
+    monkeypatch.setattr("bigkernel.cli.env.report", surprise)
+    assert main(["env"]) == 1
+    assert "KeyError" in sentence_of(capsys.readouterr().err)
+    monkeypatch.setenv("BIGKERNEL_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["env"])
