@@ -157,7 +157,7 @@ def launch(
         found_inf,
         seed,
     )
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not params[0].is_inference():
         # The dispatcher does not know that the op wrote: without this, a backward through a graph
         # that was recorded before the step would silently use the new values.
         torch.autograd.graph.increment_version(params)

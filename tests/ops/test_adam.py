@@ -663,6 +663,61 @@ def test_adam_rejects_expanded_parameters():
         step(lists, "cpu")
 
 
+def _cuda(value):
+    if isinstance(value, dict):
+        return {k: [t.cuda() for t in v] for k, v in value.items()}
+    return value.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_adam_cuda_matches_reference(dtypes, variant):
+    options = VARIANTS[variant]
+    ours = make(DTYPES[dtypes], [*SIZES, (40_000,)], amsgrad=options.get("amsgrad", False))
+    exact, same, ours = to64(ours), clone(ours), _cuda(ours)
+    norm = step(ours, "cuda", max_norm=3.0, grad_scale=_cuda(torch.tensor(2.0)), **options)
+    want = step(exact, "torch", max_norm=3.0, grad_scale=torch.tensor(2.0), **options)
+    step(same, "torch", max_norm=3.0, grad_scale=torch.tensor(2.0), **options)
+    assert_norm(norm.cpu(), want.double())
+    ours = {k: [t.cpu() for t in v] for k, v in ours.items()}
+    assert_lists_as_accurate(ours, exact, same)
+    assert all(s == 4 for s in ours["steps"])
+
+
+@pytest.mark.gpu
+def test_adam_cuda_rounds_stochastically_as_the_cpu():
+    ours = _decay_only([*SIZES, (3000,)], 0)
+    theirs = clone(ours)
+    options = {"lr": 2.0**-9, "weight_decay": 1.0}
+    step(theirs, "cpu", **options, seed=torch.tensor(77))
+    ours = _cuda(ours)
+    step(ours, "cuda", **options, seed=_cuda(torch.tensor(77)))
+    assert_same_lists(theirs, {k: [t.cpu() for t in v] for k, v in ours.items()})
+
+
+@pytest.mark.gpu
+def test_adam_cuda_is_captured_in_a_graph_and_skips_on_the_device():
+    lists = _cuda(make(DTYPES["fp32"], [(5,)] * 1000))
+    want = clone(lists)
+    found_inf, lr = torch.zeros((), device="cuda"), torch.tensor(1e-2, device="cuda")
+    options = {"found_inf": found_inf, "lr": lr, "max_norm": 1.0}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(clone(lists), "cuda", **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = step(lists, "cuda", **options)
+    for _ in range(3):
+        graph.replay()
+        expected = step(want, "cuda", **options)
+    found_inf.fill_(1)
+    graph.replay()
+    assert torch.equal(norm, expected)
+    assert_same_lists(want, lists)
+
+
 def test_adam_explain():
     assert "cpu" in bigkernel.explain("adam", torch.zeros(3))
     assert "float64" in bigkernel.explain("adam", torch.zeros(3, dtype=F64))
