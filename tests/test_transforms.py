@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bigkernel
 from bigkernel import transforms as bk
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
@@ -276,7 +277,9 @@ def test_to_dtype_matches_torchvision(
 ) -> None:
     images = pictures(2) if source == torch.uint8 else pictures(2).to(source) / 255
     expected = functional.to_dtype(images, target, scale)
-    result = bk.ToDtype(target, scale)(images)
+    # float64 has no native kernel, so that PyTorch runs it is asked for here, not a fallback.
+    with bigkernel.use_backend("torch" if torch.float64 in (source, target) else None):
+        result = bk.ToDtype(target, scale)(images)
     assert result.dtype == expected.dtype
     if target == torch.uint8:
         # torchvision cuts to whole numbers, this rounds.

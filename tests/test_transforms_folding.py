@@ -5,6 +5,7 @@ same parameters. Most chains have to agree with it exactly (float64 images, so o
 the last bits is left). Where two resamplings become one, the difference is measured and bounded.
 """
 
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -13,13 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import bigkernel
 from bigkernel import transforms as bk
 from bigkernel.transforms._fold import fold
 from bigkernel.transforms._images import gather
 from bigkernel.transforms._transform import Sampling, _run
 
-# float64 runs in PyTorch by design, which the op says once.
-pytestmark = pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning")
+
+@pytest.fixture(autouse=True)
+def float64_backend() -> Iterator[None]:
+    with bigkernel.use_backend("torch"):
+        yield
 
 
 def scene(n: int = 8, height: int = 33, width: int = 41, seed: int = 2) -> Tensor:
@@ -214,7 +219,8 @@ def test_uint8_chain_is_exact_in_whole_pixels() -> None:
         ]
     )
     assert calls(chain, images) == [1]
-    assert torch.equal(folded(chain, images), one_after_another(chain, images))
+    with bigkernel.use_backend(None):
+        assert torch.equal(folded(chain, images), one_after_another(chain, images))
 
 
 def test_fill_keeps_its_units_through_conversions() -> None:
