@@ -188,7 +188,7 @@ def test_tokenizer_wordpiece_is_berts():
     assert tokenizer.unk_token_id in tokenizer("☃")["input_ids"]
 
 
-def test_tokenizer_rejects_what_it_cannot_build(tmp_path, monkeypatch):
+def test_tokenizer_rejects_what_it_cannot_build(tmp_path):
     with pytest.raises(DataError, match="corpus is empty"):
         build_tokenizer("bpe", ["  "])
     with pytest.raises(DataError, match="at least 259"):
@@ -197,8 +197,18 @@ def test_tokenizer_rejects_what_it_cannot_build(tmp_path, monkeypatch):
         build_tokenizer("wordpiece", ENGLISH, vocab_size=5)
     with pytest.raises(DataError, match="cannot be read"):
         build_tokenizer(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="cannot be fetched") as error:
+
+
+@pytest.mark.parametrize("offline", ["asked for", "no network"])
+def test_tokenizer_from_a_hub_that_is_not_there(monkeypatch, offline):
+    def no_network(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    if offline == "asked for":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.create_connection", no_network)
+    monkeypatch.setattr("bigkernel.data.tokenizer.getproxies", dict)
+    with pytest.raises(DataError, match="hub cannot be reached") as error:
         build_tokenizer("some-owner/no-such-tokenizer")
     assert "\n" not in str(error.value)
 

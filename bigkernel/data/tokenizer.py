@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -147,17 +152,43 @@ def _wordpiece(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:
     local = Path(name).expanduser()
+    if local.exists():
+        return _load(str(local), "cannot be read")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(local) if local.exists() else name)
+        return _load(name, "is not in the cache", local_files_only=True)
+    except DataError as error:
+        if not hub_is_reachable():
+            raise DataError(
+                f"the tokenizer {name!r} is not on this machine, and the hub cannot be reached; "
+                "use bytes, bpe or wordpiece, or give the path of a tokenizer folder."
+            ) from error
+    return _load(name, "cannot be fetched")
+
+
+def _load(name: str, trouble: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # hub clients raise many kinds; all mean that it cannot be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = (
-            "cannot be read" if local.exists() else "is not on this machine and cannot be fetched"
-        )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise DataError(
-            f"the tokenizer {name!r} {what} ({reason}); use bytes, bpe or wordpiece, "
+            f"the tokenizer {name!r} {trouble} ({reason}); use bytes, bpe or wordpiece, "
             "or give the path of a tokenizer folder."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise DataError(f"{name!r} holds no tokenizer; use bytes, bpe, wordpiece or another path.")
     return tokenizer
+
+
+def hub_is_reachable(timeout: float = 5.0) -> bool:
+    """Whether the model hub answers. Its own client finds out by half a minute of retries."""
+    endpoint = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or endpoint.hostname is None:
+        return False
+    if getproxies():
+        return True  # only the proxy knows
+    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    try:
+        socket.create_connection((endpoint.hostname, port), timeout).close()
+    except OSError:
+        return False
+    return True
