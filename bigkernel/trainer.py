@@ -29,7 +29,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from bigkernel import checkpoint
 from bigkernel.checkpoint import NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
-from bigkernel.integrations.accelerate import accelerate
+from bigkernel.integrations.replace import accelerate
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.optim import Adam, AdamW
 

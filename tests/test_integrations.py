@@ -16,8 +16,8 @@ from transformers import DynamicCache, StaticCache
 
 from bigkernel.data import cu_seqlens
 from bigkernel.integrations import accelerate, restore
-from bigkernel.integrations.accelerate import report
 from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
+from bigkernel.integrations.replace import report
 from bigkernel.integrations.transformers import attention_forward
 
 VOCAB = 61

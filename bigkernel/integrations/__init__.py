@@ -1,5 +1,5 @@
 """bigkernel inside other libraries."""
 
-from bigkernel.integrations.accelerate import accelerate, restore
+from bigkernel.integrations.replace import accelerate, restore
 
 __all__ = ["accelerate", "restore"]
