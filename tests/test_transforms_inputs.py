@@ -106,6 +106,8 @@ def test_arrays() -> None:
     assert torch.equal(run(FULL, array), run(FULL, picture()))
     assert torch.equal(run(FULL, [array, array[:9]])[0], run(FULL, picture()))
     assert run(FULL, np.zeros((8, 9), dtype=np.uint8)).shape == (1, 6, 6)
+    assert torch.equal(run(FULL, batch().numpy()), run(FULL, batch()))
+    assert torch.equal(run(FULL, batch().movedim(1, -1).numpy()), run(FULL, batch()))
 
 
 def test_tensor_subclasses_stay() -> None:

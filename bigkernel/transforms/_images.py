@@ -67,7 +67,9 @@ def gather(images: Any, layout: str) -> Images:
     """Images from a tensor, an array, a PIL image, or a list of those."""
     check(layout in LAYOUTS, "transforms", "layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
     if isinstance(images, np.ndarray):
-        images, layout = torch.from_numpy(np.atleast_3d(images)), "channels_last"
+        if images.ndim <= 3 and layout == "auto":
+            layout = "channels_last"  # as arrays of one picture are, for torchvision too
+        images = torch.from_numpy(np.atleast_3d(images))
     if isinstance(images, Tensor):
         check(
             images.dim() in (3, 4),

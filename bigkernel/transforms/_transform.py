@@ -61,7 +61,8 @@ class Transform(nn.Module):
 
     images:
         a batch [N, C, H, W] or [N, H, W, C] or one image [C, H, W] or [H, W, C], uint8 (0..255) or
-        floats (0..1); a PIL image; or a list of images, which may differ in size.
+        floats (0..1); a PIL image; an array [H, W, C] or [H, W], or of a batch; or a list of
+        images, which may differ in size.
     layout:
         "channels_first", "channels_last", or "auto": the channels are in the last dimension if
         only that one counts 1, 3 or 4, and in the first of the three otherwise; if both do, the
