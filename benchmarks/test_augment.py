@@ -1,4 +1,6 @@
-"""Augment against torchvision.transforms.v2 sample by sample: `pytest -m bench benchmarks/test_augment.py`.
+"""Augment against torchvision.transforms.v2, sample by sample.
+
+Run with `pytest -m bench benchmarks/test_augment.py`.
 
 64 uint8 images of 256 x 256 to 224 x 224 fp32, parameters of its own for every sample. Cases:
 "simple" is resized crop + flip + normalise, "full" adds a rotation and colour jitter in random

@@ -14,6 +14,7 @@ namespace bigkernel {
 
 // Widest vector of any instruction set; scratch lines are padded to it.
 constexpr int64_t kAugmentPad = 16;
+constexpr int64_t kAugmentPackedTaps = 8;  // widest filter over packed pixels
 constexpr double kAugmentFar = 1048576.0;  // points beyond this many pixels are fill
 
 enum class AugmentBorder : int32_t { kFillBlend = 0, kClamp = 1, kFillOver = 2 };
@@ -60,6 +61,7 @@ struct AugmentPlan {
   AugmentTaps columns, rows;           // kLines
   int64_t first_column, used_columns;  // kLines: source columns that any output column needs
   bool covered;                        // kLines: no output pixel holds fill
+  bool packed;                         // kMap: the box is copied to 32-bit pixels first
   const float* fill;                   // [channels]
   const AugmentColor* colors;
   int32_t color_count;
@@ -96,10 +98,14 @@ inline int64_t augment_pitch(int64_t size) {
 inline int64_t augment_line_pitch(const AugmentPlan& plan) {
   return augment_pitch(plan.used_columns + plan.columns.most);
 }
+// Pixels of the packed copy of the source box.
+inline int64_t augment_packed_size(const AugmentPlan& plan) {
+  return plan.packed ? int64_t(plan.box[2] - plan.box[0]) * (plan.box[3] - plan.box[1]) : 0;
+}
 inline int64_t augment_scratch_size(const AugmentArgs& args, const AugmentPlan& plan) {
   const int64_t line = plan.path == AugmentPath::kLines ? augment_line_pitch(plan) : 0;
-  // Output lines, their converted copy, source lines by plane, and interleaved.
-  return args.channels * 2 * (augment_pitch(args.out_w) + line);
+  // Output lines, their converted copy, source lines by plane, and interleaved; the packed copy.
+  return args.channels * 2 * (augment_pitch(args.out_w) + line) + augment_packed_size(plan);
 }
 
 BK_DECLARE_PER_ISA(void augment_lines(const AugmentTask& task))

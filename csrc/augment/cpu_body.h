@@ -1,6 +1,7 @@
 // The life of one output line: sample, recolour, then normalise, convert and store. See augment.h.
 #include "augment/augment.h"
 #include "augment/cpu_texels.h"
+#include "augment/cpu_packed.h"
 #include "augment/cpu_map.h"
 #include "augment/cpu_lines.h"
 #include "augment/cpu_color.h"
@@ -73,7 +74,8 @@ inline void sample_line(const AugmentTask& task, const Line& line, int64_t y, fl
         .line(y);
     return;
   }
-  MapSampler<T>{plan, base, line.channels, line.p, line.pitch}.line(y, args.nearest);
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(scratch);
+  MapSampler<T>{plan, base, line.channels, line.p, line.pitch, packed}.line(y, args.nearest);
   for (int64_t c = 0; c < line.channels; ++c) {
     float* p = line.p + c * line.pitch;
     fill_span(p, 0, plan.out_box[0], plan.fill[c]);
@@ -87,8 +89,9 @@ void augment_lines(const AugmentTask& task) {
   const int64_t pitch = augment_pitch(args.out_w), image = args.out_h * args.out_w;
   float* converted = task.scratch + args.channels * pitch;
   float* source = converted + args.channels * pitch;
-  const int64_t size = augment_scratch_size(args, plan);
+  const int64_t size = augment_scratch_size(args, plan) - augment_packed_size(plan);
   for (int64_t i = 0; i < size; ++i) task.scratch[i] = 0;  // padding lanes hold plain numbers
+  if (task.sampling && plan.packed) pack_box(plan, reinterpret_cast<uint32_t*>(source));
   const Line line{task.scratch, args.channels, pitch, args.out_w, args.bound};
   for (int64_t y = task.begin; y < task.end; ++y) {
     if (!task.sampling) {

@@ -76,9 +76,20 @@ struct LineSampler {
     for (int64_t x = 0; x < width; x += kLanes) {
       VecI start;
       __builtin_memcpy(&start, taps.start + x, sizeof start);
-      VecF sum = weigh<T>(load(taps.weight + x), gather(from, start));
-      for (int64_t t = 1; t < taps.most; ++t)
-        sum += weigh<T>(load(taps.weight + t * taps.stride + x), gather(from, start + int32_t(t)));
+      // Starts rise or fall along the line, so the ends of a vector say how far it spans.
+      const int32_t left = taps.start[x], right = taps.start[x + kLanes - 1];
+      const int32_t base = left < right ? left : right, span = left + right - 2 * base;
+      const float* weight = taps.weight + x;
+      VecF sum = {};
+      if (span < 2 * kLanes) {
+        start -= base;
+        for (int64_t t = 0; t < taps.most; ++t)
+          sum += weigh<T>(load(weight + t * taps.stride),
+                          take_near(from + base + t, start, span < kLanes));
+      } else {
+        for (int64_t t = 0; t < taps.most; ++t)
+          sum += weigh<T>(load(weight + t * taps.stride), gather(from, start + int32_t(t)));
+      }
       store<float>(to + x, sum);
     }
   }

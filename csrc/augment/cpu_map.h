@@ -20,7 +20,7 @@ BK_INLINE VecI floor_of(VecD s, VecD& whole) {
   return i + narrow(above);
 }
 
-BK_INLINE VecD round_to_even(VecD s) {  // |s| below 2^51
+BK_INLINE VecD round_to_even(VecD s) {      // |s| below 2^51
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   return (s + magic) - magic;
 }
@@ -108,11 +108,17 @@ struct MapSampler {
   int64_t channels;
   float* lines;  // [channels, pitch]
   int64_t pitch;
+  const uint32_t* packed;  // the source box, if plan.packed
 
   // Taps that all lie inside: two gathers of neighbours a channel in planes, four of all colours in
   // interleaved RGB.
   BK_INLINE void inner_bilinear(int64_t x, VecI column, VecI line, VecF fx, VecF fy) const {
     const AugmentImage& image = plan.image;
+    if (std::is_same_v<T, uint8_t> && plan.packed) {
+      const int32_t width = plan.box[2] - plan.box[0];
+      const VecI index = (line - plan.box[1]) * width + (column - plan.box[0]);
+      return mix_packed(packed, width, index, fx, fy, lines + x, pitch);
+    }
     const VecI stride_y = set1i(int32_t(image.stride_y));
     const VecI stride_x = set1i(int32_t(image.stride_x));
     const VecI above = line * stride_y + column * stride_x;
@@ -159,6 +165,21 @@ struct MapSampler {
       v = weigh<T>(1.0f - fy, top) + weigh<T>(fy, bottom);
     }
     store<float>(lines + c * pitch + x, v);
+  }
+
+  // Several taps an axis, all inside, from packed pixels.
+  BK_INLINE void inner_filtered(int64_t x, VecD sx, VecD sy) const {
+    const int32_t* box = plan.box;
+    const Window wx = window(sx, plan.reach_x, box[0], box[2], plan.border);
+    const Window wy = window(sy, plan.reach_y, box[1], box[3], plan.border);
+    float weight_x[kAugmentPackedTaps * kLanes], weight_y[kAugmentPackedTaps * kLanes];
+    for (int64_t t = 0; t < wx.count; ++t)
+      store<float>(weight_x + t * kLanes, wx.triangle(t) * wx.scale);
+    for (int64_t t = 0; t < wy.count; ++t)
+      store<float>(weight_y + t * kLanes, wy.triangle(t) * wy.scale);
+    const int32_t width = box[2] - box[0];
+    const VecI index = (wy.first - box[1]) * width + (wx.first - box[0]);
+    filter_packed(packed, width, index, weight_x, wx.count, weight_y, wy.count, lines + x, pitch);
   }
 
   // Any number of taps, any of them outside.
@@ -211,24 +232,36 @@ struct MapSampler {
     const double shift_y = m[4] * (double(y) + 0.5) + m[5];
     const int32_t* box = plan.box;
     const bool narrow_filter = plan.reach_x == 1.0 && plan.reach_y == 1.0;
-    // Inside these bounds both taps of an axis lie in the box, with room for rounding.
-    const double x_low = box[0] + 0.5 + 1e-6, x_high = box[2] - 0.5 - 1e-6;
-    const double y_low = box[1] + 0.5 + 1e-6, y_high = box[3] - 0.5 - 1e-6;
+    const bool inner = !is_nearest && (narrow_filter || plan.packed);
+    // Inside these bounds all taps of an axis lie in the box, with room for rounding.
+    const double low = narrow_filter ? 0.5 + 1e-6 : 0.5, high = narrow_filter ? 0.5 : 1.5;
+    const double margin_x = narrow_filter ? 0 : plan.reach_x;
+    const double margin_y = narrow_filter ? 0 : plan.reach_y;
+    const double x_low = box[0] + margin_x + low, x_high = box[2] - margin_x - high - 1e-6;
+    const double y_low = box[1] + margin_y + low, y_high = box[3] - margin_y - high - 1e-6;
     const VecD lane = __builtin_convertvector(lane_index(), VecD) + 0.5;
+    const auto within = [](double start, double step, double low, double high) {
+      const double stop = start + step * (kLanes - 1);
+      return start > low && start < high && stop > low && stop < high;
+    };
     for (int64_t x = plan.out_box[0]; x < plan.out_box[2]; x += kLanes) {
+      const double first = double(x) + 0.5;
       VecD sx = (lane + double(x)) * m[0] + shift_x;
       VecD sy = (lane + double(x)) * m[3] + shift_y;
-      const auto within = [](double v, double low, double high) { return v > low && v < high; };
-      constexpr int kLast = kLanes - 1;
-      if (narrow_filter && !is_nearest && within(sx[0], x_low, x_high) &&
-          within(sx[kLast], x_low, x_high) && within(sy[0], y_low, y_high) &&
-          within(sy[kLast], y_low, y_high)) {
-        VecD whole_x, whole_y;
-        sx -= 0.5;
+      if (inner && within(first * m[0] + shift_x, m[0], x_low, x_high) &&
+          within(first * m[3] + shift_y, m[3], y_low, y_high)) {
+        if (!narrow_filter) {
+          inner_filtered(x, sx, sy);
+          continue;
+        }
+        sx -= 0.5;  // and still positive: cutting is the floor
         sy -= 0.5;
-        const VecI column = floor_of(sx, whole_x), row = floor_of(sy, whole_y);
-        inner_bilinear(x, column, row, __builtin_convertvector(sx - whole_x, VecF),
-                       __builtin_convertvector(sy - whole_y, VecF));
+        const VecI column = __builtin_convertvector(sx, VecI);
+        const VecI row = __builtin_convertvector(sy, VecI);
+        const VecD right = sx - __builtin_convertvector(column, VecD);
+        const VecD down = sy - __builtin_convertvector(row, VecD);
+        inner_bilinear(x, column, row, __builtin_convertvector(right, VecF),
+                       __builtin_convertvector(down, VecF));
         continue;
       }
       VecL near = VecL{} - 1;

@@ -40,6 +40,11 @@ class AugmentPlanner {
     p.reach_x = wide ? reach(row[0], row[1]) : 1.0;
     p.reach_y = wide ? reach(row[3], row[4]) : 1.0;
     p.path = AugmentPath::kMap;
+    // Worth it where output pixels look at most of the box.
+    const int64_t area = int64_t(p.box[2] - p.box[0]) * (p.box[3] - p.box[1]);
+    p.packed = args.in_type == DType::kUInt8 && args.channels == 3 && !args.nearest &&
+               2 * std::max(p.reach_x, p.reach_y) + 1 <= kAugmentPackedTaps &&
+               double(area) <= 4 * p.reach_x * p.reach_y * double(args.out_h * args.out_w);
     if (row[1] != 0 || row[3] != 0) return p;
 
     const int64_t w = args.out_w, h = args.out_h;
@@ -59,7 +64,8 @@ class AugmentPlanner {
     // Combining whole rows is wasted where few of their columns are looked at.
     const bool sparse = p.used_columns > 3 * w + 64 && p.reach_x == 1.0 && p.reach_y == 1.0;
     if (sparse && !(args.nearest && p.rule == AugmentNearest::kResize)) return p;
-    for (int64_t x = 0; x < w; ++x) columns_.start[x] -= columns_.count[x] ? first : 0;
+    columns_.close_gaps(first);
+    p.packed = false;
     rows_.build(args.nearest, p.rule, p.border, row[4], row[5], row[7], p.reach_y, p.box[1],
                 p.box[3], p.out_box[1], p.out_box[3], h, false);
     p.columns = columns_.taps();
@@ -102,6 +108,19 @@ class AugmentPlanner {
       for (int64_t i = 0; i < size; ++i)
         if (cover[i] != 1.0f) return false;
       return true;
+    }
+
+    // Starts count from `first`; where there is no tap they repeat their neighbour's, so that a
+    // vector of them spans no more than it must.
+    void close_gaps(int32_t first) {
+      int32_t last = 0;
+      for (size_t x = 0; x < start.size(); ++x)
+        if (count[x] != 0) {
+          last = start[x] - first;
+          break;
+        }
+      for (size_t x = 0; x < start.size(); ++x)
+        start[x] = last = count[x] != 0 ? start[x] - first : last;
     }
 
     // Output pixels from..to of `size` take source pixels begin..end at step * (i + .5) + shift.

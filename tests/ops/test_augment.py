@@ -206,7 +206,7 @@ def test_augment_colour_equals_torchvision(cpu_isa, name, dtype, channels):
 def test_augment_jitter_in_any_order_equals_torchvision(cpu_isa):
     image = picture(3, 40, 52)
     factors = {"brightness": 0.8, "contrast": 1.3, "saturation": 0.6, "hue": -0.1}
-    for order in itertools.permutations(factors):
+    for order in itertools.islice(itertools.permutations(factors), 0, None, 2):
         expected = image
         for name in order:
             expected = COLOURS[name][0](expected, factors[name])
@@ -506,7 +506,7 @@ def cases(draw):
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(case=cases())
 def test_augment_any_table(cpu_isa, case):
