@@ -162,6 +162,8 @@ class Adam(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # A compiled training loop calls it as it is: there is nothing left to fuse.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.

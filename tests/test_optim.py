@@ -566,3 +566,21 @@ def test_rejects_bad_arguments(options, message):
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
         assert len(optimizer.param_groups) == 1
+
+
+def test_inside_a_compiled_training_loop():
+    """The step is left out of the compiled part, and everything it sets is there afterwards."""
+    nets = [model(), model()]
+    optimizers = [AdamW(net.parameters(), max_grad_norm=1.0) for net in nets]
+
+    @torch.compile(backend="aot_eager")
+    def compiled(x):
+        optimizers[0].zero_grad()
+        nets[0](x).square().mean().backward()
+        optimizers[0].step()
+
+    for i in range(2):
+        compiled(batch(i))
+    train(nets[1], optimizers[1], 2)
+    assert_same_parameters(*nets)
+    torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
