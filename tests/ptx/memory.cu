@@ -240,3 +240,12 @@ K banks_wide(float4* o, int swizzle) {
   int row = threadIdx.x % 8, column = threadIdx.x / 8;
   o[threadIdx.x] = v[row * 8 + (swizzle ? column ^ row : column)];
 }
+K wide_integers(const unsigned long long* a, unsigned long long* o) {
+  typedef unsigned __int128 Wide;
+  Wide x = a[I], y = a[I + 1], total = x * y + (x << 64 | y), rest = (y << 64 | x) - x * y;
+  unsigned long long* p = o + 4 * I;
+  p[0] = (unsigned long long)total;
+  p[1] = (unsigned long long)(total >> 64);
+  p[2] = (unsigned long long)rest;
+  p[3] = (unsigned long long)(rest >> 64);
+}

@@ -273,6 +273,8 @@ ROWS = [
     ("min.bf16x2", "bf16x2 bf16x2 bf16x2", lambda a, b: to_bf(np.fmin(bf(a), bf(b)))),
     ("neg.bf16x2", "bf16x2 bf16x2", lambda a: a ^ 0x8000),
     ("abs.bf16", "bf16 bf16", lambda a: a & 0x7FFF),
+    ("set.gt.u32.f16x2", "f16x2 f16x2 f16x2",
+     lambda a, b: np.where(a > b, np.uint16(0xFFFF), np.uint16(0)).view(f16)),
     # conversions
     ("cvt.rn.f32.s32", "f32 s32", lambda a: a.astype(f32)),
     ("cvt.rn.f32.u64", "f32 u64", lambda a: a.astype(f32)),

@@ -105,6 +105,19 @@ def test_switch(module, memory):
     np.testing.assert_array_equal(out, [table[k](o) for k, o in zip(x, before, strict=True)])
 
 
+def test_extended_precision_integers(module, memory):
+    """add.cc, addc, sub.cc, subc, mad.lo.cc, madc.hi by way of 128-bit integers."""
+    a = np.random.default_rng(0).integers(0, 2**64, 65, dtype=np.uint64)
+    a[::7] = 2**64 - 1
+    out = np.zeros((64, 4), np.uint64)
+    launch(module, memory, "wide_integers", a, out)
+    for i in range(64):
+        x, y = int(a[i]), int(a[i + 1])
+        total, rest = x * y + (x << 64 | y), (y << 64 | x) - x * y
+        want = [v >> s & 2**64 - 1 for v in (total, rest) for s in (0, 64)]
+        assert out[i].tolist() == want
+
+
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100, 128])
 def test_early_return(module, memory, n):
     x, out = floats(n), np.zeros(n, np.float32)

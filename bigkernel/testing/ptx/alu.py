@@ -268,11 +268,14 @@ def _set(i: Instruction) -> Rule:
     """PTX ISA, "Comparison and Selection: set": all ones or 1.0 where true."""
     modifiers(i, i.mods[0], "ftz", *DTYPES)
     target, t = i.mods[-2:]
+    if t in PACKED and target in ("u32", "s32"):
+        target = "u16x2"  # a mask for each half
     if (target in PACKED) != (t in PACKED):
         raise unknown(i, "packed into plain")
     truth = comparison(i, i.mods[0], t)
     one = {"f32": "np.float32(1)", "f16": "np.float16(1)", "f16x2": "np.float16(1)"}
     ones = {"u32": "np.uint32(0xffffffff)", "s32": "np.int32(-1)", "u16": "np.uint16(0xffff)"}
+    ones["u16x2"] = ones["u16"]
     bf16 = dict.fromkeys(("bf16", "bf16x2"), "np.uint16(0x3f80)")
     value = (one | ones | bf16).get(target)
     if value is None:

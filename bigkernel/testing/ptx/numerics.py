@@ -199,6 +199,19 @@ def mul_hi(a: Array, b: Array) -> Array:
     return high.view(a.dtype)
 
 
+def add_carry(a: Array, b: Array, carry: Array) -> tuple[Array, Array]:
+    """a + b + carry of unsigned words, and the carry out."""
+    s = a + b
+    total = s + carry.astype(s.dtype)
+    return total, (s < a) | (total < s)
+
+
+def sub_borrow(a: Array, b: Array, borrow: Array) -> tuple[Array, Array]:
+    """a - b - borrow of unsigned words, and the borrow out."""
+    s = a - b
+    return s - borrow.astype(s.dtype), (a < b) | (s < borrow)
+
+
 def int_div(a: Array, b: Array) -> Array:
     """Quotient towards zero; all ones where the divisor is 0 (unspecified in the manual)."""
     a, b = np.broadcast_arrays(a, b)
@@ -324,7 +337,19 @@ def cvt_pack(to: str, a: Array, b: Array, *c: Array) -> Array:
 HELPERS: dict[str, Any] = {
     f.__name__: f
     for f in (
-        *(saturate, relu, saturating, reciprocal, rsqrt, float_min, float_max, mul_hi, int_div),
+        *(
+            saturate,
+            relu,
+            saturating,
+            reciprocal,
+            rsqrt,
+            float_min,
+            float_max,
+            mul_hi,
+            int_div,
+            add_carry,
+            sub_borrow,
+        ),
         *(bfe, bfi, prmt, clz, bfind, brev, dp4a, cvt_pair, cvt_tf32, cvt_clip, cvt_pack),
         *(bf16_to_f32, fma, ftz, odd_sum, round_to, to_integer),
     )

@@ -87,6 +87,7 @@ class Variable:
     type: str
     size: int  # bytes; 0: as much as the launch gives (extern shared)
     initial: bytes = b""
+    address: str = ""  # a name whose address is an initial value, which is not supported
 
 
 @dataclass(slots=True)
@@ -122,7 +123,7 @@ _NAME = r"[A-Za-z_$%][\w$]*"
 _LABEL = re.compile(rf"({_NAME})\s*:(?!:)")
 _DIRECTIVE = re.compile(r"\.([a-z_]+)")
 _VARIABLE = re.compile(
-    r"\.(?P<space>param|reg|local|shared|const|global)\s+"
+    r"\.(?P<space>param|reg|local|shared|const|global)\s*"
     r"(?:\.align\s+(?P<align1>\d+)\s+)?\.(?P<type>\w+)\s*"
     r"(?P<ptr>\.ptr(?:\s*\.\w+)?(?:\s*\.align\s+\d+)?)?"
     r"(?:\.align\s+(?P<align2>\d+)\s+)?\s*"
@@ -271,7 +272,7 @@ class _Parser:
         if name == "loc":
             self.location(self.until("\n"))
         elif name == "reg":
-            _, type_, names = self.until(";").split(None, 2)
+            type_, names = self.until(";").removeprefix(".reg").split(None, 1)
             for item in names.split(","):
                 ranged = re.match(r"\s*([^\s<]+)\s*<\s*(\d+)\s*>", item)
                 plain = item.strip()
@@ -286,7 +287,7 @@ class _Parser:
                 own[variable.name] = variable.name + suffix
                 variable.name += suffix
             function.variables[variable.name] = variable
-        elif name == "pragma":
+        elif name in ("pragma", "callprototype"):
             self.until(";")
         else:
             raise self.fail(f"directive .{name} is not known")
@@ -318,7 +319,9 @@ class _Parser:
         for item in re.findall(r"[^\s{},]+", match["init"] or ""):
             imm = _immediate(item)
             if imm is None:
-                raise self.fail(f"initial value '{item}' of {match['name']} is not a number")
+                return Variable(
+                    match["name"], match["space"], align, type_, count * size, b"", item
+                )
             initial += (imm.value & (1 << 8 * size) - 1).to_bytes(size, "little")
         return Variable(match["name"], match["space"], align, type_, count * size, initial)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bigkernel.testing.ptx.alu import unknown
-from bigkernel.testing.ptx.errors import PtxError
+from bigkernel.testing.ptx.errors import PtxError, UnknownInstruction
 from bigkernel.testing.ptx.parser import (
     Addr,
     Function,
@@ -61,6 +61,8 @@ def flatten(program: Program, function: Function) -> Flat:
     for name, variable in program.variables.items():
         if variable.space == "shared" and name in used:
             variables[name] = variable
+        if variable.address and name in used:
+            raise UnknownInstruction(f"'{name}' holds the address of '{variable.address}'")
     offsets: dict[str, int] = {}
     sizes = {"shared": 0, "local": 0}
     for variable in sorted(variables.values(), key=lambda v: v.size == 0):  # dynamic comes last

@@ -70,6 +70,7 @@ class Translation:
         self.flat = flat
         self.namespace: dict[str, Any] = {**HELPERS, "warp": warp, "fill": _fill, "pack": _pack}
         self.namespace["unpack"] = _unpack
+        flat.registers["%cc"] = "pred"  # the carry flag
         self.constants: dict[tuple[str, bytes], str] = {}
         writers = [_Writer(self, number) for number in range(len(flat.blocks))]
         live = _liveness(flat, writers)
@@ -268,6 +269,8 @@ class _Writer:
         """Append the lines of one instruction."""
         guard = self.read(i.guard, "pred") if i.guard else None
         special = getattr(self, f"op_{i.op}", None)
+        if "cc" in i.mods or i.op in ("addc", "subc", "madc"):
+            special = self.with_carry
         if special is not None:
             special(k, i, guard)
         elif i.op in RULES:
@@ -284,6 +287,23 @@ class _Writer:
             self.write(i.operands[0], rule.template.format(*sources), rule.result, guard)
         elif i.op not in _NOTHING:
             raise unknown(i)
+
+    def with_carry(self, k: int, i: Instruction, guard: str | None) -> None:
+        """PTX ISA, "Extended-Precision Integer Arithmetic": add.cc, addc, sub.cc, madc ..."""
+        modifiers(i, "cc", "lo", "hi")
+        unsigned = f"u{8 * size_of(i.type)}"
+        carry = self.read(Reg("%cc"), "pred") if i.op.endswith("c") else "np.False_"
+        if i.op.startswith("mad"):
+            a, b = (self.array(o, i.type) for o in i.operands[1:3])
+            product = f"mul_hi({a}, {b})" if "hi" in i.mods else f"{a} * {b}"
+            a = self.let(f"({product}).view(np.{DTYPES[unsigned].name})")
+        else:
+            a = self.array(i.operands[1], unsigned)
+        call = "sub_borrow" if i.op.startswith("sub") else "add_carry"
+        out = self.let(f"{call}({a}, {self.read(i.operands[-1], unsigned)}, {carry})")
+        self.write(i.operands[0], f"{out}[0]", unsigned, guard)
+        if "cc" in i.mods:
+            self.write(Reg("%cc"), f"{out}[1]", "pred", guard)
 
     def op_mov(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Data Movement: mov", packing and unpacking included."""
