@@ -91,6 +91,7 @@ class Trainer(transformers.Trainer):
         self._batch_augmentation = BatchAugmentation(seed)
         self._in_training_step = False
         self._interrupted = False
+        self._saved_step: int | None = None
         self._resumed_losses: dict[str, float] | None = None
         super().__init__(model, args, *positional, **keywords)
         self._accelerate(self._module())
@@ -264,7 +265,7 @@ class Trainer(transformers.Trainer):
                 nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
                 checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
         self._resumed_losses = None if folder is None else self._load_own_state(folder)
-        self._interrupted = False
+        self._interrupted, self._saved_step = False, None
         try:
             with self._catching_interrupts():
                 return super().train(
@@ -290,6 +291,7 @@ class Trainer(transformers.Trainer):
                 self._note_callback_states()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 (folder / STATE_FILE).write_text(json.dumps(self._own_state()))
+        self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -406,7 +408,7 @@ class Trainer(transformers.Trainer):
     def _stop(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
-        if not saved.is_dir():
+        if self._saved_step != step:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         message = f"interrupted after step {step}; saved {saved}, from which it can be resumed."

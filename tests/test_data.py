@@ -98,6 +98,7 @@ def test_corpus_folder_reads_text_in_name_order(tmp_path):
         ("a.txt", "hi".encode("utf-16"), "UTF-16"),
         ("a.jsonl", b'{"text": "ok"}\n{"text"', "line 2: not valid JSON"),
         ("a.jsonl", b'{"body": "x"}', 'line 1: expected an object with a string field "text"'),
+        ("a.jsonl", rb'{"text": "\ud83d"}', "line 1: half of a surrogate pair"),
         ("a.jsonl", b'{"text": 3}', 'line 1: expected an object with a string field "text"'),
     ],
 )

@@ -594,12 +594,16 @@ class Signals(transformers.TrainerCallback):
 
 
 def test_ctrl_c_is_an_exception_with_the_step_and_the_checkpoint(tmp_path, told):
+    text_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, seed=1).train()
+    before = (tmp_path / "checkpoint-2" / "manifest.json").read_text()
     trainer = text_trainer(tmp_path, trainer={"callbacks": [Signals(1)]})
     with pytest.raises(TrainingInterrupted, match="after step 2") as caught:
         trainer.train()
     assert caught.value.step == 2
     assert caught.value.checkpoint == tmp_path / "checkpoint-2"
     checkpoint.verify_checkpoint(caught.value.checkpoint)
+    # Not the one that an earlier run left under the same name.
+    assert (tmp_path / "checkpoint-2" / "manifest.json").read_text() != before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not trainer.is_in_train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +199,10 @@ def _json_lines(text: str, file: Path) -> list[str]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(
                 f'{file}, line {number}: expected an object with a string field "text".'
+            )
+        if re.search("[\ud800-\udfff]", record["text"]):
+            raise DataError(
+                f"{file}, line {number}: half of a surrogate pair, which is no character."
             )
         documents.append(record["text"])
     return documents
