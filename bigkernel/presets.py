@@ -144,7 +144,7 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {
         "model": "vit-digits",
         "augment": "gentle",
         "batch_size": 64,
-        "epochs": 25.0,
+        "epochs": 18.0,
         "lr": 1e-3,
         "warmup": 0.05,
         "min_lr": 0.0,
