@@ -1,9 +1,10 @@
 """bigkernel attention inside transformers' models: the same logits and gradients as eager.
 
 Feature list: LLaMA, GPT-2, BERT, ViT, Gemma 2 (softcap), Mistral (sliding window), Qwen3, GPT-OSS
-(sinks), T5 (position bias); no padding, right and left padding, packing in all its spellings,
-generation with dynamic and static caches, chunked prefill, user masks, dropout, bf16 autocast;
-what is refused; accelerate, report and restore.
+(sinks), T5 (position bias), ModernBERT (a window to both sides), Llama 4 (chunks), DeepSeek V3
+(narrow values), BLOOM (left alone); no padding, right and left padding, packing in all its
+spellings, generation with dynamic and static caches, chunked prefill, user masks, dropout, bf16
+autocast, torch.compile; what is refused; accelerate, report and restore.
 """
 
 import copy
@@ -111,6 +112,42 @@ def build(name):
             decoder_start_token_id=0,
         )
         model = t.T5ForConditionalGeneration(config)
+    elif name == "modernbert":
+        config = t.ModernBertConfig(
+            **{**DECODER, "num_key_value_heads": None},
+            local_attention=4,
+            global_attn_every_n_layers=2,
+            cls_token_id=None,
+            sep_token_id=None,
+        )
+        model = t.ModernBertForMaskedLM(config)
+    elif name == "llama4":
+        config = t.Llama4TextConfig(
+            **DECODER,
+            head_dim=8,
+            intermediate_size_mlp=40,
+            num_local_experts=2,
+            attention_chunk_size=4,
+        )
+        model = t.Llama4ForCausalLM(config)
+    elif name == "deepseek":
+        config = t.DeepseekV3Config(
+            **{**DECODER, "num_key_value_heads": 4},
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+        model = t.DeepseekV3ForCausalLM(config)
+    elif name == "bloom":
+        config = t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+        model = t.BloomForCausalLM(config)
     else:
         raise KeyError(name)
     # Weights large enough that attention is not uniform, or a lost mask would hardly show. T5
@@ -171,6 +208,17 @@ def test_logits_and_gradients_match_eager(name, side):
     elif side == "left":
         mask[1, :4] = 0
     assert_same_model(eager, ours, select=mask.bool(), input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "llama4", "deepseek"])
+def test_less_usual_attention_matches_eager(name):
+    """A window to both sides, attention in chunks, values narrower than keys."""
+    eager, ours = pair(name)
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 7:] = 0
+    expected = eager(tokens(), attention_mask=mask).logits[mask.bool()]
+    close(ours(tokens(), attention_mask=mask).logits[mask.bool()], expected)
+    close(ours(tokens()).logits, eager(tokens()).logits)
 
 
 def test_vit_matches_eager():
@@ -489,6 +537,12 @@ def test_accelerate_leaves_a_model_that_wants_attention_weights(capsys):
     accelerate(model)
     assert "left 2 x LlamaAttention as it is: config.output_attentions" in capsys.readouterr().out
     assert len(model(tokens()).attentions) == 2
+
+
+def test_accelerate_leaves_a_model_with_attention_of_its_own(capsys):
+    model = accelerate(build("bloom"))
+    assert "left 2 x BloomAttention as it is: its attention does not go" in capsys.readouterr().out
+    assert model.config._attn_implementation == restore(model).config._attn_implementation
 
 
 def test_accelerate_a_model_without_attention(capsys):
