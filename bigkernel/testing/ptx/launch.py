@@ -24,7 +24,8 @@ from bigkernel.testing.ptx.parser import Function, Program, Variable, parse
 from bigkernel.testing.ptx.program import Flat, flatten
 from bigkernel.testing.ptx.scheduler import Scheduler
 from bigkernel.testing.ptx.shared import Shared
-from bigkernel.testing.ptx.translate import Piece, Translation
+from bigkernel.testing.ptx.translate import translate
+from bigkernel.testing.ptx.writer import Piece
 
 _LANES = 8192  # threads that run together; more would leave the cache
 _TRACKING = 64 << 20  # bytes that shared memory and its bookkeeping may take together
@@ -127,7 +128,7 @@ class Kernel:
     @cached_property
     def _translated(self) -> tuple[Flat, list[Piece]]:
         flat = flatten(self.program, self.function)
-        return flat, Translation(flat).pieces
+        return flat, translate(flat)
 
     @property
     def source(self) -> str:

@@ -24,7 +24,6 @@ from bigkernel.testing.ptx.memory import (
 from bigkernel.testing.ptx.numerics import bf16_to_f32, round_to
 from bigkernel.testing.ptx.program import Flat
 from bigkernel.testing.ptx.shared import Shared
-from bigkernel.testing.ptx.translate import Piece, canonical
 from bigkernel.testing.ptx.types import (
     BITS,
     DTYPES,
@@ -33,6 +32,7 @@ from bigkernel.testing.ptx.types import (
     Array,
     size_of,
 )
+from bigkernel.testing.ptx.writer import Piece, canonical
 
 PARAM_BASE = 3 << 40
 
