@@ -15,6 +15,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "adam/cuda.h"
 #include "common/philox.h"
@@ -296,10 +298,8 @@ __device__ void update(const UpdateEntry& t, const AdamScalars& s, int64_t begin
   store<kWidth>(exp_avg_sq, i, v);
   if (s.amsgrad) store<kWidth>(static_cast<M*>(t.max_exp_avg_sq) + begin, i, largest);
   if constexpr (kMaster) store<kWidth>(t.master + begin, i, x);
-  if constexpr (!kMaster && sizeof(P) == sizeof(bf16)) {
-    if constexpr (std::is_same_v<P, bf16>) {
-      if (s.stochastic) return store_stochastically(param, i, x, s, t.index, begin + i);
-    }
+  if constexpr (!kMaster && std::is_same_v<P, bf16>) {
+    if (s.stochastic) return store_stochastically(param, i, x, s, t.index, begin + i);
   }
   store<kWidth>(param, i, x);
 }

@@ -29,7 +29,7 @@ struct AdamDeviceCall {
   double max_norm;       // negative: no clipping
   float* norm;           // [1], written if clipping
   AdamControl* control;  // [1]
-  double* partials;      // [adam_partials()], sums of squares
+  double* partials;      // [adam_partial_count(...)], sums of squares
   int32_t partial_count;
   AdamScalars* scalars;  // [number of tensors], in the list's order
 };
