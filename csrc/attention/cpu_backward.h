@@ -29,25 +29,48 @@ BK_INLINE BackwardScratch backward_scratch(Arena& arena, const Tiling& t) {
   return s;
 }
 
+// <a_i, b_i> for N rows, summed up in the order in which `multiply` sums: for a row that sees a single
+// key, out is that value, and dP - delta is exactly 0.
+template <int N>
+BK_INLINE void dot_rows(float* dst, const float* a, int64_t lda, const float* b, int64_t ldb,
+                        int64_t n) {
+  float total[N] = {};
+  for (int64_t d = 0; d < n;) {
+    const int64_t end = n - d > kLongestSum ? d + kLongestSum / 2 : n;
+    float sum[N] = {};
+    for (; d < end; ++d)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) sum[i] = a[i * lda + d] * b[i * ldb + d] + sum[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) total[i] += sum[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) dst[i] = total[i];
+}
+
 // Rows [begin, begin + rows) of q and dout as fp32, and their delta.
 inline void unpack_rows(float* q, float* dout, float* delta, const Tiling& t,
                         const AttentionArgs& args, const AttentionSequence& seq, int64_t head,
                         int64_t begin, int64_t rows) {
-  alignas(64) float out[kMostDim + 16];
+  constexpr int kAtOnce = 8;
+  alignas(64) float out[kAtOnce * (kMostDim + 16)];
   const int64_t first = seq.first_q + begin;
   unpack_tile(q, t.ld_q, args.q, args.dtype, seq.index, head, first, rows, args.dim);
   unpack_tile(dout, t.ld_v, args.dout, args.dtype, seq.index, head, first, rows, args.dim_v);
-  for (int64_t r = 0; r < rows; ++r) {
-    unpack_row(out, row_of(args.out, args.dtype, seq.index, head, first + r), args.dtype,
-               args.dim_v, t.width_v);
-    VecF sum{};
-    for (int64_t d = 0; d < t.width_v; d += kLanes)
-      sum = fma(load(dout + r * t.ld_v + d), load(out + d), sum);
-    delta[r] = reduce_sum(sum);
-    if (args.dlse.data != nullptr)
-      delta[r] -= static_cast<const float*>(
-          args.dlse.data)[offset_of(args.dlse, seq.index, head, first + r)];
+  for (int64_t r = 0; r < rows; r += kAtOnce) {
+    const int64_t n = rows - r < kAtOnce ? rows - r : kAtOnce;
+    unpack_tile(out, t.ld_v, args.out, args.dtype, seq.index, head, first + r, n, args.dim_v);
+    if (n == kAtOnce)
+      dot_rows<kAtOnce>(delta + r, dout + r * t.ld_v, t.ld_v, out, t.ld_v, args.dim_v);
+    else
+      for (int64_t i = 0; i < n; ++i)
+        dot_rows<1>(delta + r + i, dout + (r + i) * t.ld_v, t.ld_v, out + i * t.ld_v, t.ld_v,
+                    args.dim_v);
   }
+  if (args.dlse.data == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r)
+    delta[r] -=
+        static_cast<const float*>(args.dlse.data)[offset_of(args.dlse, seq.index, head, first + r)];
 }
 
 void attention_bwd_prepare(const AttentionArgs& args, const AttentionBlock& block) {
