@@ -29,8 +29,18 @@ BK_INLINE BackwardScratch backward_scratch(Arena& arena, const Tiling& t) {
   return s;
 }
 
-// <a_i, b_i> for N rows, summed up in the order in which `multiply` sums: for a row that sees a single
-// key, out is that value, and dP - delta is exactly 0.
+// a * b + c with the rounding of the vectors' fma. Left to itself, the compiler may vectorise the
+// products of a sum and add them one by one, which rounds twice.
+BK_INLINE float fma_one(float a, float b, float c) {
+#if defined(BK_AVX2) || defined(BK_AVX512) || defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// <a_i, b_i> for N rows, summed up in the order in which `multiply` sums: for a row that sees a
+// single key, out is that value, and dP - delta is exactly 0.
 template <int N>
 BK_INLINE void dot_rows(float* dst, const float* a, int64_t lda, const float* b, int64_t ldb,
                         int64_t n) {
@@ -40,7 +50,7 @@ BK_INLINE void dot_rows(float* dst, const float* a, int64_t lda, const float* b,
     float sum[N] = {};
     for (; d < end; ++d)
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sum[i] = a[i * lda + d] * b[i * ldb + d] + sum[i];
+      for (int i = 0; i < N; ++i) sum[i] = fma_one(a[i * lda + d], b[i * ldb + d], sum[i]);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) total[i] += sum[i];
   }
@@ -120,7 +130,7 @@ BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float
   for (int64_t c = from; c < to; c += kLanes) {
     const VecF product = load(p + c);
     VecF tanh{};
-    const VecF s = kPlain ? product * score.scale - lse : score(product, c, tanh) - lse;
+    const VecF s = (kPlain ? rounded(product * score.scale) : score(product, c, tanh)) - lse;
     const VecF probability = exp_softmax(s);
     VecF dp = load(ds + c);
     VecF dropped = probability;

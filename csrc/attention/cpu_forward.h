@@ -73,7 +73,7 @@ BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float ba
   for (; c + kAtOnce * kLanes <= span.to; c += kAtOnce * kLanes) {
     VecF p[kAtOnce];
 #pragma GCC unroll 8
-    for (int n = 0; n < kAtOnce; ++n) p[n] = load(s + c + n * kLanes) * scale - base;
+    for (int n = 0; n < kAtOnce; ++n) p[n] = rounded(load(s + c + n * kLanes) * scale) - base;
     exp_softmax(p);
 #pragma GCC unroll 8
     for (int n = 0; n < kAtOnce; ++n) {
@@ -82,7 +82,7 @@ BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float ba
     }
   }
   for (; c < span.to; c += kLanes) {
-    const VecF p = exp_softmax(load(s + c) * scale - base);
+    const VecF p = exp_softmax(rounded(load(s + c) * scale) - base);
     total += p;
     store(s + c, p);
   }
