@@ -204,17 +204,20 @@ class Trainer(transformers.Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
-        if getattr(self.args, "stop_on_nonfinite_loss", True) and not bool(loss.isfinite().all()):
+        if self._stops_on_nonfinite() and not bool(loss.isfinite().all()):
             step = self.state.global_step + 1
-            last = checkpoint.newest_whole_checkpoint(self._run_folder())
-            where = "there is no checkpoint yet" if last is None else f"the last good one is {last}"
-            raise NonFiniteLossError(
-                f"the loss is {float(loss.mean())} at step {step}; stopped before the parameters "
-                f"changed, and {where}. Resume with a lower learning rate, or look at the data.",
-                step,
-                last,
-            )
+            found = f"the loss is {float(loss.mean())} at step {step}"
+            raise self._nonfinite(f"{found}; stopped before the parameters changed", step)
         return loss
+
+    def _stops_on_nonfinite(self) -> bool:
+        return bool(getattr(self.args, "stop_on_nonfinite_loss", True))
+
+    def _nonfinite(self, found: str, step: int) -> NonFiniteLossError:
+        last = checkpoint.newest_whole_checkpoint(self._run_folder())
+        where = "there is no checkpoint yet" if last is None else f"the last good one is {last}"
+        advice = "Resume with a lower learning rate, or look at the data."
+        return NonFiniteLossError(f"{found}, and {where}. {advice}", step, last)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', without touching the random numbers that training goes on with."""
@@ -275,7 +278,13 @@ class Trainer(transformers.Trainer):
             self.is_in_train = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers', but whole or not at all."""
+        """As transformers', but whole or not at all, and never with parameters that are lost."""
+        if self._stops_on_nonfinite():
+            for name, parameter in self._module().named_parameters():
+                if not bool(parameter.detach().isfinite().all()):
+                    step = self.state.global_step
+                    found = f"{name} is no longer finite after step {step}; nothing was saved"
+                    raise self._nonfinite(found, step)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run = Path(self._get_output_dir(trial=trial))

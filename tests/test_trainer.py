@@ -644,6 +644,18 @@ def test_a_loss_that_is_not_finite_stops_after_the_last_good_checkpoint(tmp_path
     off.train()
 
 
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, told):
+    class Broken(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 4:
+                model.lm_head.weight.data[0, 0] = float("inf")
+
+    options = {"save_strategy": "steps", "save_steps": 2, "trainer": {"callbacks": [Broken()]}}
+    with pytest.raises(NonFiniteLossError, match=r"lm_head.* after step 4; .*checkpoint-2"):
+        text_trainer(tmp_path, **options).train()
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, told, monkeypatch):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     sync = os.fsync
