@@ -5,8 +5,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 ABI_VENV ?= .venv-abi
-# What to install as PyTorch, and the other version that the same binary must load under.
-TORCH ?= torch>=2.11,<3
+# What `make test` is known to pass with (pyproject.toml says what the package accepts), and the other
+# version that the same binary must load under.
+TORCH ?= torch==2.14.1
+TORCHVISION ?= torchvision==0.29.1
 ABI_TORCH ?= torch==2.13.0
 RUNS ?= runs
 PYTEST_ARGS ?=
@@ -57,7 +59,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "Installing the test dependencies ..."
-	@BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[test]'
 	@touch $@
 
 build: $(VENV)/.test
@@ -96,7 +98,7 @@ $(ABI_VENV)/.torch:
 	@touch $@
 
 bench: build
-	$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
 
 wheel: $(VENV)/.torch
