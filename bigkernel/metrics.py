@@ -14,6 +14,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
+from torchmetrics.functional.classification import binary_auroc, binary_roc
 
 
 class TextMetrics(Metric):
@@ -123,8 +124,6 @@ class ImageMetrics:
 
     def roc_curves(self) -> list[RocCurve | None]:
         """One curve a class; None for a class without images of its own or of others."""
-        from torchmetrics.functional.classification import auroc, roc
-
         probabilities, labels = torch.cat(self._probabilities), torch.cat(self._labels)
         curves: list[RocCurve | None] = []
         for index in range(self.num_classes):
@@ -132,7 +131,7 @@ class ImageMetrics:
             if target.min() == target.max():
                 curves.append(None)
                 continue
-            fpr, tpr, _ = roc(probabilities[:, index], target, task="binary")
-            area = float(auroc(probabilities[:, index], target, task="binary"))
-            curves.append(RocCurve(fpr, tpr, area))
+            scores = probabilities[:, index]
+            fpr, tpr, _ = binary_roc(scores, target)
+            curves.append(RocCurve(fpr, tpr, float(binary_auroc(scores, target))))
         return curves

@@ -132,7 +132,6 @@ def generate(
     """Continue a prompt with the model of a text run."""
     from bigkernel.cli import device as devices
     from bigkernel.cli import models, settings, text
-    from bigkernel.integrations import accelerate
 
     if temperature < 0:
         raise UsageError(f"--temperature must be 0 or more, got {temperature}.")
@@ -148,7 +147,7 @@ def generate(
     where = devices.pick_device(device or "auto")
     models.quiet_transformers()
     model, tokenizer = text.load_run(run)
-    model = accelerate(model.to(where), quiet=True)
+    models.place(model, where)
     print(
         text.sample(
             model,

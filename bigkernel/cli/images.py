@@ -170,7 +170,7 @@ def measure(
 ) -> ImageMetrics:
     """``ImageMetrics`` of a model over a dataset of uint8 images."""
     device = model.device
-    metrics = ImageMetrics(model.config.num_labels)
+    metrics = ImageMetrics(len(model.config.id2label or {}))
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=fit.collate):
         images = batch["pixel_values"]
         moved = (
@@ -195,8 +195,6 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """Figures and pictures on the held-back part of the run's own images, or on all of others."""
-    from bigkernel.integrations import accelerate
-
     if not (run / LABELS).is_file():
         raise Failure(
             f"{run} holds no finished model. Go on with it: "
@@ -219,7 +217,7 @@ def evaluate(
     wanted = int(getattr(model.config, "num_channels", channels))
     size = int(json.loads((run / PREPROCESSOR).read_text())["size"]["height"])
     _, plain = augmentation.pipelines([], size, [MEAN] * wanted, [STD] * wanted)
-    model = accelerate(model.to(device), quiet=True)
+    models.place(model, device)
     metrics = measure(model, dataset, plain, Channels(channels, wanted), settings.batch_size)
     figures = metrics.compute()
     with run_folder.files_moved_into(run) as aside:

@@ -19,6 +19,7 @@ from transformers import (
 from bigkernel import presets
 from bigkernel.cli.errors import Failure, UsageError
 from bigkernel.cli.settings import Model
+from bigkernel.integrations import accelerate
 
 
 def quiet_transformers() -> None:
@@ -141,6 +142,13 @@ def load(kind: str, name: str, **arguments: Any) -> PreTrainedModel:
             f"{name} is not a folder here, and no hub gave a model of that name "
             f"({_one(error)[:160]}). Give the path of a run or of a downloaded model."
         ) from error
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a loaded model to ``device`` and put bigkernel's attention into it."""
+    module: torch.nn.Module = model
+    module.to(device)
+    accelerate(model, quiet=True)
 
 
 def parameters(model: torch.nn.Module) -> int:

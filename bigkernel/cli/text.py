@@ -40,7 +40,7 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
     tokenizer = build_tokenizer(spec, train_part, settings.vocab_size)
     if settings.init_from is not None:
         model = models.load(presets.TEXT, settings.init_from)
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if len(tokenizer) > int(model.config.vocab_size):
             model.resize_token_embeddings(len(tokenizer))
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and settings.max_length > longest:
@@ -66,6 +66,9 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
         print(f"sample: {text}")
         return figures, "```text\n" + text.replace("```", "'''") + "\n```"
 
+    def save_inputs(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+
     return Task(
         command=COMMAND,
         settings=settings,
@@ -77,7 +80,7 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
         unit="tokens",
         per_item=settings.max_length,
         data=facts(corpus),
-        save_inputs=lambda folder: tokenizer.save_pretrained(folder) and None,
+        save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, corpus, prompt),
         trainer_options={"processing_class": tokenizer},
@@ -182,9 +185,9 @@ def sample(
     )
     new = output[0, len(ids) :].tolist()
     # Decoded with the prompt: a token may hold the end of one character or the space before a word.
-    text = readable(tokenizer.decode(ids + new, skip_special_tokens=True))
+    text = readable(str(tokenizer.decode(ids + new, skip_special_tokens=True)))
     # Some tokenizers do not give back what they were given; the prompt is shown as it was typed.
-    shown = readable(tokenizer.decode(ids, skip_special_tokens=True))
+    shown = readable(str(tokenizer.decode(ids, skip_special_tokens=True)))
     return prompt + text[len(shown) :] if text.startswith(shown) else text
 
 
@@ -214,8 +217,6 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """Figures on the held-back part of the run's own corpus, or on all of another."""
-    from bigkernel.integrations import accelerate
-
     model, tokenizer = load_run(run)
     corpus = load_corpus(data if data is not None else settings.data)
     documents: Sequence[str] = corpus.documents
@@ -223,7 +224,7 @@ def evaluate(
         check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
         _, documents = split_corpus(corpus.documents, settings.validation)
     rows = held_back_rows(list(documents), tokenizer, settings.max_length)
-    model = accelerate(model.to(device), quiet=True)
+    models.place(model, device)
     figures = measure(model, rows, settings.batch_size)
     run_folder.write_evaluation(run, figures)
     return figures
