@@ -126,11 +126,11 @@ BK_INLINE void pack_tile_backward(const BackwardScratch& w, const Tiling& t,
 template <bool kPlain>
 BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float lse, float delta,
                             const ScoreRow& score, const float* drop, bool through_softcap) {
-  const bool capped = score.softcap > 0 && through_softcap;
+  const bool is_capped = score.softcap > 0 && through_softcap;
   for (int64_t c = from; c < to; c += kLanes) {
     const VecF product = load(p + c);
-    VecF tanh{};
-    const VecF s = (kPlain ? rounded(product * score.scale) : score(product, c, tanh)) - lse;
+    VecF capped{};
+    const VecF s = (kPlain ? rounded(product * score.scale) : score(product, c, capped)) - lse;
     const VecF probability = exp_softmax(s);
     VecF dp = load(ds + c);
     VecF dropped = probability;
@@ -140,7 +140,7 @@ BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float
       dropped = probability * keep;
     }
     VecF gradient = probability * (dp - delta);
-    if (!kPlain && capped) gradient = gradient * (1.0f - tanh * tanh);
+    if (!kPlain && is_capped) gradient = gradient * tanh_slope(capped);
     store(p + c, dropped);
     store(ds + c, gradient);
   }

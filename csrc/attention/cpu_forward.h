@@ -124,8 +124,9 @@ inline void finish_scores(const ForwardScratch& w, const Tiling& t, const Attent
     const ScoreRow score =
         score_row(args, seq.index, head, begin + r + reach.off - key, mask.row(r));
     float* s = w.scores + r * t.ld_s;
-    VecF tanh;
-    for (int64_t c = span.from; c < span.to; c += kLanes) store(s + c, score(load(s + c), c, tanh));
+    VecF capped;
+    for (int64_t c = span.from; c < span.to; c += kLanes)
+      store(s + c, score(load(s + c), c, capped));
   }
 }
 

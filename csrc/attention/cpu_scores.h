@@ -159,17 +159,23 @@ inline bool load_mask_tile(MaskTile& tile, float* buffer, int64_t ld, const Atte
   return open;
 }
 
+// 1 - tanh(x)^2 without the cancellation where tanh is near 1.
+BK_INLINE VecF tanh_slope(VecF x) {
+  const VecF r = 1.0f / (exp2(vabs(x) * (2.0f * kLog2E)) + 1.0f);
+  return 4.0f * r * (1.0f - r);
+}
+
 // How the scores of one row follow from its products.
 struct ScoreRow {
   float scale, softcap, inverse_softcap, slope, distance;  // distance: i + off - first key
   const float* mask;
 
-  // Natural-logarithm score of the kLanes keys from c; `tanh` is what softcap multiplied.
-  BK_INLINE VecF operator()(VecF product, int64_t c, VecF& tanh) const {
+  // Natural-logarithm score of the kLanes keys from c; `capped` is what softcap took tanh of.
+  BK_INLINE VecF operator()(VecF product, int64_t c, VecF& capped) const {
     VecF s = rounded(product * scale);
     if (softcap > 0) {
-      tanh = vtanh(s * inverse_softcap);
-      s = tanh * softcap;
+      capped = s * inverse_softcap;
+      s = vtanh(capped) * softcap;
     }
     if (slope != 0) s = s - slope * vabs(distance - to_float(lane_index() + int32_t(c)));
     if (mask != nullptr) {
