@@ -186,14 +186,19 @@ K small_copies(const int* x, int* o) {
     T* p = &o[threadIdx.x % 5];               \
     old[I] = CALL;                            \
   }
-ATOMIC(add, int, atomicAdd(p, v))
-ATOMIC(min, int, atomicMin(p, v)) ATOMIC(max, int, atomicMax(p, v))
-    ATOMIC(and, int, atomicAnd(p, v)) ATOMIC(or, int, atomicOr(p, v))
-        ATOMIC(xor, int, atomicXor(p, v)) ATOMIC(exch, int, atomicExch(p, v))
-            ATOMIC(inc, unsigned, atomicInc(p, v)) ATOMIC(dec, unsigned, atomicDec(p, v))
-                ATOMIC(cas, int, atomicCAS(p, 3, v)) ATOMIC(fadd, float, atomicAdd(p, v))
-                    ATOMIC(dadd, double, atomicAdd(p, v)) K
-    red(const int* x, int* o, const float* y, float* f) {
+ATOMIC(add, int, atomicAdd(p, v));
+ATOMIC(min, int, atomicMin(p, v));
+ATOMIC(max, int, atomicMax(p, v));
+ATOMIC(and, int, atomicAnd(p, v));
+ATOMIC(or, int, atomicOr(p, v));
+ATOMIC(xor, int, atomicXor(p, v));
+ATOMIC(exch, int, atomicExch(p, v));
+ATOMIC(inc, unsigned, atomicInc(p, v));
+ATOMIC(dec, unsigned, atomicDec(p, v));
+ATOMIC(cas, int, atomicCAS(p, 3, v));
+ATOMIC(fadd, float, atomicAdd(p, v));
+ATOMIC(dadd, double, atomicAdd(p, v));
+K red(const int* x, int* o, const float* y, float* f) {
   atomicAdd(&o[I % 3], x[I]);
   atomicMax(&o[3], x[I]);
   atomicAdd(f, y[I]);

@@ -7,12 +7,14 @@
     int v = x[T];                              \
     o[T] = CALL;                               \
   }
-SHUFFLE(bfly, __shfl_xor_sync(~0u, v, d))
-SHUFFLE(up, __shfl_up_sync(~0u, v, d)) SHUFFLE(down, __shfl_down_sync(~0u, v, d))
-    SHUFFLE(idx, __shfl_sync(~0u, v, d)) SHUFFLE(down8, __shfl_down_sync(~0u, v, d, 8))
-        SHUFFLE(up8, __shfl_up_sync(~0u, v, d, 8))
-            SHUFFLE(idx8, __shfl_sync(~0u, v, d + (int)T, 8)) K
-    shfl_half_warp(const int* x, int* o) {
+SHUFFLE(bfly, __shfl_xor_sync(~0u, v, d));
+SHUFFLE(up, __shfl_up_sync(~0u, v, d));
+SHUFFLE(down, __shfl_down_sync(~0u, v, d));
+SHUFFLE(idx, __shfl_sync(~0u, v, d));
+SHUFFLE(down8, __shfl_down_sync(~0u, v, d, 8));
+SHUFFLE(up8, __shfl_up_sync(~0u, v, d, 8));
+SHUFFLE(idx8, __shfl_sync(~0u, v, d + (int)T, 8));
+K shfl_half_warp(const int* x, int* o) {
   if (T % 32 < 16)
     o[T] = __shfl_xor_sync(0xffffu, x[T], 5);
   else
@@ -62,6 +64,9 @@ K redux(const int* x, int* o) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANS ".shared.b16 {%0, %1, %2, %3}, [%4];" \
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                            \
                : "r"(at));
-LDMATRIX(x1, 1, "")
-LDMATRIX(x2, 2, "") LDMATRIX(x4, 4, "") LDMATRIX(x1_trans, 1, ".trans")
-    LDMATRIX(x2_trans, 2, ".trans") LDMATRIX(x4_trans, 4, ".trans")
+LDMATRIX(x1, 1, "");
+LDMATRIX(x2, 2, "");
+LDMATRIX(x4, 4, "");
+LDMATRIX(x1_trans, 1, ".trans");
+LDMATRIX(x2_trans, 2, ".trans");
+LDMATRIX(x4_trans, 4, ".trans");
