@@ -199,5 +199,6 @@ def check_scalars(
     check(0 <= softcap < math.inf, op, "softcap", "0 (off) or a positive finite number", softcap)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    check(math.isfinite(scale), op, "scale", "finite", scale)
+    else:
+        check(-math.inf < scale < math.inf, op, "scale", "finite", scale)
     return scale, causal, align == "bottom_right", left, right, softcap, dropout_p
