@@ -69,7 +69,7 @@ struct AttentionArgs {
   float* packed_kv;  // [tiles, plan.tile_floats], null: keys and values are packed as they are used
   float* packed_q;   // [rows, plan.ld_q]    backward
   float* packed_do;  // [rows, plan.ld_v]    backward
-  float* delta;      // [rows]               backward: <dout, out> - dlse
+  float* delta;      // [rows]               backward: <dout, out>
   float* partial_dq;  // [plan.chunks, rows, plan.ld_q]
   int64_t round_rows;
 };

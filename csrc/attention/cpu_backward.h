@@ -1,7 +1,7 @@
 // Backward (Dao et al., 2022): probabilities are recomputed from lse, tile by tile.
 //
-//   P = exp(score - lse), P' = P * drop, dP = (dout v^T) * drop, delta = <dout, out> - dlse
-//   dS = P * (dP - delta), through softcap: * (1 - tanh^2)
+//   P = exp(score - lse), P' = P * drop, dP = (dout v^T) * drop, delta = <dout, out>
+//   dS = P * (dP - delta + dlse), through softcap: * (1 - tanh^2)
 //   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k, dmask = dS before softcap
 //
 // A work item owns a run of keys of one key head and sums dk and dv over the query heads and rows
@@ -77,10 +77,6 @@ inline void unpack_rows(float* q, float* dout, float* delta, const Tiling& t,
         dot_rows<1>(delta + r + i, dout + (r + i) * t.ld_v, t.ld_v, out + i * t.ld_v, t.ld_v,
                     args.dim_v);
   }
-  if (args.dlse.data == nullptr) return;
-  for (int64_t r = 0; r < rows; ++r)
-    delta[r] -=
-        static_cast<const float*>(args.dlse.data)[offset_of(args.dlse, seq.index, head, first + r)];
 }
 
 void attention_bwd_prepare(const AttentionArgs& args, const AttentionBlock& block) {
@@ -125,7 +121,8 @@ BK_INLINE void pack_tile_backward(const BackwardScratch& w, const Tiling& t,
 // One row of w.p and w.ds from the products of q with the keys and of dout with the values.
 template <bool kPlain>
 BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float lse, float delta,
-                            const ScoreRow& score, const float* drop, bool through_softcap) {
+                            float dlse, const ScoreRow& score, const float* drop,
+                            bool through_softcap) {
   const bool is_capped = score.softcap > 0 && through_softcap;
   for (int64_t c = from; c < to; c += kLanes) {
     const VecF product = load(p + c);
@@ -139,7 +136,7 @@ BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float
       dp = dp * keep;
       dropped = probability * keep;
     }
-    VecF gradient = probability * (dp - delta);
+    VecF gradient = probability * ((dp - delta) + dlse);
     if (!kPlain && is_capped) gradient = gradient * tanh_slope(capped);
     store(p + c, dropped);
     store(ds + c, gradient);
@@ -172,6 +169,11 @@ inline bool gradient_tile(const BackwardScratch& w, const Tiling& t, const Atten
       const int64_t i = seq.first_q + b.begin + m;
       const float lse =
           static_cast<const float*>(args.lse.data)[offset_of(args.lse, seq.index, b.head, i)];
+      // Not part of delta, whose rounding would then hide it where dP and delta cancel.
+      const float dlse = args.dlse.data == nullptr
+                             ? 0.0f
+                             : static_cast<const float*>(
+                                   args.dlse.data)[offset_of(args.dlse, seq.index, b.head, i)];
       int64_t lo = spans.lo[m], hi = spans.hi[m];
       if (lse == -kInf) lo = hi = t.block_k;  // a row without any open key
       if (lo < hi) {
@@ -185,9 +187,9 @@ inline bool gradient_tile(const BackwardScratch& w, const Tiling& t, const Atten
         const ScoreRow score =
             score_row(args, seq.index, b.head, b.begin + m + reach.off - key, mask.row(m));
         if (plain)
-          gradient_row<true>(p, ds, from, to, lse, b.delta[m], score, drop, through_softcap);
+          gradient_row<true>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);
         else
-          gradient_row<false>(p, ds, from, to, lse, b.delta[m], score, drop, through_softcap);
+          gradient_row<false>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);
       }
       fill(p, 0, lo, 0.0f);
       fill(ds, 0, lo, 0.0f);
