@@ -153,6 +153,7 @@ def extension() -> Extension:
         "-Wall",
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",  # false alarms in GCC 12's own AVX-512 headers
     ]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "--threads", "2"]

@@ -6,6 +6,7 @@ goes to PyTorch with one warning that names the reason; ``BIGKERNEL_STRICT=1`` m
 """
 
 import os
+import sys
 import warnings
 from types import TracebackType
 from typing import Any
@@ -137,7 +138,16 @@ def _fall_back(op: str, why: str) -> None:
         raise RuntimeError(f"{message} BIGKERNEL_STRICT=1 makes this an error.")
     if (op, why) not in _warned:
         _warned.add((op, why))
-        warnings.warn(message, FallbackWarning, stacklevel=4)
+        warnings.warn(message, FallbackWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The stack level, as `_fall_back` counts, of the first frame outside this package."""
+    package = os.path.dirname(__file__)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def explain(op: str, *tensors: Tensor) -> str:

@@ -41,6 +41,13 @@ def test_fallback_warns_once_and_names_the_reason():
         assert double(torch.ones(2)).tolist() == [2, 2]
 
 
+def test_fallback_warning_points_at_the_caller():
+    q = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    with pytest.warns(backend.FallbackWarning) as caught:
+        bigkernel.ops.attention(q, q, q)
+    assert caught[0].filename == __file__
+
+
 def test_fallback_is_an_error_under_strict(monkeypatch):
     monkeypatch.setenv("BIGKERNEL_STRICT", "1")
     with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT=1"):
