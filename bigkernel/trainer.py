@@ -191,6 +191,13 @@ class Trainer(transformers.Trainer):
 
     # Steps
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', which would take one step more where the checkpoint is the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:

@@ -1,7 +1,9 @@
 """Runs that end early: killed, interrupted, gone wrong, with a damaged checkpoint; and go on."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +121,32 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
         truncate(checkpoint)
     assert main(["train", "images", "--resume", str(checkpoints(folder / "damaged")[-1])]) == 1
     assert "Error: " in capsys.readouterr().err
+
+
+def test_stopped_between_the_last_checkpoint_and_the_model(folder: Path) -> None:
+    # All steps are done: one more would be another run.
+    ended = folder / "ended"
+    shutil.copytree(folder / "whole", ended)
+    (ended / "model.safetensors").unlink()
+    assert main(arguments(folder, "ended", "--resume", "auto")) == 0
+    assert losses(ended) == losses(folder / "whole")
+    assert weights(ended) == weights(folder / "whole")
+    assert checkpoints(ended) == [ended / c.name for c in checkpoints(folder / "whole")]
+
+
+def test_full_disk_while_resuming_keeps_the_metrics(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "whole", folder / "full")
+    before = (folder / "full" / "metrics.jsonl").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bigkernel.checkpoint.os.fsync", full)
+    assert main(arguments(folder, "full", "--resume", "auto")) == 1
+    assert "full" in capsys.readouterr().err
+    assert (folder / "full" / "metrics.jsonl").read_bytes() == before
 
 
 def test_resume_auto_starts_where_there_is_nothing(folder: Path) -> None:

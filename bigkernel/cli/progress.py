@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bigkernel.checkpoint import write_file_atomically
+
 # Without a terminal one line in this many seconds: enough to follow, little enough for a log.
 LINE_SECONDS = 5.0
 # Throughput is a mean over this many seconds, so that it shows what happens now.
@@ -74,7 +76,7 @@ class MetricsFile:
         """Drop what an interrupted run logged after the checkpoint at ``step``."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        self.path.write_text(text, encoding="utf-8")
+        write_file_atomically(self.path, text)
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
