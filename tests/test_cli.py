@@ -8,6 +8,7 @@ test_init_from_*; bad input -> test_bad_usage, test_bad_data. Resuming and Ctrl-
 test_cli_resume.py, settings and augmentation files in test_cli_settings.py.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(folder / "data" / name / f"{number}.png")
     (folder / "data" / "dark" / "broken.png").write_bytes(b"\x89PNG no more")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY_VIT))
-    with pytest.warns(UserWarning, match="broken.png"):
+    with pytest.warns(UserWarning, match=r"broken.png \(not an image\)"):
         assert main(train_images(folder, "run")) == 0
     return folder
 
@@ -299,8 +300,10 @@ BAD_USAGE = {
     "float16-on-cpu": (["train", "text", "--dtype", "float16", "--device", "cpu"], "GPU"),
     "device": (["train", "text", "--device", "quantum"], "cuda:N"),
     "lr": (["train", "text", "--lr", "0"], "--lr must be above 0"),
+    "lr-inf": (["train", "text", "--lr", "inf"], "--lr must be above 0"),
     "steps": (["train", "text", "--max-steps", "0"], "--max-steps must be above 0"),
     "epochs": (["train", "images", "--epochs", "-1"], "--epochs must be above 0"),
+    "epochs-inf": (["train", "images", "--epochs", "inf"], "--epochs must be above 0"),
     "batch": (["train", "images", "--batch-size", "0"], "--batch-size must be 1 or more"),
     "seed": (["train", "images", "--seed", "-1"], "--seed must be in"),
     "threads": (["train", "images", "--threads", "0"], "--threads must be above 0"),
@@ -315,6 +318,8 @@ BAD_USAGE = {
     "resume-and-force": (["train", "text", "--resume", "auto", "--force"], "one of the two"),
     "no-run": (["generate", "/nowhere"], "not a run folder"),
     "temperature": (["generate", "/nowhere", "--temperature", "-1"], "--temperature must be"),
+    "temperature-nan": (["generate", "/nowhere", "--temperature", "nan"], "--temperature must be"),
+    "generate-seed": (["generate", "/nowhere", "--seed", "-1"], "--seed must be in"),
     "top-p": (["generate", "/nowhere", "--top-p", "0"], "--top-p must be"),
     "top-k": (["generate", "/nowhere", "--top-k", "-1"], "--top-k must be"),
     "new-tokens": (["generate", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens must be"),
@@ -443,6 +448,29 @@ def test_generate_refuses_what_does_not_fit(
     assert "31 at most" in sentence_of(capsys.readouterr().err)
     assert main(["generate", str(pictures / "run"), "--prompt", "x"]) == 2
     assert "needs a text run" in sentence_of(capsys.readouterr().err)
+
+
+def test_a_prompt_without_room_after_it_is_refused_before_training(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_text(texts, "room", "--prompt", "x" * 40)) == 2
+    assert "context holds 32" in sentence_of(capsys.readouterr().err)
+    assert not (texts / "room").exists()
+
+
+def test_sequences_too_short_for_the_usual_prompt(texts: Path) -> None:
+    assert main(train_text(texts, "short", "--max-length", "4", "--max-steps", "2")) == 0
+    assert (texts / "short" / "model.safetensors").is_file()
+
+
+def test_a_terminal_without_the_characters_of_a_sample_loses_nothing(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    options = ("--max-steps", "2", "--prompt", "\u4f60\u597d")
+    assert main(train_text(texts, "narrow", *options)) == 0
+    assert (texts / "narrow" / "sample.txt").read_text("utf-8").startswith("\u4f60\u597d")
 
 
 def test_full_disk_is_said(

@@ -1,5 +1,7 @@
 """The ``bigkernel`` command: train, generate, evaluate, env."""
 
+import io
+import sys
 from collections.abc import Sequence
 
 
@@ -7,6 +9,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 failure, 2 usage, 130 interrupted."""
     from bigkernel.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A sample in Chinese on a terminal that is not UTF-8 must not end the run that wrote it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=None if argv is None else list(argv), prog_name="bigkernel")
     except SystemExit as stop:

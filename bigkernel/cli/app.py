@@ -1,5 +1,6 @@
 """The options of every command. What they do is in the modules that the commands import."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,10 +134,12 @@ def generate(
     from bigkernel.cli import device as devices
     from bigkernel.cli import models, settings, text
 
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, got {temperature}.")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p must be in (0, 1], got {top_p}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be in [0, 2**32), got {seed}.")
     if top_k < 0:
         raise UsageError(f"--top-k must be 0 or more, got {top_k}.")
     if max_new_tokens is not None and max_new_tokens < 1:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class Settings:
 
     def check(self) -> None:
         """UsageError for the first value out of range."""
-        self._range("lr", self.lr > 0, "above 0")
+        self._range("lr", 0 < self.lr < math.inf, "above 0")
         self._range("warmup", 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
         self._range("min_lr", 0 <= self.min_lr <= 1, "a share of --lr in [0, 1]")
         self._range("weight_decay", self.weight_decay >= 0, "0 or more")
@@ -67,7 +68,7 @@ class Settings:
         self._range("seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
         for name in ("epochs", "max_steps", "threads", "save_steps", "log_steps"):
             value = getattr(self, name)
-            self._range(name, value is None or value > 0, "above 0")
+            self._range(name, value is None or 0 < value < math.inf, "above 0")
         self._range("optim", self.optim in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._range("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         if self.model is not None and self.init_from is not None:

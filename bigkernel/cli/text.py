@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bigkernel import presets
 from bigkernel.cli import models, run_folder
-from bigkernel.cli.errors import Failure
+from bigkernel.cli.errors import Failure, UsageError
 from bigkernel.cli.settings import TextSettings
 from bigkernel.cli.train_loop import Task, check_same_data
 from bigkernel.data import (
@@ -53,7 +53,7 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
         model = models.new_text_model(shape, tokenizer, settings.max_length)
     train_set = PackedDataset(train_part, tokenizer, settings.max_length, drop_last=True)
     held_back = held_back_rows(held_part, tokenizer, settings.max_length)
-    prompt = settings.prompt or PROMPT
+    prompt = _fitting_prompt(settings, model, tokenizer)
     print(
         f"corpus {corpus.name}: {len(corpus.documents):,} documents, {corpus.num_bytes:,} bytes, "
         f"sha256 {corpus.sha256[:12]}; {len(tokenizer):,} tokens in the vocabulary"
@@ -84,6 +84,23 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
         finish=finish,
         card=lambda run: _card(run, corpus, prompt),
         trainer_options={"processing_class": tokenizer},
+    )
+
+
+def _fitting_prompt(
+    settings: TextSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """What the sample begins with; UsageError, before training, if nothing could follow it."""
+    prompt = settings.prompt or PROMPT
+    room = getattr(model.config, "max_position_embeddings", None)
+    length = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    if room is None or length < room:
+        return prompt
+    if not settings.prompt:
+        return ""
+    raise UsageError(
+        f"--prompt has {length} tokens, and the model's context holds {room}: nothing can follow. "
+        "Shorten it, or train with a larger --max-length."
     )
 
 

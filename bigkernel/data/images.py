@@ -234,7 +234,7 @@ def _read(file: Path) -> tuple[Tensor | None, str, str]:
     """(uint8 [3, H, W] or None, sha256 of the file, why it cannot be read)."""
     import io
 
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         raw = file.read_bytes()
@@ -243,6 +243,8 @@ def _read(file: Path) -> tuple[Tensor | None, str, str]:
         with Image.open(io.BytesIO(raw)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             array = np.array(upright, dtype=np.uint8)
+    except UnidentifiedImageError:
+        return None, "", "not an image"  # PIL's own words name a buffer, not the file
     # PIL answers damaged files with these, and a decompression bomb with its own error.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         return None, "", str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
