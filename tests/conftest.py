@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import bigkernel
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # A shell starts background jobs with Ctrl-C ignored, and children would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("BIGKERNEL_EXPECT_SANITIZER") == "1":
         native = bigkernel._library.native
         if native is None or not native.build_info()["sanitizer"]:

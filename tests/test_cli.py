@@ -458,6 +458,16 @@ def test_a_prompt_without_room_after_it_is_refused_before_training(
     assert not (texts / "room").exists()
 
 
+def test_a_prompt_that_is_not_utf8_is_a_usage_error(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What Python makes of the argument b"\xff".
+    for arguments in (["generate", str(texts / "run")], train_text(texts, "undecoded")):
+        assert main([*arguments, "--prompt", "\udcff"]) == 2
+        assert "not UTF-8" in sentence_of(capsys.readouterr().err)
+    assert not (texts / "undecoded").exists()
+
+
 def test_sequences_too_short_for_the_usual_prompt(texts: Path) -> None:
     assert main(train_text(texts, "short", "--max-length", "4", "--max-steps", "2")) == 0
     assert (texts / "short" / "model.safetensors").is_file()

@@ -151,6 +151,11 @@ def test_bad_model_configs(content: dict[str, Any], expected: str) -> None:
     assert expected in str(caught.value)
 
 
+def test_model_in_a_config_file_needs_its_type() -> None:
+    with pytest.raises(UsageError, match="model_type"):
+        models.inline(presets.TEXT, {"hidden_size": 64})
+
+
 def test_model_config_from_a_folder_or_file(tmp_path: Path) -> None:
     content = {"model_type": "llama", "hidden_size": 64}
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')

@@ -31,6 +31,8 @@ def quiet_transformers() -> None:
 def inline(kind: str, model: Model) -> Model:
     """A preset's name as it is; a config file, or a folder with one, as its content."""
     if isinstance(model, dict):
+        if "model_type" not in model:
+            raise UsageError("the model in the config file needs a model_type, such as llama.")
         return model
     table = presets.TEXT_MODELS if kind == presets.TEXT else presets.IMAGE_MODELS
     if model in table:

@@ -93,7 +93,7 @@ def _fitting_prompt(
     """What the sample begins with; UsageError, before training, if nothing could follow it."""
     prompt = settings.prompt or PROMPT
     room = getattr(model.config, "max_position_embeddings", None)
-    length = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    length = len(_prompt_ids(tokenizer, prompt))
     if room is None or length < room:
         return prompt
     if not settings.prompt:
@@ -102,6 +102,15 @@ def _fitting_prompt(
         f"--prompt has {length} tokens, and the model's context holds {room}: nothing can follow. "
         "Shorten it, or train with a larger --max-length."
     )
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
+        raise UsageError(f"--prompt is not UTF-8 text: {prompt!r}.") from None
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def facts(corpus: Corpus) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def sample(
         raise ValueError(f"top-p must be in (0, 1], got {top_p}.")
     if top_k < 0:
         raise ValueError(f"top-k must be 0 (all tokens) or more, got {top_k}.")
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = _prompt_ids(tokenizer, prompt)
     # A document begins after the end of another one; that is how to ask for a fresh one.
     ids = ids or [token for token in (tokenizer.eos_token_id,) if token is not None]
     if not ids:
