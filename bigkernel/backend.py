@@ -163,6 +163,10 @@ def explain(op: str, *tensors: Tensor) -> str:
         )
     device_type = tensors[0].device.type if tensors else "cpu"
     reason = None
+    if names[0].startswith("attention"):
+        from bigkernel.ops.attention import head_dim_reason
+
+        reason = head_dim_reason(*tensors[:3])
     for tensor in tensors:
         if tensor.dtype == torch.float64:
             reason = "float64 has no native kernel"

@@ -88,6 +88,14 @@ def test_explain_names_backend_and_reason():
         bigkernel.explain("no_such")
 
 
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+def test_explain_knows_the_widest_head_dim():
+    q, v, mask = torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 300), torch.ones(2, 300)
+    assert bigkernel.explain("attention", q, q, q, mask).startswith("attention: cpu")
+    text = bigkernel.explain("attention", q, q, v)
+    assert text.startswith("attention: torch, because head dim 300 is above")
+
+
 def test_select_traces_without_a_graph_break():
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigkernel.errors import check
 from bigkernel.reference.attention_blocks import sequence_cuts
@@ -13,7 +14,45 @@ Align = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]  # (left, right), None or -1: no limit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OPTIONAL = ("mask", "attn_mask", "alibi_slopes")
 _MAX_WINDOW = 2**31 - 1  # wider than any sequence that a kernel takes
+
+
+def check_plain(op: str, **arguments: object) -> None:
+    """Each is a dense tensor (or None, if its name says optional), and carries no tangent."""
+    for name, x in arguments.items():
+        if x is None and name in _OPTIONAL:
+            continue
+        check(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, cls=TypeError)
+        assert isinstance(x, Tensor)
+        check(
+            not x.is_nested,
+            op,
+            name,
+            "a plain tensor",
+            "a nested one",
+            "Pack the sequences and call bigkernel.ops.attention_varlen",
+            TypeError,
+        )
+        check(
+            x.layout is torch.strided,
+            op,
+            name,
+            "a dense tensor",
+            x.layout,
+            "Convert it with .to_dense()",
+            TypeError,
+        )
+        # Custom ops drop a tangent without a word, which would make the derivative a silent 0.
+        check(
+            torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is None,
+            op,
+            name,
+            "without a forward-mode tangent",
+            "a dual tensor",
+            "Attention has a backward only: use torch.autograd.grad instead of jvp",
+            NotImplementedError,
+        )
 
 
 def autocast(
@@ -147,6 +186,7 @@ def _seed(op: str, device: torch.device, seed: Tensor | int | None) -> Tensor:
         check(seed.numel() == 1, op, "seed", "one number", f"shape {tuple(seed.shape)}")
         check(seed.device == device, op, "seed", f"on q's device, {device}", seed.device)
         return seed.reshape(1)
+    check(not isinstance(seed, (float, str)), op, "seed", "a whole number", seed, cls=TypeError)
     check(-(2**63) <= seed < 2**63, op, "seed", "a signed 64-bit integer", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
@@ -186,7 +226,16 @@ def check_scalars(
 ) -> tuple[float, bool, bool, int, int, float, float]:
     """The scalar arguments of the ops, in the order of the schema."""
     check(align in ("top_left", "bottom_right"), op, "align", "'top_left' or 'bottom_right'", align)
-    check(len(window) == 2, op, "window", "a pair (left, right)", window)
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    check(pair, op, "window", "a pair (left, right)", window)
+    check(
+        not any(isinstance(side, (float, str)) for side in window),
+        op,
+        "window",
+        "two whole numbers, or None for no limit",
+        window,
+        cls=TypeError,
+    )
     sides = [-1 if side is None else side for side in window]
     check(
         min(sides) >= -1,

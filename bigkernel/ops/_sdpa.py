@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bigkernel.errors import check
-from bigkernel.ops._attention_checks import autocast
+from bigkernel.ops._attention_checks import autocast, check_plain
 from bigkernel.ops.attention import attention
 
 _OP = "scaled_dot_product_attention"
@@ -46,17 +46,9 @@ def scaled_dot_product_attention(
         RuntimeError: attn_mask and is_causal are both given (as in torch).
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
+    check_plain(_OP, query=query, key=key, value=value, attn_mask=attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check(
-            not x.is_nested,
-            _OP,
-            name,
-            "a plain tensor",
-            "a nested one",
-            "Pack the sequences and call bigkernel.ops.attention_varlen",
-            TypeError,
-        )
         check(x.dim() >= 2, _OP, name, "at least 2-dimensional", f"shape {tuple(x.shape)}")
     check(
         attn_mask is None or not is_causal,

@@ -20,6 +20,7 @@ from bigkernel.ops._attention_checks import (
     autocast,
     check_cu_seqlens,
     check_mask,
+    check_plain,
     check_qkv,
     check_scalars,
     check_tensors,
@@ -211,6 +212,7 @@ def attention(
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
     op = "attention"
+    check_plain(op, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     q, k, v, mask = autocast(q, k, v, mask)
     check_qkv(op, q, k, v, 4, "[B, H, S, D]")
     check(
@@ -299,6 +301,8 @@ def attention_varlen(
         ValueError, TypeError: as `attention`, and if cu_seqlens do not fit the packed tensors.
     """
     op = "attention_varlen"
+    check_plain(op, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+    check_plain(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     q, k, v, _ = autocast(q, k, v, None)
     check_qkv(op, q, k, v, 3, "[T, H, D]")
     max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
@@ -313,6 +317,7 @@ def attention_varlen(
         cu_seqlens_k.shape[0],
         "Both have one more element than there are sequences",
     )
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     batch = cu_seqlens_q.shape[0] - 1
     tensors = (None, *check_tensors(op, q, alibi_slopes, batch, dropout_p, seed))
     scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
@@ -324,16 +329,21 @@ def attention_varlen(
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Pick the backend and call its op."""
-    widest = max(q.shape[-1], v.shape[-1])
-    reason = None
+    reason = head_dim_reason(q, v)
     if q.dtype == torch.float64:
         reason = "float64 has no native kernel"
-    elif widest > MAX_NATIVE_HEAD_DIM:
-        reason = f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
     ops = select("attention_fwd", q.device, reason)
     return ops.attention_fwd(
         _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), *options
     )
+
+
+def head_dim_reason(*tensors: Tensor) -> str | None:
+    """Why the native kernels cannot take tensors of these head dims, None if they can."""
+    widest = max((x.shape[-1] for x in tensors if x.dim() > 0), default=0)
+    if widest > MAX_NATIVE_HEAD_DIM:
+        return f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
+    return None
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigkernel
@@ -184,6 +185,16 @@ BAD_TYPES = {
     "mask": (tensors(), {"mask": torch.zeros(5, 7, dtype=torch.uint8)}, r"mask.*uint8.*mask.bool"),
     "slopes": (tensors(), {"alibi_slopes": torch.zeros(4, dtype=torch.int32)}, "slopes.*floating"),
     "seed": (tensors(), {"dropout_p": 0.5, "seed": torch.zeros(1)}, "seed must be.*int64"),
+    "seed_float": (tensors(), {"dropout_p": 0.5, "seed": 1.5}, "seed must be a whole number"),
+    "window_float": (tensors(), {"window": (1.5, None)}, "window must be two whole numbers"),
+    "none": ([None, *tensors()[1:]], {}, "q must be a tensor, got NoneType"),
+    "array": ([tensors()[0].numpy(), *tensors()[1:]], {}, "q must be a tensor, got ndarray"),
+    "list": (tensors(), {"alibi_slopes": [1.0] * 4}, "alibi_slopes must be a tensor, got list"),
+    "sparse": (
+        [tensors()[0].to_sparse(), *tensors()[1:]],
+        {},
+        "q must be a dense tensor, got torch.sparse_coo.*to_dense",
+    ),
 }
 
 
@@ -199,6 +210,24 @@ def test_attention_rejects_bad_dtypes(wrong):
     inputs, keywords, message = BAD_TYPES[wrong]
     with pytest.raises(TypeError, match=f"^bigkernel.attention: .*{message}"):
         ops.attention(*inputs, **keywords)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_attention_refuses_forward_mode(place):
+    """A tangent that a custom op would drop without a word, so that the derivative were 0."""
+    inputs = [*tensors(), torch.zeros(5, 7)]
+
+    def call(x):
+        q, k, v, mask = (x if i == place else given for i, given in enumerate(inputs))
+        return bigkernel.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    x = inputs[place]
+    with pytest.raises(NotImplementedError, match="forward-mode tangent, got a dual tensor"):
+        torch.func.jvp(call, (x,), (x,))
+    with forward_ad.dual_level():
+        assert call(x).shape == (2, 4, 5, 8)
+        with pytest.raises(NotImplementedError, match="forward-mode tangent, got a dual tensor"):
+            call(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("moved", ["k", "v", "mask", "slopes"])
@@ -246,6 +275,20 @@ def packed(lengths_q=(0, 2, 5), lengths_k=(0, 3, 7), dtype=torch.int32, **shapes
 def test_attention_varlen_rejects_bad_input(arguments, keywords, message):
     with pytest.raises(ValueError, match=f"^bigkernel.attention_varlen: .*{message}"):
         ops.attention_varlen(*arguments, **keywords)
+
+
+def test_attention_varlen_takes_strided_lengths(backend):
+    q, k, v, lengths_q, lengths_k = (x.to(device_of(backend)) for x in packed())
+    v = torch.randn_like(v)
+    expected = ops.attention_varlen(q, k, v, lengths_q, lengths_k)
+    gaps = [x.repeat_interleave(2)[::2] for x in (lengths_q, lengths_k)]
+    assert torch.equal(ops.attention_varlen(q, k, v, *gaps), expected)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 2, 5]])
+def test_attention_varlen_rejects_what_is_no_tensor(lengths):
+    with pytest.raises(TypeError, match=r"cu_seqlens_q must be a tensor, got (list|NoneType)"):
+        ops.attention_varlen(*packed()[:3], lengths, packed()[4])
 
 
 def test_attention_varlen_rejects_int64_lengths():
