@@ -1,5 +1,6 @@
 """What a transform takes and gives back, and how it says no."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,7 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
         pytest.param(torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, "uint8", id="dtype"),
         pytest.param(torch.zeros(2, 3, 0, 8), ValueError, "at least one pixel", id="no-pixels"),
         pytest.param("image.png", TypeError, "str", id="path"),
+        pytest.param(torch.zeros(3, 8, 8).to_sparse(), TypeError, "dense", id="sparse"),
         pytest.param([torch.zeros(3, 8, 8), 5], TypeError, r"images\[1\]", id="list-item"),
         pytest.param([torch.zeros(8, 8)], ValueError, r"images\[0\]", id="list-rank"),
         pytest.param(
@@ -213,6 +215,18 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
 def test_bad_images(images: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         CROP(images)
+
+
+def test_masks_and_videos_are_refused() -> None:
+    """As images they would be blended, recoloured, or drawn for frame by frame."""
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    mask = tv_tensors.Mask(torch.zeros(1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"images must be images, got a tv_tensors\.Mask\. Masks"):
+        CROP(mask)
+    with pytest.raises(TypeError, match=r"images\[1\] must be images, got a tv_tensors\.Mask"):
+        CROP([picture(), mask])
+    with pytest.raises(TypeError, match=r"got a tv_tensors\.Video"):
+        CROP(tv_tensors.Video(torch.zeros(2, 3, 8, 8)))
 
 
 def test_image_smaller_than_the_crop() -> None:
@@ -324,6 +338,10 @@ def test_bad_arguments_raise_as_torchvisions(name: str, arguments: dict[str, Any
         pytest.param(lambda: bk.Resize(2, max_size=3)(picture(1, 200)), "one pixel", id="thin"),
         pytest.param(lambda: bk.Pad(-1), "negative", id="negative-padding"),
         pytest.param(lambda: bk.Pad(1, padding_mode="reflect"), "pad before", id="reflect"),
+        pytest.param(lambda: bk.RandomRotation(math.inf), "finite", id="endless-angle"),
+        pytest.param(lambda: bk.RandomAffine(0, scale=(1, math.inf)), "finite", id="endless-scale"),
+        pytest.param(lambda: bk.RandomRotation(9, center=(math.nan, 0)), "finite", id="nan-center"),
+        pytest.param(lambda: bk.RandomResizedCrop(8, (1, math.inf)), "positive", id="endless-area"),
         pytest.param(lambda: bk.Normalize([0.5], [0.0]), "zero", id="zero-std"),
         pytest.param(lambda: bk.ToDtype(torch.int64), "float64", id="int64"),
         pytest.param(lambda: bk.ToDtype({"x": torch.uint8}), "others", id="dict-without"),
@@ -366,6 +384,16 @@ def test_dicts_for_fill_and_dtype() -> None:
 
 def test_gradients_are_not_followed() -> None:
     assert not CROP(batch().float().requires_grad_()).requires_grad
+
+
+def test_inside_a_compiled_function() -> None:
+    """Drawing stays outside the compiled part."""
+
+    @torch.compile(backend="aot_eager")
+    def compiled(images: Tensor) -> Tensor:
+        return run(FULL, images) * 2
+
+    assert torch.equal(compiled(batch()), run(FULL, batch()) * 2)
 
 
 def test_input_stays_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -69,7 +70,7 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Python's and NumPy's real numbers."""
+    """Python's and NumPy's real numbers, infinity and NaN included."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -119,13 +120,20 @@ def number_pair(owner: str, name: str, value: object, sizes: tuple[int, ...] = (
     assert isinstance(value, Sequence)
     check(len(value) in sizes, owner, name, wanted, repr(value))
     check(all(is_number(v) for v in value), owner, name, "numbers", repr(value), cls=TypeError)
+    check(all(math.isfinite(v) for v in value), owner, name, "finite", repr(value))
     return [float(v) for v in value]
 
 
 def angle_range(owner: str, name: str, value: object, sizes: tuple[int, ...] = (2,)) -> list[float]:
     """[-value, value] from a number, or the sequence itself."""
     if is_number(value):
-        check(value >= 0, owner, name, "positive when it is a single number", repr(value))
+        check(
+            0 <= value < math.inf,
+            owner,
+            name,
+            "positive and finite when it is a single number",
+            repr(value),
+        )
         return [-float(value), float(value)]
     return number_pair(owner, name, value, sizes)
 

@@ -80,8 +80,7 @@ def gather(images: Any, layout: str) -> Images:
         )
         last = _channels_last(images, layout)
         single = images.dim() == 3
-        kind = type(images)
-        wrapper = kind if kind.__module__.startswith("torchvision.") else None  # tv_tensors.Image
+        wrapper = _wrapper("images", images)
         plain = images.detach().as_subclass(Tensor)
         batch = plain[None] if single else plain
         count = batch.shape[0]
@@ -135,6 +134,7 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
                 "an image [C, H, W] or [H, W, C]",
                 f"shape {tuple(item.shape)}",
             )
+            _wrapper(f"images[{i}]", item)
             tensor, last = item.detach().as_subclass(Tensor), _channels_last(item, layout)
         tensors.append(tensor)
         lasts.append(last)
@@ -162,6 +162,32 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         channels=extents[0][2] if extents else 3,
         modes=tuple(item.mode for item in items) if kind in ("pil", "pils") else (),
     )
+
+
+def _wrapper(name: str, tensor: Tensor) -> type[Tensor] | None:
+    """torchvision's class of the tensor, which must be Image; None for a plain tensor."""
+    kind = type(tensor)
+    check(
+        tensor.layout is torch.strided,
+        "transforms",
+        name,
+        "dense",
+        tensor.layout,
+        "Convert with .to_dense()",
+        TypeError,
+    )
+    if not kind.__module__.startswith("torchvision."):
+        return None
+    check(
+        kind.__name__ == "Image",
+        "transforms",
+        name,
+        "images",
+        f"a tv_tensors.{kind.__name__}",
+        "Masks, boxes and videos need torchvision's own transforms",
+        TypeError,
+    )
+    return kind
 
 
 def _extent(tensor: Tensor, channels_last: bool) -> tuple[int, int, int]:

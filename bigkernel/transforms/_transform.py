@@ -108,6 +108,8 @@ class Transform(nn.Module):
 
     makes_tensor: ClassVar[bool] = False
 
+    # Drawing reads a generator and computes in NumPy: a compiled caller calls it as it is.
+    @torch.compiler.disable
     def forward(
         self,
         images: Any,

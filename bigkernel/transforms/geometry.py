@@ -288,7 +288,7 @@ class RandomResizedCrop(Transform):
                 cls=TypeError,
             )
             check(
-                all(arguments.is_number(v) and v > 0 for v in value),
+                all(arguments.is_number(v) and 0 < v < float("inf") for v in value),
                 name,
                 argument,
                 "positive numbers",
