@@ -142,7 +142,7 @@ def augment(
     _check_table("geometry", geometry, torch.float64, (n, 16), "(N, 16)", device)
     if color is None:
         color = torch.zeros(n, 0, 2)
-    k = color.shape[1] if color.dim() == 3 else 0
+    k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0
     _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
     if batch:
         check(
@@ -240,6 +240,15 @@ def _check_images(
     for i, image in enumerate(batch):
         name = "images" if isinstance(images, Tensor) else f"images[{i}]"
         check(
+            image.layout is torch.strided,
+            "augment",
+            name,
+            "dense",
+            image.layout,
+            "Convert with .to_dense()",
+            TypeError,
+        )
+        check(
             image.dtype in IN_DTYPES,
             "augment",
             name,
@@ -291,6 +300,9 @@ def _check_table(
     device: torch.device,
 ) -> None:
     check(
+        isinstance(table, Tensor), "augment", name, "a tensor", type(table).__name__, "", TypeError
+    )
+    check(
         table.dtype == dtype,
         "augment",
         name,
@@ -316,6 +328,8 @@ def _check_table(
 
 
 def _check_size(size: Sequence[int]) -> tuple[int, int]:
+    whole = isinstance(size, Sequence) and not any(isinstance(s, (float, str)) for s in size)
+    check(whole, "augment", "size", "two whole numbers (height, width)", repr(size), cls=TypeError)
     check(
         len(size) == 2 and all(side >= 0 for side in size),
         "augment",
