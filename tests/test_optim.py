@@ -568,6 +568,14 @@ def test_rejects_bad_arguments(options, message):
         assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
+def test_learning_rate_tensor_of_any_dtype(dtype):
+    nets = [model(), model()]
+    train(nets[0], AdamW(nets[0].parameters(), lr=torch.tensor(1, dtype=dtype)), 2)
+    train(nets[1], AdamW(nets[1].parameters(), lr=torch.tensor(1.0, dtype=torch.float64)), 2)
+    assert_same_parameters(*nets)
+
+
 def test_inside_a_compiled_training_loop():
     """The step is left out of the compiled part, and everything it sets is there afterwards."""
     nets = [model(), model()]

@@ -178,7 +178,7 @@ def _learning_rates(
     if not any(isinstance(rate, Tensor) for rate in rates):
         return numbers, []
     return numbers, [
-        rate
+        (rate if rate.dtype in (torch.float32, torch.float64) else rate.to(torch.float64))
         if isinstance(rate, Tensor)
         else torch.full((), rate, dtype=torch.float64, device=device)
         for rate in rates
