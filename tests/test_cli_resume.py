@@ -134,6 +134,19 @@ def test_stopped_between_the_last_checkpoint_and_the_model(folder: Path) -> None
     assert checkpoints(ended) == [ended / c.name for c in checkpoints(folder / "whole")]
 
 
+def test_a_resumed_run_keeps_its_thread_count(folder: Path) -> None:
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        few = [a for a in arguments(folder, "threads") if a not in ("--threads", "1")]
+        assert main([*few, "--max-steps", "2"]) == 0
+        torch.set_num_threads(3)
+        assert main([*few, "--max-steps", "4", "--resume", "auto"]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_full_disk_while_resuming_keeps_the_metrics(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

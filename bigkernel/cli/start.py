@@ -51,7 +51,9 @@ def start(command: str, options: dict[str, Any]) -> None:
     if not going_on:
         run_folder.check_new(run, force)
     settings.out = str(run)
-    device.use_threads(settings.threads)
+    # Sums of matrix products depend on the thread count, so a resumed run keeps that of its start.
+    same = recorded.get("threads") if settings.threads is None else None
+    device.use_threads(settings.threads if same is None else int(same))
     device.pick_dtype(settings.dtype, device.pick_device(settings.device))
     models.quiet_transformers()
     if isinstance(settings, TextSettings):

@@ -64,6 +64,7 @@ def train(task: Task, resume: str | None) -> None:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
     }
     if resume is None:
         config = dump(settings, task.command, record)
