@@ -194,8 +194,8 @@ TEXT_SAMPLES: dict[str, dict[str, Any]] = {
         "vocab_size": 1536,
         "max_length": 128,
         "batch_size": 4,
-        "max_steps": 150,
-        "lr": 2e-3,
+        "max_steps": 200,
+        "lr": 3e-3,
         "prompt": "这是我的第一篇AI博客",
     },
 }

@@ -267,7 +267,7 @@ def samples(case: Case) -> list[Inputs]:
         # With one key, PyTorch subtracts a number from itself: what else it gets needs two.
         return [build(case), build(replace(case, lengths=(case.lengths[0], 2)))]
     if case.mask and "B" not in case.mask:  # a batch would share one mask
-        return [build(case, number) for number in range(4)]
+        return [build(case, number) for number in range(16)]
     return [build(case), build(replace(case, batch=8 * case.batch), 1)]
 
 
