@@ -25,16 +25,16 @@ Which test shows which feature (files tests/ops/test_attention*.py):
 
 import itertools
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import Case, all_pairs, build, compare, device_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkernel import ops
 from bigkernel.reference.attention import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
-from tests.ops import attention_cases
-from tests.ops.attention_cases import Case, all_pairs, build, compare, device_of, run
 
 backend = attention_cases.backend
 

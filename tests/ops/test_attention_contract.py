@@ -3,18 +3,18 @@
 import subprocess
 import sys
 
+import attention_cases
 import pytest
 import torch
 import torch._dynamo.testing
+from attention_cases import SEED, device_of, threads
+from test_attention_packed import cumulative
 
 import bigkernel
 from bigkernel import ops
 from bigkernel.reference import attention_blocks
 from bigkernel.reference.attention import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
-from tests.ops import attention_cases
-from tests.ops.attention_cases import SEED, device_of, threads
-from tests.ops.test_attention_packed import cumulative
 
 backend = attention_cases.backend
 

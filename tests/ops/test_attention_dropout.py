@@ -1,13 +1,13 @@
 """Dropout of attention is one function of (seed, batch, head, row, column), the same everywhere."""
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import SEED, device_of
 
 from bigkernel import ops
 from bigkernel.random import philox4x32
 from bigkernel.reference.attention import dropout_keep
-from tests.ops import attention_cases
-from tests.ops.attention_cases import SEED, device_of
 
 backend = attention_cases.backend
 

@@ -3,16 +3,16 @@
 import re
 import warnings
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import Case, compare, device_of
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigkernel
 from bigkernel import _library, ops
 from bigkernel import backend as backends
-from tests.ops import attention_cases
-from tests.ops.attention_cases import Case, compare, device_of
 
 backend = attention_cases.backend
 needs_native = pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")

@@ -1,12 +1,12 @@
 """attention_varlen: sequences packed end to end equal separate calls, and never see each other."""
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import DTYPES, SEED, device_of, largest_error
 
 from bigkernel import ops
 from bigkernel.reference.attention import Rule, attention_reference
-from tests.ops import attention_cases
-from tests.ops.attention_cases import DTYPES, SEED, device_of, largest_error
 
 backend = attention_cases.backend
 

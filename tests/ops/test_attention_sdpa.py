@@ -2,15 +2,15 @@
 
 import inspect
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import DTYPES, device_of
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bigkernel
 from bigkernel.testing.tolerance import assert_as_accurate
-from tests.ops import attention_cases
-from tests.ops.attention_cases import DTYPES, device_of
 
 backend = attention_cases.backend
 sdpa = bigkernel.scaled_dot_product_attention
