@@ -194,7 +194,7 @@ TEXT_SAMPLES: dict[str, dict[str, Any]] = {
         "vocab_size": 1536,
         "max_length": 128,
         "batch_size": 4,
-        "max_steps": 200,
+        "max_steps": 300,
         "lr": 3e-3,
         "prompt": "这是我的第一篇AI博客",
     },
