@@ -1,0 +1,56 @@
+// What the CUDA binding of attention hands to its launchers, and what they make of it. No torch
+// header here. The formula stands in attention.h.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace bigkernel {
+
+// Travels by value in the kernels' parameters. Tensors' `first` rows come from cu_q and cu_k.
+struct AttentionCudaArgs {
+  AttentionTensor q, k, v, out, lse;              // lse: float32
+  AttentionTensor dout, dlse, dq, dk, dv, delta;  // backward; dlse.data may be null
+  AttentionMask mask, dmask;                      // strides in elements, 0 where broadcast
+  const float* slopes;                            // null: no ALiBi
+  int64_t slopes_batch, slopes_head;              // strides
+  const int64_t* seed;                            // [1], null: no dropout
+  const int32_t *cu_q, *cu_k;                     // [batch + 1], null: a dense batch
+  int64_t total_q, total_k;                       // packed: rows of q, of k
+  DType dtype;                                    // float32, bfloat16 or float16
+  int32_t batch, heads_q, heads_kv, group;
+  int32_t max_q, max_k;               // rows and keys of a sequence, at most
+  int32_t dim, dim_v;                 // at most kAttentionMostDim
+  int32_t bottom_right, left, right;  // -1: unlimited
+  float scale, softcap;
+  float dropout_scale;         // 1 / (1 - p), 0 if p = 1
+  uint32_t dropout_threshold;  // floor(p 2^32): smaller words are dropped
+};
+
+constexpr int64_t kAttentionMostDim = 256;
+// Positions, and sums of two of them, fit in 32 bits; a window of this size has no end.
+constexpr int64_t kAttentionMostRows = int64_t{1} << 29;
+
+// Fills the three numbers of dropout; the caller sets the seed.
+inline void set_dropout(AttentionCudaArgs& args, double p) {
+  args.dropout_scale = p >= 1 ? 0.0f : float(1.0 / (1.0 - p));
+  args.dropout_threshold = p >= 1 ? 0 : uint32_t(p * 4294967296.0);
+}
+
+// What a launch will be: tests and reports read it, launches follow it.
+struct AttentionLaunch {
+  const char* name;
+  const void* kernel;  // takes an AttentionCudaArgs; null: nothing to do
+  uint32_t blocks, threads;
+  size_t shared;
+  int32_t tile_rows, tile_keys, tile_dim;
+  int32_t general;  // the kernel with every feature, not the one for plain and causal attention
+};
+
+// Throw std::runtime_error, naming the kernel, the grid and CUDA's message. Launches go to `stream`
+// (a cudaStream_t) of `device` and return at once.
+AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args);
+void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* stream);
+
+}  // namespace bigkernel

@@ -1,0 +1,169 @@
+// Device code that forward and backward share: which sequence a block works on, which keys a row
+// sees, how a product becomes a score, and dropout.
+#pragma once
+#include "attention/cuda.h"
+#include "common/philox.h"
+#include "cuda/mma.h"
+
+namespace bigkernel {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+#define BK_INFINITY __int_as_float(0x7f800000)
+
+struct DeviceSequence {
+  int32_t index;             // b, in the dropout counter, the mask and the slopes
+  int64_t first_q, first_k;  // first row in packed tensors, 0 in dense ones
+  int32_t rows, keys;
+};
+
+// Bounds that do not fit the tensors are cut to them: the host cannot check what lies on the
+// device.
+__device__ __forceinline__ void packed_bounds(const int32_t* cu, int b, int64_t total, int32_t most,
+                                              int64_t& first, int32_t& count) {
+  const int64_t begin = max(int64_t(0), min(int64_t(cu[b]), total));
+  const int64_t end = max(begin, min(int64_t(cu[b + 1]), total));
+  first = begin;
+  count = int32_t(min(end - begin, int64_t(most)));
+}
+
+__device__ __forceinline__ DeviceSequence sequence_of(const AttentionCudaArgs& args, int b) {
+  DeviceSequence s{b, 0, 0, args.max_q, args.max_k};
+  if (args.cu_q != nullptr) {
+    packed_bounds(args.cu_q, b, args.total_q, args.max_q, s.first_q, s.rows);
+    packed_bounds(args.cu_k, b, args.total_k, args.max_k, s.first_k, s.keys);
+  }
+  return s;
+}
+
+// Row `first` of a head of a sequence.
+template <class T>
+__device__ __forceinline__ T* row_pointer(const AttentionTensor& t, int b, int head,
+                                          int64_t first) {
+  return static_cast<T*>(t.data) + b * t.batch + head * t.head + first * t.row;
+}
+
+// The keys [lo, hi) that a row sees, both non-decreasing in the row.
+struct DeviceReach {
+  int32_t off, left, right, keys;
+
+  __device__ __forceinline__ int lo(int row) const {
+    return left < 0 ? 0 : clamp(row + off - left);
+  }
+  __device__ __forceinline__ int hi(int row) const {
+    return right < 0 ? keys : clamp(row + off + right + 1);
+  }
+  __device__ __forceinline__ int clamp(int key) const { return max(0, min(key, keys)); }
+
+  // The rows [first_row, end_row) that see a key, both non-decreasing in the key.
+  __device__ __forceinline__ int first_row(int key) const {
+    return right < 0 ? 0 : max(0, key - off - right);
+  }
+  __device__ __forceinline__ int end_row(int key, int rows) const {
+    return left < 0 ? rows : max(0, min(rows, key - off + left + 1));
+  }
+};
+
+__device__ __forceinline__ DeviceReach reach_of(const AttentionCudaArgs& args,
+                                                const DeviceSequence& s) {
+  return DeviceReach{args.bottom_right ? s.keys - s.rows : 0, args.left, args.right, s.keys};
+}
+
+// What stands between a product and a score of one head of one sequence, in the order of
+// reference/attention.py: scale, softcap, ALiBi, mask.
+struct DeviceScores {
+  float scale, softcap, inverse_softcap, slope;
+  MaskKind kind;
+  const char* mask;            // element [b, head, 0, 0]
+  int64_t mask_row, mask_col;  // in elements
+  int32_t off;
+
+  __device__ __forceinline__ DeviceScores(const AttentionCudaArgs& args, const DeviceSequence& s,
+                                          int head)
+      : scale(args.scale),
+        softcap(args.softcap),
+        inverse_softcap(args.softcap > 0 ? 1.0f / args.softcap : 0.0f),
+        slope(0.0f),
+        kind(args.mask.kind),
+        mask(nullptr),
+        mask_row(args.mask.row),
+        mask_col(args.mask.col),
+        off(args.bottom_right ? s.keys - s.rows : 0) {
+    if (args.slopes != nullptr)
+      slope = args.slopes[s.index * args.slopes_batch + head * args.slopes_head];
+    if (kind != MaskKind::kNone)
+      mask = static_cast<const char*>(args.mask.data) +
+             (s.index * args.mask.batch + head * args.mask.head) * mask_size(kind);
+  }
+
+  static __device__ __forceinline__ int mask_size(MaskKind kind) {
+    if (kind == MaskKind::kBool) return 1;
+    if (kind == MaskKind::kFloat64) return 8;
+    return kind == MaskKind::kFloat32 ? 4 : 2;
+  }
+
+  // The mask of a key that the row can reach, as a summand. There has to be a mask.
+  __device__ __forceinline__ float summand(int row, int key) const {
+    const char* p = mask + (row * mask_row + key * mask_col) * mask_size(kind);
+    switch (kind) {
+      case MaskKind::kBool:
+        return *reinterpret_cast<const uint8_t*>(p) != 0 ? 0.0f : -BK_INFINITY;
+      case MaskKind::kBFloat16:
+        return to_float(*reinterpret_cast<const bf16*>(p));
+      case MaskKind::kFloat16:
+        return to_float(*reinterpret_cast<const fp16*>(p));
+      case MaskKind::kFloat64:
+        return float(*reinterpret_cast<const double*>(p));
+      default:
+        return *reinterpret_cast<const float*>(p);
+    }
+  }
+
+  // The score in natural logarithms, and its derivative by scale * product: 1 without softcap. Each
+  // product is rounded before it is added to, so that forward and backward see the same score.
+  __device__ __forceinline__ float operator()(float product, int row, int key,
+                                              float& slope_of_cap) const {
+    float s = __fmul_rn(product, scale);
+    slope_of_cap = 1.0f;
+    if (softcap > 0) {
+      const float x = s * inverse_softcap;
+      s = __fmul_rn(tanhf(x), softcap);
+      // 1 - tanh^2 without the cancellation where tanh is near 1.
+      const float r = 1.0f / (exp2f(fabsf(x) * (2.0f * kLog2E)) + 1.0f);
+      slope_of_cap = 4.0f * r * (1.0f - r);
+    }
+    if (slope != 0) s -= __fmul_rn(slope, fabsf(float(row + off - key)));
+    if (mask != nullptr) {
+      const float m = summand(row, key);
+      s = m == -BK_INFINITY ? m : s + m;  // a closed key stays closed, whatever its score
+    }
+    return s;
+  }
+};
+
+// Dropout: key 4 c + w of row i of head h of sequence b is kept if word w of Philox at the counter
+// (c, i, h, b) is at least the threshold (reference/attention.py, dropout_keep).
+struct DeviceDropout {
+  uint64_t seed;
+  uint32_t batch, head, threshold;
+  float scale;  // of what is kept
+
+  __device__ __forceinline__ DeviceDropout(const AttentionCudaArgs& args, const DeviceSequence& s,
+                                           int head_)
+      : seed(args.seed != nullptr ? uint64_t(*args.seed) : 0),
+        batch(uint32_t(s.index)),
+        head(uint32_t(head_)),
+        threshold(args.dropout_threshold),
+        scale(args.seed != nullptr ? args.dropout_scale : 1.0f) {}
+
+  // Bit w: whether key 4 * quad + w is kept.
+  __device__ __forceinline__ uint32_t kept(int row, int quad) const {
+    const Philox4 random = philox4x32(seed, uint32_t(quad), uint32_t(row), head, batch);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) bits |= uint32_t(random.word[w] >= threshold) << w;
+    return bits;
+  }
+};
+
+}  // namespace bigkernel
