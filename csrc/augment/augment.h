@@ -50,14 +50,20 @@ struct AugmentColor {
   float factor;
 };
 
-struct AugmentPlan {
-  AugmentPath path;
+// One row of the geometry table, decoded (tables.h).
+struct AugmentGeometry {
+  bool empty;  // no output pixel comes from the source
   AugmentBorder border;
   AugmentNearest rule;
-  AugmentImage image;
   double map[6];
-  int32_t box[4], out_box[4];          // x0 y0 x1 y1, cut to the image and to the output
-  double reach_x, reach_y;             // half-widths of the filter in source pixels
+  double origin_x, origin_y;   // source box before it was cut: where a resized region begins
+  int32_t box[4], out_box[4];  // x0 y0 x1 y1, cut to the image and to the output
+  double reach_x, reach_y;     // half-widths of the filter in source pixels
+};
+
+struct AugmentPlan : AugmentGeometry {
+  AugmentPath path;
+  AugmentImage image;
   AugmentTaps columns, rows;           // kLines
   int64_t first_column, used_columns;  // kLines: source columns that any output column needs
   bool covered;                        // kLines: no output pixel holds fill

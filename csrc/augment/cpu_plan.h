@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "augment/augment.h"
+#include "augment/tables.h"
 
 namespace bigkernel {
 
@@ -16,29 +17,16 @@ class AugmentPlanner {
   const AugmentPlan& plan(const AugmentArgs& args, const AugmentImage& image, const double* row,
                           const float* fill, bool antialias, std::vector<AugmentColor>&& colors) {
     AugmentPlan& p = plan_ = AugmentPlan{};
+    static_cast<AugmentGeometry&>(p) = read_geometry(row, image.width, image.height, args.out_w,
+                                                     args.out_h, antialias && !args.nearest);
     colors_ = std::move(colors);
     p.colors = colors_.data();
     p.color_count = int32_t(colors_.size());
     p.image = image;
     p.fill = fill;
-    p.border = row[14] == 1   ? AugmentBorder::kClamp
-               : row[14] == 0 ? AugmentBorder::kFillBlend
-                              : AugmentBorder::kFillOver;
-    p.rule = row[15] == 1   ? AugmentNearest::kEven
-             : row[15] == 2 ? AugmentNearest::kResize
-                            : AugmentNearest::kFloor;
-    for (int i = 0; i < 6; ++i) p.map[i] = row[i];
-    cut(row[6], row[8], image.width, p.box[0], p.box[2]);
-    cut(row[7], row[9], image.height, p.box[1], p.box[3]);
-    cut(row[10], row[12], args.out_w, p.out_box[0], p.out_box[2]);
-    cut(row[11], row[13], args.out_h, p.out_box[1], p.out_box[3]);
     p.path = AugmentPath::kEmpty;
-    if (p.box[0] >= p.box[2] || p.box[1] >= p.box[3]) return p;
-    if (p.out_box[0] >= p.out_box[2] || p.out_box[1] >= p.out_box[3]) return p;
+    if (p.empty) return p;
 
-    const bool wide = antialias && !args.nearest;
-    p.reach_x = wide ? reach(row[0], row[1]) : 1.0;
-    p.reach_y = wide ? reach(row[3], row[4]) : 1.0;
     p.path = AugmentPath::kMap;
     // Worth it where output pixels look at most of the box.
     const int64_t area = int64_t(p.box[2] - p.box[0]) * (p.box[3] - p.box[1]);
@@ -77,19 +65,6 @@ class AugmentPlanner {
 
  private:
   static constexpr double kLargestTable = 1 << 24;
-
-  // One side of a box, cut to 0..size; NaN makes it empty.
-  static void cut(double start, double stop, int64_t size, int32_t& from, int32_t& to) {
-    from = to = 0;
-    if (!(start < stop)) return;
-    from = int32_t(std::clamp(start, 0.0, double(size)));
-    to = int32_t(std::clamp(stop, 0.0, double(size)));
-  }
-
-  static double reach(double along, double across) {
-    const double r = std::hypot(along, across);
-    return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
-  }
 
   static double taps(double reach, int64_t side) {
     return reach == 1.0 ? 2.0 : std::min(std::floor(2 * reach) + 1, double(side));

@@ -1,0 +1,78 @@
+// The rows of augment's tables (bigkernel/ops/augment.py), decoded: where the kernels of the CPU
+// and of the GPU begin.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "augment/augment.h"
+
+namespace bigkernel {
+
+namespace detail {
+// One side of a box, cut to 0..size; NaN makes it empty.
+inline void cut_side(double start, double stop, int64_t size, int32_t& from, int32_t& to) {
+  from = to = 0;
+  if (!(start < stop)) return;
+  from = int32_t(std::clamp(start, 0.0, double(size)));
+  to = int32_t(std::clamp(stop, 0.0, double(size)));
+}
+
+inline double filter_reach(double along, double across) {
+  const double r = std::hypot(along, across);
+  return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
+}
+}  // namespace detail
+
+// filtered: bilinear with antialias.
+inline AugmentGeometry read_geometry(const double* row, int64_t width, int64_t height,
+                                     int64_t out_w, int64_t out_h, bool filtered) {
+  AugmentGeometry g{};
+  g.border = row[14] == 1   ? AugmentBorder::kClamp
+             : row[14] == 0 ? AugmentBorder::kFillBlend
+                            : AugmentBorder::kFillOver;
+  g.rule = row[15] == 1   ? AugmentNearest::kEven
+           : row[15] == 2 ? AugmentNearest::kResize
+                          : AugmentNearest::kFloor;
+  for (int i = 0; i < 6; ++i) g.map[i] = row[i];
+  g.origin_x = row[6];
+  g.origin_y = row[7];
+  detail::cut_side(row[6], row[8], width, g.box[0], g.box[2]);
+  detail::cut_side(row[7], row[9], height, g.box[1], g.box[3]);
+  detail::cut_side(row[10], row[12], out_w, g.out_box[0], g.out_box[2]);
+  detail::cut_side(row[11], row[13], out_h, g.out_box[1], g.out_box[3]);
+  g.empty = g.box[0] >= g.box[2] || g.box[1] >= g.box[3] || g.out_box[0] >= g.out_box[2] ||
+            g.out_box[1] >= g.out_box[3];
+  g.reach_x = filtered ? detail::filter_reach(row[0], row[1]) : 1.0;
+  g.reach_y = filtered ? detail::filter_reach(row[3], row[4]) : 1.0;
+  return g;
+}
+
+struct AugmentChain {
+  std::vector<AugmentColor> colors;
+  std::vector<int32_t> contrasts;  // their places in colors
+};
+
+// pairs: [k, 2], one sample's row of the colour table; bytes: the source is uint8.
+inline AugmentChain read_chain(const float* pairs, int64_t k, int64_t channels, bool bytes) {
+  AugmentChain chain;
+  for (int64_t i = 0; i < k; ++i) {
+    const float code = pairs[2 * i];
+    if (code == 0) continue;
+    const bool whole = code >= 16;
+    const float plain = whole ? code - 16 : code;
+    if (!(plain >= 1 && plain <= 5) || plain != float(int32_t(plain)))
+      throw std::runtime_error("bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got " +
+                               std::to_string(code) + ".");
+    const auto kind = AugmentOp(int32_t(plain));
+    if (channels != 3 && kind != AugmentOp::kBrightness && kind != AugmentOp::kContrast) continue;
+    if (kind == AugmentOp::kContrast) chain.contrasts.push_back(int32_t(chain.colors.size()));
+    chain.colors.push_back({kind, whole && bytes, pairs[2 * i + 1]});
+  }
+  return chain;
+}
+
+}  // namespace bigkernel
