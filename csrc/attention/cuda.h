@@ -20,8 +20,9 @@ struct AttentionCudaArgs {
   int64_t total_q, total_k;                       // packed: rows of q, of k
   DType dtype;                                    // float32, bfloat16 or float16
   int32_t batch, heads_q, heads_kv, group;
-  int32_t max_q, max_k;               // rows and keys of a sequence, at most
-  int32_t dim, dim_v;                 // at most kAttentionMostDim
+  int32_t max_q, max_k;  // rows and keys of a sequence, at most
+  int32_t dim, dim_v;    // at most kAttentionMostDim
+  int32_t aligned;       // every row of every tensor starts and ends at a multiple of 16 bytes
   int32_t bottom_right, left, right;  // -1: unlimited
   float scale, softcap;
   float dropout_scale;         // 1 / (1 - p), 0 if p = 1
@@ -38,13 +39,23 @@ inline void set_dropout(AttentionCudaArgs& args, double p) {
   args.dropout_threshold = p >= 1 ? 0 : uint32_t(p * 4294967296.0);
 }
 
+// Whether every row of a tensor of `dim` columns starts and ends at a multiple of 16 bytes, so that
+// it can be moved in such pieces.
+inline bool rows_aligned(const AttentionTensor& t, int64_t dim, DType dtype) {
+  const auto bytes = [&](int64_t elements) { return elements * dtype_size(dtype); };
+  return ((reinterpret_cast<uintptr_t>(t.data) | uintptr_t(bytes(t.batch)) |
+           uintptr_t(bytes(t.head)) | uintptr_t(bytes(t.row)) | uintptr_t(bytes(dim))) &
+          15) == 0;
+}
+
 // What a launch will be: tests and reports read it, launches follow it.
 struct AttentionLaunch {
   const char* name;
-  const void* kernel;  // takes an AttentionCudaArgs; null: nothing to do
-  uint32_t blocks, threads;
+  const void* kernel;        // takes an AttentionCudaArgs
+  uint32_t blocks, threads;  // no blocks: nothing to do
   size_t shared;
   int32_t tile_rows, tile_keys, tile_dim;
+  int32_t aligned;
   int32_t general;  // the kernel with every feature, not the one for plain and causal attention
 };
 

@@ -28,19 +28,25 @@ struct TileLayout {
 // The addresses that one lane gives to ldmatrix_x4 for 16 x 16 elements of a tile of 16-bit T, all
 // from a few registers: at(row, step) with row a multiple of 16 and step in units of 16 columns
 // costs no instruction where both are constants. The four matrices:
-//   r[0]: rows 0-7, columns 0-7    r[1]: rows 8-15, columns 0-7
-//   r[2]: rows 0-7, columns 8-15   r[3]: rows 8-15, columns 8-15
-// So r is the fragment `a` of mma for rows m and columns k; of a tile [n][k], (r[0], r[2]) and
-// (r[1], r[3]) are `b` for n 0-7 and 8-15; of a tile [k][n] read with _trans, (r[0], r[1]) and
-// (r[2], r[3]) are `b` for n 0-7 and 8-15.
-template <class T, int kDim>
+//   kRowsFirst:    r[0]: rows 0-7, columns 0-7      r[1]: rows 8-15, columns 0-7
+//                  r[2]: rows 0-7, columns 8-15     r[3]: rows 8-15, columns 8-15
+//   kColumnsFirst: r[1] and r[2] the other way round
+// Read kRowsFirst, r is the fragment `a` of mma for rows m and columns k; of a tile [k][n] read so
+// with _trans, (r[0], r[1]) and (r[2], r[3]) are `b` for n 0-7 and 8-15. Of a tile [n][k] read
+// kColumnsFirst, they are. The two parts of `b` lie in neighbouring registers, as mma wants them.
+enum class MatrixOrder { kRowsFirst, kColumnsFirst };
+
+template <class T, int kDim, MatrixOrder kOrder = MatrixOrder::kRowsFirst>
 struct MatrixCursor {
   using Layout = TileLayout<T, kDim>;
   static constexpr int kTurns = Layout::kRowBytes % 128 == 0 ? 4 : 2;
   uint32_t base[kTurns];
 
   __device__ __forceinline__ MatrixCursor(uint32_t tile, int first_row, int lane) {
-    const int row = first_row + (lane & 15), half = lane >> 4;
+    const bool rows_first = kOrder == MatrixOrder::kRowsFirst;
+    const int second = lane >> 3 & 1, third = lane >> 4;
+    const int row = first_row + (lane & 7) + 8 * (rows_first ? second : third);
+    const int half = rows_first ? third : second;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) base[i] = tile + Layout::at(row, 2 * i + half);
   }

@@ -27,4 +27,18 @@ inline void check_launch(const char* kernel, dim3 grid, dim3 block, size_t share
                         " bytes of shared memory failed");
 }
 
+// Launches a kernel that takes one struct, by its address.
+template <class Args>
+void launch_kernel(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared,
+                   void* stream, const Args& args) {
+  if (shared > 48 * 1024)  // more has to be asked for
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+        std::string("asking for ") + std::to_string(shared) +
+            " bytes of shared memory for CUDA kernel " + name);
+  void* values[] = {const_cast<Args*>(&args)};
+  cudaLaunchKernel(kernel, grid, block, values, shared, static_cast<cudaStream_t>(stream));
+  check_launch(name, grid, block, shared);
+}
+
 }  // namespace bigkernel

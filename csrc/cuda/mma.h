@@ -16,20 +16,22 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 //   a[0]: [g][2t, 2t+1]    a[1]: [g+8][2t, 2t+1]    a[2]: [g][2t+8, 2t+9]    a[3]: [g+8][2t+8,
 //   2t+9] b0:   [2t, 2t+1][g]    b1:   [2t+8, 2t+9][g] d[0], d[1]: [g][2t, 2t+1]    d[2], d[3]:
 //   [g+8][2t, 2t+1]
+// The sum's operand is apart from the result: zeros then cost no registers.
+#define BK_MMA_M16N8K16(type)                                                               \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                      \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d[0]), "f"(d[1]), \
+        "f"(d[2]), "f"(d[3]))
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  BK_MMA_M16N8K16("bf16");
 }
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, fp16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  BK_MMA_M16N8K16("f16");
 }
+#undef BK_MMA_M16N8K16
 
 // Four 8 x 8 matrices of 16-bit elements. Lane 8 j + i gives the address of row i (16 bytes) of
 // matrix j; r[j] is [g][2t, 2t+1] of matrix j, with _trans [2t, 2t+1][g].

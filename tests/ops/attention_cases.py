@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import attention_ptx
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from bigkernel.reference.attention import (
     dropout_keep,
     reference_scores,
 )
+from bigkernel.testing import ptx
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SEED = 0x1234_5678_9ABC_DEF0
@@ -367,7 +369,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_backend(name: str) -> Iterator[None]:
-    """Use backend "torch", "torch-cuda", "cuda" or "cpu-<instruction set>".
+    """Use backend "torch", "torch-cuda", "cuda", "ptx" or "cpu-<instruction set>".
 
     The native kernels are left to the automatic choice, which under BIGKERNEL_STRICT=1 raises where
     it would fall back: a test that passes here ran the kernel.
@@ -380,6 +382,11 @@ def on_backend(name: str) -> Iterator[None]:
         if detail == "none":
             pytest.skip("the native module is not built")
         with bigkernel.use_cpu_isa(detail):
+            yield
+    elif kind == "ptx":
+        if ptx.nvcc() is None:
+            pytest.skip("nvcc is not on the path")
+        with attention_ptx.emulated():
             yield
     else:
         if not _library.kernels["attention_fwd", "cuda"]:
@@ -398,6 +405,13 @@ BACKENDS = [
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend, and the CPU kernels under every instruction set."""
+    with on_backend(request.param), threads(1):
+        yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, "ptx"])
+def backend_or_ptx(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, and the compiled CUDA kernels in the emulator."""
     with on_backend(request.param), threads(1):
         yield request.param
 

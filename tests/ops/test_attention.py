@@ -36,7 +36,7 @@ from bigkernel import ops
 from bigkernel.reference.attention import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
-backend = attention_cases.backend
+backend = attention_cases.backend_or_ptx
 
 ALONE = {
     "plain": {},

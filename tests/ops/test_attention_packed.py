@@ -8,7 +8,7 @@ from attention_cases import DTYPES, SEED, device_of, largest_error
 from bigkernel import ops
 from bigkernel.reference.attention import Rule, attention_reference
 
-backend = attention_cases.backend
+backend = attention_cases.backend_or_ptx
 
 # Empty on either side or both, one token, within a tile, more than one tile.
 LENGTHS = [(5, 9), (0, 3), (40, 40), (4, 0), (1, 1), (0, 0), (33, 150)]

@@ -1,0 +1,507 @@
+// Attention forward on the GPU, for one block of query rows (formula: attention.h):
+//   for each tile of keys that a row of the block sees:
+//     S = Q K^T;  m' = max(m, max_j S);  P = 2^((S - m') f);  c = 2^((m - m') f)
+//     l = c l + sum_j P;  O = c O + drop(P) V;  m = m'
+//   out = O / l;  lse = m f ln 2 + ln l          f = scale log2 e, or log2 e where scores are not
+//                                                just scaled products
+// The algorithm is FlashAttention-2's (Dao, 2023).
+//
+// A block of 4 warps (2 in fp32 with wide heads) holds 64 or 128 rows, 16 or 32 a warp. Shared
+// memory: the tiles of Q, K and V, 16-byte chunks swizzled (cuda_tile.h), at most 96 KB so that
+// every GPU from sm_80 on has room; in fp32 also P. K and V are two stages of one pipeline: while a
+// tile's scores are computed its values are on their way, while they are weighted the next keys.
+//
+// Two kernels for each type and width of head: the plain one takes causality and windows, and runs
+// an inner loop without any masking over the tiles that the whole block sees; the general one takes
+// everything: softcap, ALiBi, mask, dropout, any scale, rows that are not 16-byte aligned.
+// bf16 and fp16 multiply by mma.m16n8k16, fp32 by fma, so it keeps fp32's accuracy; all keep scores
+// in mma's layout: lane 4 g + t has rows g, g + 8 and keys 2 t, 2 t + 1 of each 16 x 8.
+#pragma once
+#include <type_traits>
+
+#include "attention/cuda_scores.h"
+#include "attention/cuda_tile.h"
+
+namespace bigkernel {
+
+template <class T, int kDim_, bool kGeneral_>
+struct ForwardShape {
+  using Element = T;
+  static constexpr int kDim = kDim_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kFma = sizeof(T) == 4;
+  static constexpr int kThreads = kFma && kDim > 128 ? 64 : 128;
+  // Two row tiles a warp halve the loads of K and V; O and S then fill the registers.
+  static constexpr int kRowTiles = kFma || kGeneral || kDim > 128 ? 1 : 2;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kThreads / 32 * kWarpRows;
+  static constexpr int kKeys = kFma             ? (kDim > 128 ? 16 : 32)
+                               : kRowTiles == 2 ? (kDim > 64 ? 64 : 128)
+                                                : (kDim > 192 ? 32 : 64);
+  static constexpr int kRowBytes = kDim * int(sizeof(T));
+  static constexpr int kKeyTile = kRows * kRowBytes;                  // K starts here
+  static constexpr int kValueTile = kKeyTile + kKeys * kRowBytes;     // V
+  static constexpr int kWeightTile = kValueTile + kKeys * kRowBytes;  // P, fp32 only
+  static constexpr int kShared = kWeightTile + (kFma ? kRows * kKeys * 4 : 0);
+};
+
+// The tiles of keys of a block, in the order in which they are taken: those that not every row of
+// the block sees whole, at either end, then the others.
+struct ForwardSteps {
+  int begin, left_edges, edges, full_begin, full_end, count;
+
+  __device__ ForwardSteps(const DeviceReach& reach, int first_row, int last_row, int keys) {
+    begin = reach.lo(first_row) / keys;
+    const int end = (reach.hi(last_row) + keys - 1) / keys;
+    full_begin = (reach.lo(last_row) + keys - 1) / keys;
+    full_end = reach.hi(first_row) / keys;
+    count = max(0, end - begin);
+    if (full_begin >= full_end) full_begin = full_end = max(begin, end);
+    left_edges = full_begin - begin;
+    edges = count - (full_end - full_begin);
+  }
+  __device__ int tile(int step) const {
+    if (step < left_edges) return begin + step;
+    return step < edges ? full_end + step - left_edges : full_begin + step - edges;
+  }
+};
+
+template <class Shape>
+struct Forward {
+  using T = typename Shape::Element;
+  using Layout = TileLayout<T, Shape::kDim>;
+  static constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles;
+  static constexpr int kKeyGroups = kKeys / 8, kDimGroups = kDim / 8;
+  using QLoader = TileLoader<T, Shape::kRows, kDim, Shape::kThreads>;
+  using KLoader = TileLoader<T, kKeys, kDim, Shape::kThreads>;
+  using RowCursor = MatrixCursor<T, kDim>;
+  using KeyCursor = MatrixCursor<T, kDim, MatrixOrder::kColumnsFirst>;
+  using Scores = float[kRowTiles][kKeyGroups][4];
+
+  const AttentionCudaArgs& args;
+  const DeviceSequence sequence;
+  const DeviceReach reach;
+  const int head, first_row, lane, warp_row;
+  const uint32_t shared;
+  const bool aligned;
+  float factor;
+
+  float o[kRowTiles][kDimGroups][4];
+  float top[kRowTiles][2];  // m
+  float sum[kRowTiles][2];  // l, of this lane's keys
+
+  __device__ Forward(const AttentionCudaArgs& args_, const DeviceSequence& sequence_, int head_,
+                     int first_row_, uint32_t shared_)
+      : args(args_),
+        sequence(sequence_),
+        reach(reach_of(args_, sequence_)),
+        head(head_),
+        first_row(first_row_),
+        lane(threadIdx.x % 32),
+        warp_row(threadIdx.x / 32 * Shape::kWarpRows),
+        shared(shared_),
+        aligned(!Shape::kGeneral || args_.aligned),
+        factor(Shape::kGeneral ? kLog2E : args_.scale * kLog2E) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kDimGroups; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) o[i][n][x] = 0;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        top[i][e] = -BK_INFINITY;
+        sum[i][e] = 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ int row_of(int i, int e) const {
+    return first_row + warp_row + 16 * i + 8 * e + lane / 4;
+  }
+
+  template <class Loader>
+  __device__ __forceinline__ void load_edge(const Loader& loader, uint32_t tile, int first,
+                                            int rows) const {
+    if (aligned)
+      loader.load_bounded(tile, first, rows);
+    else
+      loader.load_unaligned(tile, first, rows);
+  }
+
+  // Places in the tile of P (fp32 only), one for each chunk of four keys; writing pairs of keys and
+  // reading chunks of 8 rows are both free of bank conflicts.
+  static __device__ __forceinline__ uint32_t weight_at(int row, int chunk) {
+    const int turn = kKeys % 32 == 0 ? row & 3 : row >> 1 & 1;
+    return Shape::kWeightTile + row * kKeys * 4 + ((chunk ^ 2 * turn) << 4);
+  }
+
+  // S = Q K^T in fp32: the same elements as mma's layout gives this lane.
+  __device__ __forceinline__ void multiply_keys(Scores& s) const {
+#pragma unroll 2
+    for (int k = 0; k < Layout::kChunks; ++k) {
+      float4 q[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        q[e] = ld_shared_v4_f32(shared + Layout::at(warp_row + 8 * e + lane / 4, k));
+#pragma unroll
+      for (int n = 0; n < kKeyGroups; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float4 key =
+              ld_shared_v4_f32(shared + Shape::kKeyTile + Layout::at(8 * n + lane % 4 * 2 + c, k));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[0][n][2 * e + c];
+            x = fmaf(q[e].x, key.x, x);
+            x = fmaf(q[e].y, key.y, x);
+            x = fmaf(q[e].z, key.z, x);
+            x = fmaf(q[e].w, key.w, x);
+          }
+        }
+      }
+    }
+  }
+
+  // O += P V in fp32. This lane's columns of O: 16 j + 4 t .. + 3, in o[0][2 j] and o[0][2 j + 1].
+  __device__ __forceinline__ void add_values(const Scores& p) {
+    const int g = lane / 4, t = lane % 4;
+    __syncwarp();  // the weights before are read
+#pragma unroll
+    for (int n = 0; n < kKeyGroups; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        st_shared_v2_f32(shared + weight_at(warp_row + 8 * e + g, 2 * n + t / 2) + t % 2 * 8,
+                         p[0][n][2 * e], p[0][n][2 * e + 1]);
+    __syncwarp();
+#pragma unroll 2
+    for (int chunk = 0; chunk < kKeys / 4; ++chunk) {
+      float weight[2][4];
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        *reinterpret_cast<float4*>(weight[e]) =
+            ld_shared_v4_f32(shared + weight_at(warp_row + 8 * e + g, chunk));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int d = 0; d < kDim / 16; ++d) {
+          const float4 value =
+              ld_shared_v4_f32(shared + Shape::kValueTile + Layout::at(4 * chunk + j, 4 * d + t));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            o[0][2 * d][2 * e] = fmaf(weight[e][j], value.x, o[0][2 * d][2 * e]);
+            o[0][2 * d][2 * e + 1] = fmaf(weight[e][j], value.y, o[0][2 * d][2 * e + 1]);
+            o[0][2 * d + 1][2 * e] = fmaf(weight[e][j], value.z, o[0][2 * d + 1][2 * e]);
+            o[0][2 * d + 1][2 * e + 1] = fmaf(weight[e][j], value.w, o[0][2 * d + 1][2 * e + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // S = Q K^T, on tensor cores.
+  __device__ __forceinline__ void multiply_keys(Scores& s, const RowCursor& rows,
+                                                const KeyCursor& keys) const {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) ldmatrix_x4(a[i], rows.at(16 * i, k));
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4(b, keys.at(16 * n, k));
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_m16n8k16(s[i][2 * n], a[i], b[0], b[1], T{});
+          mma_m16n8k16(s[i][2 * n + 1], a[i], b[2], b[3], T{});
+        }
+      }
+    }
+  }
+
+  // O += P V, on tensor cores.
+  __device__ __forceinline__ void add_values(const Scores& p, const RowCursor& values) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int x = 0; x < 4; ++x)
+          a[i][x] =
+              cvt_rn_x2(p[i][2 * k + x / 2][x % 2 * 2], p[i][2 * k + x / 2][x % 2 * 2 + 1], T{});
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, values.at(16 * k, d));
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_m16n8k16(o[i][2 * d], a[i], b[0], b[1], T{});
+          mma_m16n8k16(o[i][2 * d + 1], a[i], b[2], b[3], T{});
+        }
+      }
+    }
+  }
+
+  // The part of the tile's keys that a row sees.
+  __device__ __forceinline__ void hide(Scores& s, int first_key) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int lo = reach.lo(row_of(i, e)) - first_key, hi = reach.hi(row_of(i, e)) - first_key;
+#pragma unroll
+        for (int n = 0; n < kKeyGroups; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int key = 8 * n + lane % 4 * 2 + c;
+            if (key < lo || key >= hi) s[i][n][2 * e + c] = -BK_INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void score(Scores& s, const DeviceScores& rule, int first_key) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = row_of(i, e);
+        // Rows past the end see what the mask says of the last one.
+        const int lo = reach.lo(row), hi = row < sequence.rows ? reach.hi(row) : 0;
+#pragma unroll
+        for (int n = 0; n < kKeyGroups; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int key = first_key + 8 * n + lane % 4 * 2 + c;
+            float& x = s[i][n][2 * e + c];
+            float unused;
+            x = key >= lo && key < hi ? rule(x, row, key, unused) : -BK_INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void drop(Scores& p, const DeviceDropout& dropout,
+                                       int first_key) const {
+    const int odd = lane & 1;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kKeyGroups; ++n) {
+        // Two lanes share a quad of keys: each draws it for one of their two rows.
+        const uint32_t mine = dropout.kept(row_of(i, odd), first_key / 4 + 2 * n + lane % 4 / 2);
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t bits = (e == odd ? mine : other) >> (2 * odd);
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (!(bits >> c & 1)) p[i][n][2 * e + c] = 0;
+        }
+      }
+    }
+  }
+
+  // S -> P; scales what was summed before. kEdge: a row may have seen no key yet.
+  template <bool kEdge>
+  __device__ __forceinline__ void softmax(Scores& s) {
+    // (s - m) f: exactly 0 at the largest. In 16 bits, s f - m f is as good and one step shorter.
+    constexpr bool kExact = Shape::kFma || Shape::kGeneral;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float now = top[i][e];
+#pragma unroll
+        for (int n = 0; n < kKeyGroups; ++n)
+          now = fmaxf(now, fmaxf(s[i][n][2 * e], s[i][n][2 * e + 1]));
+        now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
+        const float from = kEdge && now == -BK_INFINITY ? 0.0f : now;
+        const float base = from * factor;
+        const float shrink =
+            ex2_approx_ftz(kExact ? (top[i][e] - from) * factor : top[i][e] * factor - base);
+        top[i][e] = now;
+        float total = sum[i][e] * shrink;
+#pragma unroll
+        for (int n = 0; n < kKeyGroups; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& x = s[i][n][2 * e + c];
+            x = ex2_approx_ftz(kExact ? (x - from) * factor : fmaf(x, factor, -base));
+            total += x;
+          }
+        }
+        sum[i][e] = total;
+#pragma unroll
+        for (int n = 0; n < kDimGroups; ++n) {
+          o[i][n][2 * e] *= shrink;
+          o[i][n][2 * e + 1] *= shrink;
+        }
+      }
+    }
+  }
+
+  __device__ void run() {
+    const int last_row = min(first_row + Shape::kRows, sequence.rows) - 1;
+    const ForwardSteps steps(reach, first_row, last_row, kKeys);
+    const int kv_head = head / args.group;
+    const KLoader keys(row_pointer<T>(args.k, sequence.index, kv_head, sequence.first_k),
+                       args.k.row, args.dim, threadIdx.x);
+    const KLoader values(row_pointer<T>(args.v, sequence.index, kv_head, sequence.first_k),
+                         args.v.row, args.dim_v, threadIdx.x);
+    const uint32_t key_tile = shared + Shape::kKeyTile, value_tile = shared + Shape::kValueTile;
+
+    if (steps.count > 0) {
+      const QLoader queries(row_pointer<T>(args.q, sequence.index, head, sequence.first_q),
+                            args.q.row, args.dim, threadIdx.x);
+      load_edge(queries, shared, first_row, sequence.rows);
+      load_edge(keys, key_tile, steps.tile(0) * kKeys, sequence.keys);
+      if (!Shape::kGeneral) values.pad(value_tile);
+    }
+    cp_async_commit_group();
+
+    auto take = [&](int step, int first_key, int next_key, auto edge) {
+      constexpr bool kEdge = decltype(edge)::value;
+      cp_async_wait_group<0>();
+      __syncthreads();  // keys are there; everyone is done with the values before
+      if constexpr (kEdge)
+        load_edge(values, value_tile, first_key, sequence.keys);
+      else
+        values.load(value_tile, first_key);
+      cp_async_commit_group();
+      Scores s = {};
+      if constexpr (Shape::kFma)
+        multiply_keys(s);
+      else
+        multiply_keys(s, RowCursor(shared, warp_row, lane), KeyCursor(key_tile, 0, lane));
+      cp_async_wait_group<0>();
+      __syncthreads();  // values are there; everyone is done with the keys
+      if (step + 1 < steps.count) {
+        if constexpr (kEdge)
+          load_edge(keys, key_tile, next_key, sequence.keys);
+        else
+          keys.load(key_tile, next_key);
+      }
+      cp_async_commit_group();
+      if constexpr (Shape::kGeneral)
+        score(s, DeviceScores(args, sequence, head), first_key);
+      else if constexpr (kEdge)
+        hide(s, first_key);
+      softmax<kEdge>(s);
+      if constexpr (Shape::kGeneral) {
+        if (args.seed != nullptr) drop(s, DeviceDropout(args, sequence, head), first_key);
+      }
+      if constexpr (Shape::kFma)
+        add_values(s);
+      else
+        add_values(s, RowCursor(value_tile, 0, lane));
+    };
+    const int edges = Shape::kGeneral ? steps.count : steps.edges;
+#pragma unroll 1
+    for (int step = 0; step < edges; ++step)
+      take(step, steps.tile(step) * kKeys, steps.tile(step + 1) * kKeys, std::true_type{});
+    if constexpr (!Shape::kGeneral) {
+      int key = steps.full_begin * kKeys;
+#pragma unroll 1
+      for (int step = edges; step < steps.count; ++step, key += kKeys)
+        take(step, key, key + kKeys, std::false_type{});
+    }
+    finish();
+  }
+
+  // out and lse. O goes through the warp's own rows of the tile of Q, to leave in whole sectors.
+  __device__ __forceinline__ void finish() {
+    const float kept = Shape::kGeneral && args.seed != nullptr ? args.dropout_scale : 1.0f;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float total = sum[i][e];
+        total += __shfl_xor_sync(0xffffffffu, total, 1);
+        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        const bool dead = total == 0;
+        const float inverse = dead ? 0.0f : kept / total;
+        const int row = row_of(i, e), local = row - first_row;
+        if (lane % 4 == 0 && row < sequence.rows)
+          *(row_pointer<float>(args.lse, sequence.index, head, sequence.first_q + row)) =
+              dead ? -BK_INFINITY : top[i][e] * (Shape::kGeneral ? 1.0f : args.scale) + logf(total);
+#pragma unroll
+        for (int n = 0; n < kDimGroups; ++n) {
+          const float low = o[i][n][2 * e] * inverse, high = o[i][n][2 * e + 1] * inverse;
+          if constexpr (Shape::kFma)
+            st_shared_v2_f32(shared + Layout::at(local, n / 2 * 4 + lane % 4) + n % 2 * 8, low,
+                             high);
+          else
+            st_shared(shared + Layout::at(local, n) + lane % 4 * 4, cvt_rn_x2(low, high, T{}));
+        }
+      }
+    }
+    __syncwarp();
+    constexpr int kChunks = Layout::kChunks;
+#pragma unroll
+    for (int j = 0; j < Shape::kWarpRows * kChunks / 32; ++j) {
+      const int at = j * 32 + lane, local = warp_row + at / kChunks, chunk = at % kChunks;
+      const int row = first_row + local, column = chunk * Layout::kChunk;
+      if (row >= sequence.rows || column >= args.dim_v) continue;
+      const uint4 value = ld_shared_v4(shared + Layout::at(local, chunk));
+      T* to = row_pointer<T>(args.out, sequence.index, head, sequence.first_q + row) + column;
+      if (aligned) {
+        *reinterpret_cast<uint4*>(to) = value;
+      } else {
+        union {
+          uint4 whole;
+          T element[Layout::kChunk];
+        } parts;
+        parts.whole = value;
+#pragma unroll
+        for (int x = 0; x < Layout::kChunk; ++x)
+          if (column + x < args.dim_v) to[x] = parts.element[x];
+      }
+    }
+  }
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    attention_fwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
+  extern __shared__ uint4 attention_shared[];
+  // The tiles of a head side by side, so that its keys stay in the cache; the last rows, which
+  // under a causal mask see most, first.
+  const uint32_t tiles = (args.max_q + Shape::kRows - 1) / Shape::kRows;
+  const int tile = tiles - 1 - blockIdx.x % tiles;
+  const int head = blockIdx.x / tiles % args.heads_q, batch = blockIdx.x / tiles / args.heads_q;
+  const DeviceSequence sequence = sequence_of(args, batch);
+  if (tile * Shape::kRows >= sequence.rows) return;
+  Forward<Shape>(args, sequence, head, tile * Shape::kRows, shared_address(attention_shared)).run();
+}
+
+template <class Shape>
+AttentionLaunch forward_launch(const char* name) {
+  AttentionLaunch launch{};
+  launch.name = name;
+  launch.kernel = reinterpret_cast<const void*>(&attention_fwd_kernel<Shape>);
+  launch.threads = Shape::kThreads;
+  launch.shared = Shape::kShared;
+  launch.tile_rows = Shape::kRows;
+  launch.tile_keys = Shape::kKeys;
+  launch.tile_dim = Shape::kDim;
+  launch.general = Shape::kGeneral;
+  return launch;
+}
+
+template <class T, int kDim, int... kWider>
+AttentionLaunch choose_forward(const char* name, int32_t dim, bool general) {
+  if constexpr (sizeof...(kWider) > 0) {
+    if (dim > kDim) return choose_forward<T, kWider...>(name, dim, general);
+  }
+  return general ? forward_launch<ForwardShape<T, kDim, true>>(name)
+                 : forward_launch<ForwardShape<T, kDim, false>>(name);
+}
+
+}  // namespace bigkernel

@@ -1,0 +1,40 @@
+// Which kernel of attention's forward pass a call takes, its grid, and the launch.
+#include "attention/cuda_fwd_kernels.h"
+#include "cuda/launch.h"
+
+namespace bigkernel {
+
+AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args) {
+  const bool aligned = rows_aligned(args.q, args.dim, args.dtype) &&
+                       rows_aligned(args.k, args.dim, args.dtype) &&
+                       rows_aligned(args.v, args.dim_v, args.dtype) &&
+                       rows_aligned(args.out, args.dim_v, args.dtype);
+  const bool general = args.mask.kind != MaskKind::kNone || args.slopes != nullptr ||
+                       args.seed != nullptr || args.softcap > 0 || !(args.scale > 0) || !aligned;
+  const int32_t dim = args.dim > args.dim_v ? args.dim : args.dim_v;
+  AttentionLaunch launch = args.dtype == DType::kFloat32    ? attention_fwd_fp32(dim, general)
+                           : args.dtype == DType::kBFloat16 ? attention_fwd_bf16(dim, general)
+                                                            : attention_fwd_fp16(dim, general);
+  const int64_t tiles = (int64_t{args.max_q} + launch.tile_rows - 1) / launch.tile_rows;
+  const int64_t blocks = tiles * args.heads_q * args.batch;
+  if (blocks > 0x7fffffff)
+    throw std::runtime_error(
+        "bigkernel.attention_fwd: " + std::to_string(args.batch) + " sequences of " +
+        std::to_string(args.heads_q) + " heads and up to " + std::to_string(args.max_q) +
+        " rows take more blocks than a CUDA grid has, 2147483647. Split the batch.");
+  launch.blocks = uint32_t(blocks);
+  launch.aligned = aligned;
+  return launch;
+}
+
+void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* stream) {
+  const AttentionLaunch launch = plan_attention_fwd(args);
+  if (launch.blocks == 0) return;
+  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  AttentionCudaArgs ready = args;
+  ready.aligned = launch.aligned;
+  launch_kernel(launch.name, launch.kernel, launch.blocks, launch.threads, launch.shared, stream,
+                ready);
+}
+
+}  // namespace bigkernel

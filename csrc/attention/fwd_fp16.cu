@@ -1,0 +1,11 @@
+#include "attention/cuda_fwd.h"
+#include "attention/cuda_fwd_kernels.h"
+
+namespace bigkernel {
+
+AttentionLaunch attention_fwd_fp16(int32_t dim, bool general) {
+  return choose_forward<fp16, 32, 64, 96, 128, 192, 256>("attention_fwd_kernel<fp16>", dim,
+                                                         general);
+}
+
+}  // namespace bigkernel

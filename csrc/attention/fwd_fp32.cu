@@ -1,0 +1,10 @@
+#include "attention/cuda_fwd.h"
+#include "attention/cuda_fwd_kernels.h"
+
+namespace bigkernel {
+
+AttentionLaunch attention_fwd_fp32(int32_t dim, bool general) {
+  return choose_forward<float, 32, 64, 128, 256>("attention_fwd_kernel<float>", dim, general);
+}
+
+}  // namespace bigkernel

@@ -1,0 +1,197 @@
+"""The CUDA kernels of attention without a GPU: ops whose kernels run in bigkernel.testing.ptx.
+
+``torch.ops.bigkernel_ptx.attention_fwd`` is the op of ``bigkernel.ops.attention``, schema, fake and
+autograd included, on CPU tensors: the arguments that csrc/attention/cuda.cpp would hand to the
+launchers go to those same launchers, compiled against the emulator.
+"""
+
+import ctypes
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bigkernel.reference import attention_blocks
+from bigkernel.reference.attention_blocks import empty_like_layout
+from bigkernel.testing import ptx
+
+op = importlib.import_module("bigkernel.ops.attention")  # whose name is also a function
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACE = "bigkernel_ptx"
+P, I32, I64, F32, U32 = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_uint32,
+)
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
+MASK_KINDS = {  # MaskKind
+    torch.bool: 1,
+    torch.float32: 2,
+    torch.bfloat16: 3,
+    torch.float16: 4,
+    torch.float64: 5,
+}
+
+
+class TensorView(ctypes.Structure):  # AttentionTensor
+    _fields_ = (("data", P), ("batch", I64), ("head", I64), ("row", I64))
+
+
+class MaskView(ctypes.Structure):  # AttentionMask
+    _fields_ = (("data", P), ("kind", I32), *((n, I64) for n in ("batch", "head", "row", "col")))
+
+
+class Args(ctypes.Structure):  # AttentionCudaArgs
+    _fields_ = (
+        *((n, TensorView) for n in ("q", "k", "v", "out", "lse")),
+        *((n, TensorView) for n in ("dout", "dlse", "dq", "dk", "dv", "delta")),
+        *((n, MaskView) for n in ("mask", "dmask")),
+        *(("slopes", P), ("slopes_batch", I64), ("slopes_head", I64), ("seed", P)),
+        *(("cu_q", P), ("cu_k", P), ("total_q", I64), ("total_k", I64), ("dtype", I32)),
+        *((n, I32) for n in ("batch", "heads_q", "heads_kv", "group", "max_q", "max_k")),
+        *((n, I32) for n in ("dim", "dim_v", "aligned", "bottom_right", "left", "right")),
+        *(("scale", F32), ("softcap", F32), ("dropout_scale", F32), ("dropout_threshold", U32)),
+    )
+
+
+class Plan(ctypes.Structure):  # AttentionLaunch
+    _fields_ = (
+        *(("name", ctypes.c_char_p), ("kernel", P), ("blocks", U32), ("threads", U32)),
+        *(("shared", ctypes.c_size_t), ("tile_rows", I32), ("tile_keys", I32)),
+        *(("tile_dim", I32), ("aligned", I32), ("general", I32)),
+    )
+
+
+@functools.cache
+def host() -> ptx.HostLibrary:
+    sources = [
+        *sorted((ROOT / "csrc/attention").glob("*.cu")),
+        ROOT / "tests/ops/attention_shim.cpp",
+    ]
+    host = ptx.HostLibrary(
+        sources, flags=["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
+    )
+    host.library.attention_args_size.restype = I64
+    host.library.attention_launch_size.restype = I64
+    host.library.attention_fwd_plan.restype = ctypes.c_char_p
+    host.library.attention_fwd_run.restype = ctypes.c_char_p
+    assert host.library.attention_args_size() == ctypes.sizeof(Args), "AttentionCudaArgs changed"
+    assert host.library.attention_launch_size() == ctypes.sizeof(Plan), "AttentionLaunch changed"
+    return host
+
+
+launches: list[ptx.Launch] = []  # of the last call
+
+
+class Call:
+    """The arguments of one call, and the memory that its tensors are registered in."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
+        (mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right, left, right,
+         softcap, dropout_p) = options  # fmt: skip
+        self.memory, self.packed = ptx.Memory(), cu_q is not None
+        self.kept: list[Tensor] = []
+        args = self.args = Args()
+        args.q, args.k, args.v = self.view(q, "q"), self.view(k, "k"), self.view(v, "v")
+        args.dtype = TYPE_CODES[q.dtype]
+        args.heads_q, args.heads_kv = q.shape[1], k.shape[1]
+        args.group = q.shape[1] // k.shape[1] if k.shape[1] else 1
+        args.dim, args.dim_v = q.shape[-1], v.shape[-1]
+        if self.packed:
+            args.cu_q, args.cu_k = self.at(cu_q, "cu_seqlens_q"), self.at(cu_k, "cu_seqlens_k")
+            args.batch, args.total_q, args.total_k = len(cu_q) - 1, q.shape[0], k.shape[0]
+            args.max_q, args.max_k = min(max_q, q.shape[0]), min(max_k, k.shape[0])
+        else:
+            args.batch, args.max_q, args.max_k = q.shape[0], q.shape[2], k.shape[2]
+        args.scale, args.softcap, args.bottom_right = scale, softcap, bottom_right
+        args.left, args.right = (side if side < 1 << 29 else -1 for side in (left, right))
+        if causal:
+            args.right = 0
+        if mask is not None:
+            args.mask = self.mask(mask, "mask")
+        if slopes is not None:
+            slopes = slopes.float()
+            args.slopes = self.at(slopes, "slopes")
+            args.slopes_batch = slopes.stride(0) if slopes.dim() == 2 else 0
+            args.slopes_head = slopes.stride(-1)
+        if dropout_p > 0:
+            args.seed = self.at(seed, "seed")
+            host().library.attention_set_dropout(ctypes.byref(args), ctypes.c_double(dropout_p))
+
+    def at(self, x: Tensor, name: str) -> int:
+        self.kept.append(x)
+        return self.memory.register(x.detach(), name)
+
+    def view(self, x: Tensor, name: str) -> TensorView:
+        strides = (0, x.stride(1), x.stride(0)) if self.packed else x.stride()[:3]
+        return TensorView(self.at(x, name), *strides)
+
+    def view_lse(self, x: Tensor, name: str) -> TensorView:
+        return TensorView(self.at(x, name), *((0, *x.stride()) if self.packed else x.stride()))
+
+    def mask(self, x: Tensor, name: str) -> MaskView:
+        strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        return MaskView(self.at(x, name), MASK_KINDS[x.dtype], *strides)
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        error = host().library.attention_fwd_plan(ctypes.byref(self.args), ctypes.byref(plan))
+        assert error == b"", error.decode()
+        return plan
+
+    def run(self, function: str) -> None:
+        with host().running(self.memory) as made:
+            error = getattr(host().library, function)(ctypes.byref(self.args))
+        launches[:] = made
+        assert error == b"", error.decode()
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    call = Call(q, k, v, *options)
+    out = empty_like_layout(q, v.shape[-1]).fill_(torch.nan)
+    shape = (q.shape[1], q.shape[0]) if call.packed else q.shape[:3]
+    lse = torch.full(shape, torch.nan)
+    call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
+    call.run("attention_fwd_run")
+    return out, lse
+
+
+@functools.cache
+def define() -> Any:
+    """The ops, defined once; kept for as long as the process."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    namespace = getattr(torch.ops, NAMESPACE)
+    for name, schema, impl, fake, autograd in (
+        ("attention_fwd", op._SCHEMA_FWD, attention_fwd, op._fake_fwd, op._autograd),
+        ("attention_bwd", op._SCHEMA_BWD, attention_blocks.attention_bwd, op._fake_bwd,
+         op._no_second_derivative),
+    ):  # fmt: skip
+        library.define(name + schema)
+        library.impl(name, impl, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        backward, setup_context = autograd(namespace)
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
+        )
+    return namespace, library
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Within, every call of attention that a native kernel takes runs in the emulator."""
+    namespace, _ = define()
+
+    def select(name: str, device: torch.device, reason: str | None = None) -> Any:
+        assert reason is None, reason
+        return namespace
+
+    with mock.patch.object(op, "select", select):
+        yield

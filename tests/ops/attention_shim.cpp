@@ -1,0 +1,33 @@
+// What csrc/attention/cuda.cpp does between its checks and its return, for attention_ptx.py.
+#include <exception>
+#include <string>
+
+#include "attention/cuda.h"
+
+using namespace bigkernel;
+
+namespace {
+template <class F>
+const char* message_of(F&& f) {
+  static std::string message;
+  message.clear();
+  try {
+    f();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+}  // namespace
+
+extern "C" int64_t attention_args_size() { return sizeof(AttentionCudaArgs); }
+extern "C" int64_t attention_launch_size() { return sizeof(AttentionLaunch); }
+extern "C" void attention_set_dropout(AttentionCudaArgs* args, double p) { set_dropout(*args, p); }
+
+// These return what was thrown, or "".
+extern "C" const char* attention_fwd_plan(const AttentionCudaArgs* args, AttentionLaunch* launch) {
+  return message_of([&] { *launch = plan_attention_fwd(*args); });
+}
+extern "C" const char* attention_fwd_run(const AttentionCudaArgs* args) {
+  return message_of([&] { launch_attention_fwd(*args, 0, nullptr); });
+}
