@@ -23,14 +23,16 @@ geometry, float64 [N, 16]
                where no tap remains.
             2  s + (1 - m) fill: a plain blend; with fill 0, what rotate and affine do without fill.
     15      how nearest picks a pixel (0 and 1 first round sx and sy to 1/65536 of a pixel, so that
-            what is a tie in exact arithmetic is one; torchvision's rotate and affine decide ties by
-            the noise of fp32 positions):
+            what is a tie in exact arithmetic is one):
             0  floor(sx): a point on the edge of two pixels takes the right one.
-            1  round(sx - .5), halves to even, as rotate and affine do.
+            1  round(sx - .5), halves to even: rotate and affine in exact arithmetic.
             2  as resize does: it takes floor(k * scale) for output pixel k of the resize, a
                float32 product. a and e are the scales (negative where flipped), b = d = 0, and x0,
                y0 of the source box are where the resized region begins; k follows from the map,
                which is centre-aligned as for any other resize. (Any other map: as 0.)
+            3  as rotate and affine do: with the rounding errors of their fp32 positions, which
+               decide what would be a tie. The source box has to be their whole input and the
+               output their whole output, or its mirror image.
 
 color, float32 [N, K, 2]
     Up to K pairs (code, factor), applied in order to the sampled pixels, fill included; any code

@@ -17,7 +17,7 @@ FAR = float(2**20)  # positions beyond this many pixels, infinities and NaN are 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 FILL_BLEND, CLAMP, FILL_OVER = 0, 1, 2  # geometry[14]
-NEAREST_FLOOR, NEAREST_EVEN, NEAREST_RESIZE = 0, 1, 2  # geometry[15]
+NEAREST_FLOOR, NEAREST_EVEN, NEAREST_RESIZE, NEAREST_WARP = 0, 1, 2, 3  # geometry[15]
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE = 1, 2, 3, 4, 5
 WHOLE_NUMBERS = 16  # added to a colour code
 CODES = frozenset(range(1, 6)) | frozenset(range(17, 22))
@@ -99,8 +99,15 @@ def sample(
     sx, sy = (s.where(s.abs() <= FAR, torch.zeros_like(s)) for s in (sx, sy))
 
     if interpolation == 0:
-        column = _nearest(sx, rule, a, b, row[6])
-        line = _nearest(sy, rule, e, d, row[7])
+        if rule == NEAREST_WARP:
+            warped_x = _warped(x, y, a, b, c, out_w, out_h, x0, x1)
+            warped_y = _warped(x, y, d, e, f, out_w, out_h, y0, y1)
+            reachable = (warped_x.abs() <= FAR) & (warped_y.abs() <= FAR)
+            column = torch.where(reachable, warped_x, 0).round().long() + x0
+            line = torch.where(reachable, warped_y, 0).round().long() + y0
+        else:
+            column = _nearest(sx, rule, a, b, row[6])
+            line = _nearest(sy, rule, e, d, row[7])
         inside = reachable & (border == CLAMP)
         inside = inside | (reachable & (column >= x0) & (column < x1) & (line >= y0) & (line < y1))
         taken = image[:, line.clamp(y0, y1 - 1), column.clamp(x0, x1 - 1)].to(dtype)
@@ -143,6 +150,47 @@ def _nearest(s: Tensor, rule: float, step: float, cross: float, origin: float) -
     if rule == NEAREST_EVEN:
         return (((s - 0.5) * 65536).round() / 65536).round().long()
     return ((s * 65536).round() / 65536).floor().long()
+
+
+def _warped(
+    x: Tensor,
+    y: Tensor,
+    by_x: float,
+    by_y: float,
+    shift: float,
+    out_w: int,
+    out_h: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """float32 [H, W] positions in start..stop, where rint gives the pixel, as torchvision has them.
+
+    Its rotate and affine take (x, y, 1) from the middle of the output to -1..1 across the source by
+    a matrix product, and grid_sample takes that to pixels, all in float32. The product fuses y into
+    its sum, but for the smallest images, which torch.bmm takes through plain loops.
+    """
+    half = torch.tensor((stop - start) * 0.5, dtype=torch.float32, device=x.device)
+    middle = by_x * (out_w * 0.5) + by_y * (out_h * 0.5) + shift - start - (stop - start) * 0.5
+    theta = torch.tensor([by_x, by_y, middle], dtype=torch.float64, device=x.device).float() / half
+    along = (x - out_w * 0.5).float() * theta[0]
+    across = (y - out_h * 0.5).float()
+    if 6 * out_w * out_h >= 400:
+        product = _fused(across, theta[1], along)
+    else:
+        product = along + across * theta[1]
+    return ((product + theta[2]) + 1.0) * half - 0.5
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32, rounded once."""
+    product, c = a.double() * b.double(), c.double()  # exact
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    # To odd: what float64 has rounded to even might otherwise look like a tie to float32.
+    even = total.view(torch.int64) & 1 == 0
+    beyond = torch.nextafter(total, torch.where(error > 0, math.inf, -math.inf).to(total))
+    return torch.where((error != 0) & even, beyond, total).float()
 
 
 Taps = list[tuple[Tensor, Tensor]]  # (index, weight) of each tap; shaped like the positions

@@ -46,6 +46,14 @@ def invert(rows: Floats) -> Floats:
     return np.stack([e, -b, b * f - c * e, -d, a, c * d - a * f], axis=1) / det[:, None]
 
 
+def snapped(rows: Floats) -> Floats:
+    """Maps whose linear part has whole numbers where it nearly has: cos(90 degrees) is 6e-17."""
+    near = np.rint(rows)
+    whole = np.abs(rows - near) < 1e-12
+    whole[:, [2, 5]] = False
+    return np.where(whole, near, rows)
+
+
 def keeps_axes(rows: Floats) -> Bools:
     """[n] maps that send boxes to boxes: scaled, mirrored, turned by quarters, moved."""
     m = np.abs(rows)
@@ -109,8 +117,6 @@ def warp_matrix(
     d = np.cos(rotation) - c * np.tan(shear_x)
     # The linear part has determinant 1 before scaling, so its inverse needs no division.
     linear = np.stack([d, -b, -c, a], axis=1) / scale[:, None]
-    near = np.rint(linear)
-    linear = np.where(np.abs(linear - near) < 1e-12, near, linear)  # cos(90 degrees) is 6e-17
     middle = np.stack([width, height], axis=1) * 0.5
     pivot = np.zeros_like(middle) if center is None else np.asarray(center) - middle
     from_point = pivot + translate + np.stack([out_width, out_height], axis=1) * 0.5

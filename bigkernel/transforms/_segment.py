@@ -31,6 +31,7 @@ from bigkernel.reference.augment import (
     NEAREST_EVEN,
     NEAREST_FLOOR,
     NEAREST_RESIZE,
+    NEAREST_WARP,
     WHOLE_NUMBERS,
 )
 from bigkernel.transforms import _steps as steps
@@ -44,6 +45,7 @@ from bigkernel.transforms._affine import (
     keeps_axes,
     map_box,
     scaling,
+    snapped,
 )
 from bigkernel.transforms._arguments import InterpolationMode
 from bigkernel.transforms._draws import Bools, Floats, Ints
@@ -196,7 +198,7 @@ class Segment:
         mirror = identity(len(size))
         mirror[:, 0 if step.horizontal else 4] = -1.0
         mirror[:, 2 if step.horizontal else 5] = size
-        self._precede(step.active, mirror)
+        self._precede(step.active, mirror, mirrors=True)
         flipped = self.output.copy()
         flipped[:, low], flipped[:, high] = size - self.output[:, high], size - self.output[:, low]
         self.output = np.where(step.active[:, None], flipped, self.output)
@@ -244,13 +246,17 @@ class Segment:
         blend = FILL_BLEND if step.fill is not None else FILL_OVER
         border = np.where(self._is_all_source(), blend, FILL_OVER)
         self._use_fill(step.active & exposes, step.fill)
-        self.bilinear |= step.interpolation is InterpolationMode.BILINEAR
+        nearest = np.where(self._is_box_of_source(), NEAREST_WARP, NEAREST_EVEN)
+        # In nearest warps even the noise of a cosine decides ties, as in torchvision's.
+        smooth = step.interpolation is InterpolationMode.BILINEAR
+        self.bilinear |= smooth
+        matrix = snapped(step.matrix) if smooth else step.matrix
         self.source = np.where(warps[:, None], self._frame(), self.source)
         after = np.where(moves[:, None], moved.astype(np.int64), canvas)
         self.output = np.where(step.active[:, None], after, self.output)
         self.border = np.where(warps, border, self.border)
-        self.nearest = np.where(warps, NEAREST_EVEN, self.nearest)
-        self._precede(step.active, step.matrix)
+        self._precede(step.active, np.where(moves[:, None], np.rint(step.matrix), matrix))
+        self.nearest = np.where(warps, nearest, self.nearest)
 
     def _resize_fits(self, step: steps.Resize) -> Bools:
         # A straight map goes on clamping at the source box, so that must be the image's frame.
@@ -284,8 +290,11 @@ class Segment:
         same = (step.height == self.height) & (step.width == self.width)
         return np.asarray(step.active & ~same)
 
-    def _precede(self, active: Bools, matrix: Floats) -> None:
+    def _precede(self, active: Bools, matrix: Floats, mirrors: bool = False) -> None:
         """The map becomes: first ``matrix``, then what the map was."""
+        if not mirrors:  # the rounding errors of a warp are tied to the middle of its own output
+            moved = active & (matrix != identity(1)).any(axis=1) & (self.nearest == NEAREST_WARP)
+            self.nearest = np.where(moved, NEAREST_EVEN, self.nearest)
         self.map = np.where(active[:, None], compose(self.map, matrix), self.map)
         self.straight = keeps_axes(self.map)
 
@@ -328,6 +337,11 @@ class Segment:
         shown = self._shown()
         outside = np.abs(shown - intersect(shown, self.source)).max(axis=1)
         return np.asarray(self._is_whole_frame() & self.straight & (outside <= 0.5))
+
+    def _is_box_of_source(self) -> Bools:
+        """[n] the image is a box of source pixels, as they lie there."""
+        upright = (self.map[:, 0] > 0) & (self.map[:, 4] > 0)
+        return np.asarray(self._is_all_source() & upright & is_whole_pixel_move(self.map))
 
     # Fill, in the units of the call's input
 

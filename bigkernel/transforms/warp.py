@@ -36,7 +36,9 @@ class RandomRotation(Transform):
 
     ``center`` is (x, y) in pixels from the upper left corner, the image's middle if None.
     ``expand`` enlarges the canvas to hold the whole rotated image. What comes from outside the
-    image is ``fill``. ``interpolation`` is "nearest" or "bilinear".
+    image is ``fill``. ``interpolation`` is "nearest" or "bilinear". Where a point falls between two
+    pixels, "nearest" follows torchvision's float32 rounding and so takes the same pixel; with
+    padding or a flip before it, or a crop or padding after it, the even one.
     """
 
     blocks: ClassVar[int] = 1

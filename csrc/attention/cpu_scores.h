@@ -7,19 +7,6 @@ namespace bigkernel::BK_ISA {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInf = __builtin_inff();
 
-// v as it was rounded: keeps a following sum from being fused with the product v. Forward and
-// backward then see the same score, and a row with a single key gives it the weight 1 exactly.
-BK_INLINE VecF rounded(VecF v) {
-#if defined(__x86_64__)
-  __asm__("" : "+v"(v));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(v));
-#else
-  __asm__("" : "+m"(v));
-#endif
-  return v;
-}
-
 // e^x for x <= 87, within 2 ulp of a result that is normal; below e^-87, 0. A NaN passes through.
 // N vectors side by side: one alone would wait for the latency of its own chain of operations.
 template <int N>

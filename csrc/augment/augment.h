@@ -18,7 +18,7 @@ constexpr int64_t kAugmentPackedTaps = 8;  // widest filter over packed pixels
 constexpr double kAugmentFar = 1048576.0;  // points beyond this many pixels are fill
 
 enum class AugmentBorder : int32_t { kFillBlend = 0, kClamp = 1, kFillOver = 2 };
-enum class AugmentNearest : int32_t { kFloor = 0, kEven = 1, kResize = 2 };
+enum class AugmentNearest : int32_t { kFloor = 0, kEven = 1, kResize = 2, kWarp = 3 };
 enum class AugmentOp : int32_t { kBrightness = 1, kContrast, kSaturation, kHue, kGreyscale };
 
 // How the lines are sampled. kLines: axis-aligned, rows are combined first and columns after, by
@@ -50,12 +50,20 @@ struct AugmentColor {
   float factor;
 };
 
+// One coordinate by kWarp, each operation rounded to fp32, from (x, y) relative to the middle of
+// the output: (((x * by_x + y * by_y) + shift) + 1) * half - 0.5, relative to the source box.
+struct AugmentWarp {
+  float by_x, by_y, shift, half;
+};
+
 // One row of the geometry table, decoded (tables.h).
 struct AugmentGeometry {
   bool empty;  // no output pixel comes from the source
   AugmentBorder border;
   AugmentNearest rule;
   double map[6];
+  AugmentWarp warp_x, warp_y;
+  bool fused;                  // kWarp: the product of y goes into the sum unrounded
   double origin_x, origin_y;   // source box before it was cut: where a resized region begins
   int32_t box[4], out_box[4];  // x0 y0 x1 y1, cut to the image and to the output
   double reach_x, reach_y;     // half-widths of the filter in source pixels

@@ -75,7 +75,8 @@ inline void sample_line(const AugmentTask& task, const Line& line, int64_t y, fl
     return;
   }
   const uint32_t* packed = reinterpret_cast<const uint32_t*>(scratch);
-  MapSampler<T>{plan, base, line.channels, line.p, line.pitch, packed}.line(y, args.nearest);
+  MapSampler<T>{plan, base, line.channels, line.width, args.out_h, line.p, line.pitch, packed}.line(
+      y, args.nearest);
   for (int64_t c = 0; c < line.channels; ++c) {
     float* p = line.p + c * line.pitch;
     fill_span(p, 0, plan.out_box[0], plan.fill[c]);

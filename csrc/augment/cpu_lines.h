@@ -7,14 +7,15 @@ template <class T>
 BK_INLINE void combine_rows(const T* first, int64_t stride, const float* weight, int64_t count,
                             int64_t n, float* dst) {
   if (n < kLanes) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = 0;
-    for (int64_t t = 0; t < count; ++t) {
+    // The sum stays in a register: it is rounded as below, whatever the layout of the image.
+    const auto row = [&](int64_t t) {
       T pixels[kLanes] = {};
       for (int64_t i = 0; i < n; ++i) pixels[i] = first[t * stride + i];
-      float sums[kLanes];
-      store<float>(sums, load_pixels(static_cast<const T*>(pixels)) * weight[t]);
-      for (int64_t i = 0; i < n; ++i) dst[i] += sums[i];
-    }
+      return load_pixels(static_cast<const T*>(pixels));
+    };
+    VecF sum = row(0) * weight[0];
+    for (int64_t t = 1; t < count; ++t) sum += row(t) * weight[t];
+    store_n<float>(dst, sum, int(n));
     return;
   }
   for (int64_t i = 0; i < n; i += kLanes) {

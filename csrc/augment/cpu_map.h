@@ -105,8 +105,8 @@ template <class T>
 struct MapSampler {
   const AugmentPlan& plan;
   const T* base;
-  int64_t channels;
-  float* lines;  // [channels, pitch]
+  int64_t channels, width, height;  // of the output
+  float* lines;                     // [channels, pitch]
   int64_t pitch;
   const uint32_t* packed;  // the source box, if plan.packed
 
@@ -209,10 +209,29 @@ struct MapSampler {
     }
   }
 
-  BK_INLINE void nearest(int64_t x, VecD sx, VecD sy, VecI reachable) const {
+  // kWarp: positions in fp32, in the order in which torchvision rounds.
+  void warped_line(int64_t y) const {
+    const float right = 0.5f - 0.5f * float(width), down = float(y) + 0.5f - 0.5f * float(height);
+    const auto position = [&](const AugmentWarp& w, VecF at) {
+      const VecF product = rounded(at * w.by_x);
+      const VecF sum = plan.fused ? fused(set1(down), set1(w.by_y), product)
+                                  : product + rounded(set1(down) * w.by_y);
+      return rounded(((sum + w.shift) + 1.0f) * w.half) - 0.5f;
+    };
+    constexpr float kFar = float(kAugmentFar);
+    for (int64_t x = plan.out_box[0]; x < plan.out_box[2]; x += kLanes) {
+      const VecF at = to_float(lane_index() + int32_t(x)) + right;
+      VecF sx = position(plan.warp_x, at), sy = position(plan.warp_y, at);
+      const VecI reachable = (vabs(sx) <= kFar) & (vabs(sy) <= kFar);
+      sx = reachable ? sx : VecF{};
+      sy = reachable ? sy : VecF{};
+      nearest(x, to_int(vround(sx)) + plan.box[0], to_int(vround(sy)) + plan.box[1], reachable);
+    }
+  }
+
+  BK_INLINE void nearest(int64_t x, VecI column, VecI line, VecI reachable) const {
     const AugmentImage& image = plan.image;
     const int32_t* box = plan.box;
-    const VecI column = nearest_index(sx, plan.rule), line = nearest_index(sy, plan.rule);
     const VecI clamped_x = clampi(column, box[0], box[2] - 1);
     const VecI clamped_y = clampi(line, box[1], box[3] - 1);
     VecI inside = reachable;
@@ -227,6 +246,7 @@ struct MapSampler {
 
   // Output line y, columns out_box[0]..out_box[2] rounded up to whole vectors.
   void line(int64_t y, bool is_nearest) const {
+    if (is_nearest && plan.rule == AugmentNearest::kWarp) return warped_line(y);
     const double* m = plan.map;
     const double shift_x = m[1] * (double(y) + 0.5) + m[2];
     const double shift_y = m[4] * (double(y) + 0.5) + m[5];
@@ -270,7 +290,7 @@ struct MapSampler {
       sx = near ? sx : VecD{};
       sy = near ? sy : VecD{};
       if (is_nearest)
-        nearest(x, sx, sy, narrow(near));
+        nearest(x, nearest_index(sx, plan.rule), nearest_index(sy, plan.rule), narrow(near));
       else
         filtered(x, sx, sy, narrow(near));
     }

@@ -33,7 +33,7 @@ class AugmentPlanner {
     p.packed = args.in_type == DType::kUInt8 && args.channels == 3 && !args.nearest &&
                2 * std::max(p.reach_x, p.reach_y) + 1 <= kAugmentPackedTaps &&
                double(area) <= 4 * p.reach_x * p.reach_y * double(args.out_h * args.out_w);
-    if (row[1] != 0 || row[3] != 0) return p;
+    if (row[1] != 0 || row[3] != 0 || (args.nearest && p.rule == AugmentNearest::kWarp)) return p;
 
     const int64_t w = args.out_w, h = args.out_h;
     const double most = taps(p.reach_x, p.box[2] - p.box[0]);

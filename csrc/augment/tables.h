@@ -25,6 +25,16 @@ inline double filter_reach(double along, double across) {
   const double r = std::hypot(along, across);
   return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
 }
+
+// See _warped in bigkernel/reference/augment.py.
+inline AugmentWarp warp_axis(const double* map, int64_t out_w, int64_t out_h, int32_t begin,
+                             int32_t end) {
+  const double half = double(end - begin) * 0.5;
+  const double middle =
+      map[0] * (double(out_w) * 0.5) + map[1] * (double(out_h) * 0.5) + map[2] - begin - half;
+  const float by = float(half);
+  return {float(map[0]) / by, float(map[1]) / by, float(middle) / by, by};
+}
 }  // namespace detail
 
 // filtered: bilinear with antialias.
@@ -36,6 +46,7 @@ inline AugmentGeometry read_geometry(const double* row, int64_t width, int64_t h
                             : AugmentBorder::kFillOver;
   g.rule = row[15] == 1   ? AugmentNearest::kEven
            : row[15] == 2 ? AugmentNearest::kResize
+           : row[15] == 3 ? AugmentNearest::kWarp
                           : AugmentNearest::kFloor;
   for (int i = 0; i < 6; ++i) g.map[i] = row[i];
   g.origin_x = row[6];
@@ -46,6 +57,11 @@ inline AugmentGeometry read_geometry(const double* row, int64_t width, int64_t h
   detail::cut_side(row[11], row[13], out_h, g.out_box[1], g.out_box[3]);
   g.empty = g.box[0] >= g.box[2] || g.box[1] >= g.box[3] || g.out_box[0] >= g.out_box[2] ||
             g.out_box[1] >= g.out_box[3];
+  if (!g.empty && g.rule == AugmentNearest::kWarp) {
+    g.warp_x = detail::warp_axis(row, out_w, out_h, g.box[0], g.box[2]);
+    g.warp_y = detail::warp_axis(row + 3, out_w, out_h, g.box[1], g.box[3]);
+    g.fused = 6 * out_w * out_h >= 400;
+  }
   g.reach_x = filtered ? detail::filter_reach(row[0], row[1]) : 1.0;
   g.reach_y = filtered ? detail::filter_reach(row[3], row[4]) : 1.0;
   return g;

@@ -35,6 +35,29 @@ BK_INLINE VecI lane_index() {
 BK_INLINE VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
 BK_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 
+// v as it was rounded: keeps a following sum from being fused with the product v. Attention's
+// forward and backward then see the same score, and a row with a single key gives it the weight 1
+// exactly.
+BK_INLINE VecF rounded(VecF v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
+// a * b + c rounded once whatever the instruction set, where fma() may round twice.
+BK_INLINE VecF fused(VecF a, VecF b, VecF c) {
+#if defined(BK_AVX512) || defined(BK_AVX2)
+  return BK_MM(fmadd_ps)(a, b, c);
+#else
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+#endif
+}
+
 // As maxps and minps: the second operand where either is NaN.
 BK_INLINE VecF vmax(VecF a, VecF b) {
 #ifdef BK_MM

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
 CLAMP, FILL_BLEND, FILL_OVER = 1, 0, 2
-FLOOR, EVEN, RESIZE = 0, 1, 2
+FLOOR, EVEN, RESIZE, WARP = 0, 1, 2, 3
 CODES = {"brightness": 1, "contrast": 2, "saturation": 3, "hue": 4, "greyscale": 5}
 WHOLE = 16
 
@@ -44,7 +44,7 @@ def affine(angle, translate, scale, shear, image_size, size=None, center=None, f
         d, e, f - d * ow / 2 - e * oh / 2 + h / 2,
     )  # fmt: skip
     border = FILL_BLEND if fill else FILL_OVER
-    return row(matrix, (0, 0, w, h), (oh, ow), border, EVEN)
+    return row(matrix, (0, 0, w, h), (oh, ow), border, WARP)
 
 
 def chain(*pairs, whole=False) -> Tensor:

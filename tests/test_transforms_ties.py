@@ -1,0 +1,107 @@
+"""Nearest warps whose points fall between two pixels: the same pixel as torchvision, every time.
+
+A rotation by 45 degrees, or a scale of 2, puts up to a third of the points exactly on the edge of
+two pixels. There the rounding errors of torchvision's float32 positions decide, and a pixel more or
+less is not within any bound: the images have to be equal.
+
+Holds where torch multiplies matrices as on x86-64 (MKL), and for uint8 and float32 images;
+torchvision computes positions in the image's own dtype, which half precision is too coarse for.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigkernel import transforms as bk
+
+v2 = pytest.importorskip("torchvision.transforms.v2")
+functional = v2.functional
+
+SIDES = (1, 2, 7, 8, 9, 20, 41, 64, 65)
+SHAPES = [(h, w) for h in SIDES for w in SIDES if h * w > 40][::5] + [(224, 224), (37, 301)]
+ANGLES = (0, 15, 30, 45, 60, 90, 135, 180, 225, 270, 315, 33.3)
+
+
+def numbered(height: int, width: int) -> Tensor:
+    """float32 [1, height, width]: every pixel has a value of its own."""
+    return torch.arange(1.0, height * width + 1).view(1, height, width)
+
+
+def assert_same_pixels(transform: bk.Transform, image: Tensor, expected: Tensor, what: Any) -> None:
+    result = transform(image, layout="channels_first")
+    assert result.shape == expected.shape, what
+    different = (result != expected).sum().item()
+    assert different == 0, f"{what}: {different} of {expected.numel()} pixels"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_rotation_takes_torchvisions_pixels(cpu_isa: str, shape: tuple[int, int]) -> None:
+    image = numbered(*shape)
+    for angle in ANGLES:
+        for center in (None, [shape[1] / 3, shape[0] / 4], [shape[1] // 2, shape[0] // 2]):
+            for expand in (False, True) if center is None else (False,):
+                transform = bk.RandomRotation((angle, angle), "nearest", expand, center)
+                expected = functional.rotate(image, angle, expand=expand, center=center)
+                assert_same_pixels(transform, image, expected, (angle, center, expand))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_affine_takes_torchvisions_pixels(cpu_isa: str, shape: tuple[int, int]) -> None:
+    image = numbered(*shape)
+    for angle in ANGLES:
+        for scale, shear in ((2.0, 0), (0.5, 0), (1.5, 45), (1.0, 30), (1.0, angle % 80)):
+            transform = bk.RandomAffine((angle, angle), None, (scale, scale), (shear, shear))
+            expected = functional.affine(image, angle, [0, 0], scale, [shear, 0])
+            assert_same_pixels(transform, image, expected, (angle, scale, shear))
+
+
+def test_torch_backend_takes_torchvisions_pixels() -> None:
+    import bigkernel
+
+    with bigkernel.use_backend("torch"):
+        for shape in ((8, 8), (20, 41), (65, 64)):
+            image = numbered(*shape)
+            for angle in ANGLES:
+                expected = functional.affine(image, angle, [0, 0], 2.0, [0, 0])
+                transform = bk.RandomAffine((angle, angle), scale=(2, 2))
+                assert_same_pixels(transform, image, expected, angle)
+                expected = functional.rotate(image, angle, center=[3.0, 5.0])
+                transform = bk.RandomRotation((angle, angle), center=(3, 5))
+                assert_same_pixels(transform, image, expected, angle)
+
+
+def test_translation_and_colours_stay_with_the_warp() -> None:
+    """Flips after a warp, crops before it, fill and colours: still the same pixels, in one call."""
+    image = torch.randint(0, 256, (3, 60, 44), dtype=torch.uint8)
+    chain = bk.Compose(
+        [
+            bk.CenterCrop((41, 40)),
+            bk.RandomAffine((45, 45), scale=(2, 2), fill=9),
+            bk.RandomHorizontalFlip(1.0),
+            bk.RandomGrayscale(1.0),
+        ]
+    )
+    expected = functional.center_crop(image, [41, 40])
+    expected = functional.affine(expected, 45, [0, 0], 2.0, [0, 0], fill=9)
+    expected = functional.rgb_to_grayscale(functional.horizontal_flip(expected), 3)
+    assert torch.equal(chain(image), expected)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_ties_in_other_chains_are_off_by_one_pixel(after: bool) -> None:
+    """A crop after the warp, or padding before it, folds into one call whose ties go to the even
+    pixel: what differs is off by a pixel, and only ties differ (a third of this image)."""
+    image = torch.arange(64).repeat(64, 1).to(torch.uint8)[None]  # the value is the column
+    warp = bk.RandomAffine((0, 0), scale=(2, 2), shear=(45, 45))
+    other: bk.Transform = bk.CenterCrop((51, 49)) if after else bk.Pad((3, 2, 4, 6))
+    chain = bk.Compose([warp, other] if after else [other, warp])
+    expected = image
+    for transform in (warp, other) if after else (other, warp):
+        expected = transform(expected)
+    apart = (chain(image).int() - expected.int()).abs()
+    inside = (chain(image) > 0) & (expected > 0)
+    assert apart[inside].max() <= 1
+    random = bk.Compose([bk.RandomRotation((33.3, 33.3)), other])
+    assert torch.equal(random(image), other(bk.RandomRotation((33.3, 33.3))(image)))
