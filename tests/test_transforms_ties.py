@@ -20,7 +20,7 @@ v2 = pytest.importorskip("torchvision.transforms.v2")
 functional = v2.functional
 
 SIDES = (1, 2, 7, 8, 9, 20, 41, 64, 65)
-SHAPES = [(h, w) for h in SIDES for w in SIDES if h * w > 40][::5] + [(224, 224), (37, 301)]
+SHAPES = [*[(h, w) for h in SIDES for w in SIDES if h * w > 40][::5], (224, 224), (37, 301)]
 ANGLES = (0, 15, 30, 45, 60, 90, 135, 180, 225, 270, 315, 33.3)
 
 

@@ -106,8 +106,9 @@ def sample(
             column = torch.where(reachable, warped_x, 0).round().long() + x0
             line = torch.where(reachable, warped_y, 0).round().long() + y0
         else:
-            column = _nearest(sx, rule, a, b, row[6])
-            line = _nearest(sy, rule, e, d, row[7])
+            straight = b == 0 and d == 0
+            column = _nearest(sx, rule, a, straight, row[6])
+            line = _nearest(sy, rule, e, straight, row[7])
         inside = reachable & (border == CLAMP)
         inside = inside | (reachable & (column >= x0) & (column < x1) & (line >= y0) & (line < y1))
         taken = image[:, line.clamp(y0, y1 - 1), column.clamp(x0, x1 - 1)].to(dtype)
@@ -137,9 +138,9 @@ def _box(start: float, stop: float, size: int) -> tuple[int, int]:
     return int(max(min(start, size), 0)), int(max(min(stop, size), 0))
 
 
-def _nearest(s: Tensor, rule: float, step: float, cross: float, origin: float) -> Tensor:
+def _nearest(s: Tensor, rule: float, step: float, straight: bool, origin: float) -> Tensor:
     """Index of the pixel nearest to the pixel-edge coordinate ``s``, by the wanted rule."""
-    usable = cross == 0 and 1 / FAR <= abs(step) <= FAR and abs(origin) <= FAR
+    usable = straight and 1 / FAR <= abs(step) <= FAR and abs(origin) <= FAR
     if rule == NEAREST_RESIZE and usable:
         # interpolate(mode="nearest") multiplies the output index by the scale in float32, and so
         # lands on either side of a whole number; the same product gives the same pixel.
