@@ -63,14 +63,14 @@ def compile(  # named after what it does: ptx.compile
 
 def load(text: str) -> Module:
     """Load PTX text, such as ``compiled.asm["ptx"]`` of a Triton kernel."""
-    return Module(parse(text))
+    return Module(parse(text), text)
 
 
 class Module:
     """The kernels of one PTX file."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, text: str) -> None:
+        self.program, self.text = program, text
         self._kernels: dict[str, Kernel] = {}
 
     @property

@@ -1,4 +1,4 @@
-// What csrc/adam/cuda.cpp does between its checks and its return, for test_adam_kernel.py.
+// What csrc/adam/cuda.cpp does between its checks and its return, for adam_ptx.py.
 #include <cstring>
 #include <exception>
 #include <string>
