@@ -1,4 +1,4 @@
-"""The ``bigkernel`` command: train, generate, evaluate, env."""
+"""The ``bigkernel`` command: train, generate, evaluate, bench, env."""
 
 import io
 import sys

@@ -195,6 +195,21 @@ def evaluate(
 
 @app.command()
 @guarded
+def bench(
+    ops: Annotated[list[str], typer.Argument(help="attention, adam, augment: one or several.")],
+    json: Annotated[Path | None, _text("Write all figures to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: a minute an op.")] = False,
+    threads: Threads = None,
+    plot: Annotated[Path | None, _text("Write a bar chart to this PNG file.")] = None,
+) -> None:
+    """Time the ops beside their peers and beside what the machine can give."""
+    from bigkernel.cli.bench import bench as run
+
+    run(ops, json, quick, threads, plot)
+
+
+@app.command()
+@guarded
 def env() -> None:
     """Print versions, build, devices and the backend of each op: what a bug report pastes."""
     from bigkernel.cli.env import report

@@ -13,6 +13,7 @@ import torch
 import bigkernel
 import bigkernel.ops
 from bigkernel import _library, backend
+from bigkernel.bench import machine
 
 PACKAGES = ("transformers", "tokenizers", "accelerate", "safetensors", "torchmetrics", "numpy")
 OPTIONAL = ("torchvision", "scikit-learn", "pillow")
@@ -61,9 +62,8 @@ def _shown(value: object) -> str:
 
 
 def _machine() -> list[tuple[str, str]]:
-    lines = [("CPU", _cpu_name())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines.append(("threads", f"{torch.get_num_threads()} of {cores} cores"))
+    lines = [("CPU", machine.cpu_name())]
+    lines.append(("threads", f"{torch.get_num_threads()} of {machine.cores()} cores"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
@@ -72,16 +72,6 @@ def _machine() -> list[tuple[str, str]]:
     else:
         lines.append(("GPU", "none that torch can use"))
     return lines
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    return platform.machine()
 
 
 def _settings() -> list[tuple[str, str]]:

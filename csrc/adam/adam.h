@@ -2,6 +2,7 @@
 // The formula stands in bigkernel/reference/adam.py.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "common/dtypes.h"
 #include "cpu/isa.h"
@@ -54,6 +55,17 @@ BK_DECLARE_PER_ISA(
     // Elements begin..end of one tensor; begin is a multiple of kAdamUnit.
     void adam_update(const AdamTensor& t, const AdamScalars& s, int64_t begin, int64_t end);
     // Sum of squares of elements begin..end, in fp64.
-    double adam_square_sum(const void* grad, DType type, int64_t begin, int64_t end))
+    double adam_square_sum(const void* grad, DType type, int64_t begin, int64_t end);
+    // The memory traffic of an update without its arithmetic: adds zero * g to x, m and v.
+    void adam_stream(float* x, const float* g, float* m, float* v, int64_t n, float zero);
+    // The memory traffic of the norm: returns something that depends on all n elements.
+    float adam_read(const float* g, int64_t n))
+
+// What `bigkernel bench adam` holds the step against: for each float32 array i of sizes[i] elements
+// reads grads, reads and writes params, exp_avgs and exp_avg_sqs, with the (finite) values that
+// they have. With `norm`, reads all of grads before. The addresses are taken as they are given.
+void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
+                 const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
+                 const std::vector<int64_t>& sizes, bool norm);
 
 }  // namespace bigkernel

@@ -210,6 +210,33 @@ Tensor adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
 }
 
 }  // namespace
+
+void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
+                 const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
+                 const std::vector<int64_t>& sizes, bool norm) {
+  Row row(sizes.size());
+  for (int64_t size : sizes) row.add(size);
+  auto sweep = [&](const auto& visit) {
+    parallel_for(row.total(), kGrain, [&](int64_t begin, int64_t end) {
+      row.visit(begin, end, [&](size_t i, int64_t from, int64_t to) {
+        const int64_t first = from * kAdamUnit, last = to * kAdamUnit;
+        visit(i, first, (last < sizes[i] ? last : sizes[i]) - first);
+      });
+    });
+  };
+  auto at = [](uintptr_t array, int64_t first) { return reinterpret_cast<float*>(array) + first; };
+  static volatile float sink;
+  static volatile float zero = 0;
+  if (norm)
+    sweep([&](size_t i, int64_t first, int64_t n) {
+      sink = BK_CALL(adam_read)(at(grads[i], first), n);
+    });
+  sweep([&](size_t i, int64_t first, int64_t n) {
+    BK_CALL(adam_stream)(at(params[i], first), at(grads[i], first), at(exp_avgs[i], first),
+                         at(exp_avg_sqs[i], first), n, zero);
+  });
+}
+
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {

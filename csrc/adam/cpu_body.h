@@ -217,4 +217,29 @@ double adam_square_sum(const void* grad, DType type, int64_t begin, int64_t end)
   return square_sum(static_cast<const fp16*>(grad) + begin, end - begin);
 }
 
+void adam_stream(float* x, const float* g, float* m, float* v, int64_t n, float zero) {
+  constexpr int64_t kAhead = 256;  // floats; the best of 0, 128, 256 and 1024
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (const float* p : {static_cast<const float*>(x), g, static_cast<const float*>(m),
+                           static_cast<const float*>(v)})
+      __builtin_prefetch(p + i + kAhead);
+    const VecF change = load(g + i) * zero;
+    for (float* p : {x, m, v}) store(p + i, load(p + i) + change);
+  }
+  for (; i < n; ++i)
+    for (float* p : {x, m, v}) p[i] += g[i] * zero;
+}
+
+float adam_read(const float* g, int64_t n) {
+  constexpr int kStreams = 4;
+  VecF sum[kStreams] = {};
+  const int64_t span = n / kStreams / kLanes * kLanes;
+  for (int64_t i = 0; i < span; i += kLanes)
+    for (int j = 0; j < kStreams; ++j) sum[j] += load(g + j * span + i);
+  float rest = 0;
+  for (int64_t i = kStreams * span; i < n; ++i) rest += g[i];
+  return rest + reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 }  // namespace bigkernel::BK_ISA

@@ -1,0 +1,372 @@
+"""Image augmentation against torchvision v2, albumentations and Kornia.
+
+Every image gets parameters of its own, drawn anew in each call by every library in its own way:
+torchvision and albumentations are called image by image, as their data loaders do, and the results
+stacked; Kornia takes the batch, as floats. albumentations does not antialias, but where a large
+image is made small it takes means over areas (INTER_AREA). The limit is a copy that moves as many
+bytes as source and result have together.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigkernel import transforms as T
+from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
+from bigkernel.bench.limits import copy
+from bigkernel.bench.measure import Run
+
+TORCHVISION, ALBUMENTATIONS, KORNIA = "torchvision v2", "albumentations", "Kornia"
+PEERS = (TORCHVISION, ALBUMENTATIONS, KORNIA)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SEED = 0
+DEGREES, JITTER = 15.0, (0.4, 0.4, 0.4, 0.1)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is done to ``count`` images of ``size`` (height, width), or of sizes from that down to
+    half of it (``ragged``).
+
+    full: rotation and colour jitter besides crop, flip and normalisation. crop: a random resized
+    crop; without it the whole image is resized.
+    """
+
+    name: str
+    count: int = 64
+    size: tuple[int, int] = (256, 256)
+    output: int = 224
+    full: bool = False
+    crop: bool = True
+    ragged: bool = False
+    interleaved: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def sizes(self) -> list[tuple[int, int]]:
+        height, width = self.size
+        if not self.ragged:
+            return [self.size] * self.count
+        generator = torch.Generator().manual_seed(1)
+        part = torch.rand(self.count, 2, generator=generator) / 2 + 0.5
+        return [(int(height * y), int(width * x)) for y, x in part.tolist()]
+
+
+def cases(small: bool = False) -> list[Case]:
+    """The table; ``small`` has the same cases at sizes for a test."""
+    simple, full = "crop + flip + normalise", "crop + flip + rotate + jitter + normalise"
+    few = "64 of 256x256 to 224"
+    shape: dict[str, Any] = {"count": 3, "size": (112, 96), "output": 96} if small else {}
+    ragged: dict[str, Any] = shape or {"count": 1000, "size": (500, 500)}
+    large: dict[str, Any] = {"count": 2, "size": (240, 160), "output": 48} if small else {
+        "count": 4, "size": (2000, 3000)
+    }  # fmt: skip
+    table = [
+        (Spec(f"{full}, {few}", full=True, **shape), (2.5, 15.0)),
+        (Spec(f"{simple}, {few}", **shape), (3.5, 10.0)),
+        (Spec(f"{simple}, {few}, bf16 result", dtype=torch.bfloat16, **shape), None),
+        (Spec(f"{simple}, {few}, interleaved", interleaved=True, **shape), None),
+        (Spec(f"{simple}, 1,000 of 250..500 a side to 224", ragged=True, **ragged), None),
+        (Spec("resize + normalise, 4 of 3000x2000 to 224", crop=False, **large), None),
+    ]
+    return [_case(spec, bars) for spec, bars in table]
+
+
+def _case(spec: Spec, bars: tuple[float, float] | None) -> Case:
+    wanted = () if bars is None else (Bar(bars[0], ALBUMENTATIONS), Bar(bars[1], TORCHVISION))
+    names = (OURS, REFERENCE, *PEERS)
+    return Case("augment", spec.name, names, partial(build, spec), wanted)
+
+
+def build(spec: Spec) -> Ready:
+    """Images and one run for each library that is installed."""
+    images = _images(spec)
+    chain = _ours(spec)
+    layout = "channels_last" if spec.interleaved else "channels_first"
+    given = _batch(spec, images)
+    runs: dict[str, Run] = {OURS: lambda: chain(given, layout=layout)}
+    runs[REFERENCE] = on_torch(runs[OURS])
+    skipped, peers = {}, {}
+    for name, make in ((TORCHVISION, Torchvision), (ALBUMENTATIONS, Albumentations),
+                       (KORNIA, Kornia)):  # fmt: skip
+        try:
+            peer = make(spec)
+        except ImportError as error:
+            skipped[name] = str(error)
+            continue
+        if name == KORNIA and spec.ragged:
+            skipped[name] = "takes images of one size only"
+            continue
+        runs[name] = peer.run(images)
+        peers[name] = peer
+    source = sum(image.numel() for image in images)
+    result = spec.count * 3 * spec.output**2 * spec.dtype.itemsize
+    return Ready(
+        runs=runs,
+        check=lambda: _check(spec, images, given, layout, peers),
+        op="augment",
+        tensors=(images[0],),
+        limit=copy(source + result),
+        skipped=skipped,
+    )
+
+
+def _images(spec: Spec) -> list[Tensor]:
+    """Photograph-like uint8 images [3, H, W]: smooth, with some noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def image(height: int, width: int) -> Tensor:
+        coarse = torch.rand(1, 3, 12, 12, generator=generator) * 240
+        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
+        noise = torch.randn(3, height, width, generator=generator) * 4
+        return (smooth + noise).clamp(0, 255).to(torch.uint8)
+
+    return [image(*size) for size in spec.sizes()]
+
+
+def _batch(spec: Spec, images: list[Tensor]) -> Any:
+    if spec.interleaved:
+        images = [image.permute(1, 2, 0).contiguous() for image in images]
+    return images if spec.ragged else torch.stack(images)
+
+
+def _ours(
+    spec: Spec, antialias: bool = True, rotate: bool | None = None, color: bool | None = None
+) -> T.Compose:
+    """Our chain; with parts left out it still draws the same for those before them."""
+    size = (spec.output, spec.output)
+    chain: list[T.Transform] = [T.Resize(size, antialias=antialias)]
+    if spec.crop:
+        chain = [T.RandomResizedCrop(size, antialias=antialias), T.RandomHorizontalFlip()]
+    if spec.full if rotate is None else rotate:
+        chain.append(T.RandomRotation(DEGREES, "bilinear"))
+    if spec.full if color is None else color:
+        chain.append(T.ColorJitter(*JITTER))
+    return T.Compose([*chain, T.ToDtype(spec.dtype, scale=True), T.Normalize(MEAN, STD)])
+
+
+@dataclass
+class Drawn:
+    """What ours drew for one image, in torchvision's terms."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    angle: float = 0.0
+    order: tuple[int, ...] = ()
+    factors: tuple[float, ...] = ()
+
+
+def _drawn(spec: Spec, count: int) -> list[Drawn]:
+    sizes = spec.sizes()[:count]
+    generator = torch.Generator().manual_seed(SEED)
+    params = _ours(spec).sample(sizes, generator, list(range(count)))
+    drawn = []
+    for i, (height, width) in enumerate(sizes):
+        here = Drawn(0, 0, height, width, False)
+        if spec.crop:
+            box, flip = params[0], params[1]
+            here = Drawn(
+                int(box.top[i]), int(box.left[i]), int(box.height[i]), int(box.width[i]),
+                bool(flip.active[i]),
+            )  # fmt: skip
+        if spec.full:
+            rotation, color = params[2], params[3]
+            here.angle = float(rotation.angle[i])
+            here.order = tuple(int(k) for k in color.order[i])
+            here.factors = tuple(
+                float(f[i]) for f in (color.brightness, color.contrast, color.saturation, color.hue)
+            )
+        drawn.append(here)
+    return drawn
+
+
+class Torchvision:
+    """torchvision.transforms.v2, image by image."""
+
+    compared = "all of it"
+
+    def __init__(self, spec: Spec) -> None:
+        self.v2 = importlib.import_module("torchvision.transforms.v2")
+        self.F = importlib.import_module("torchvision.transforms.v2.functional")
+        self.spec = spec
+
+    def run(self, images: list[Tensor]) -> Run:
+        v2, spec = self.v2, self.spec
+        size = (spec.output, spec.output)
+        first = [v2.Resize(size, antialias=True)]
+        if spec.crop:
+            first = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        if spec.full:
+            bilinear = v2.InterpolationMode.BILINEAR
+            first += [v2.RandomRotation(DEGREES, bilinear), v2.ColorJitter(*JITTER)]
+        chain = v2.Compose([*first, v2.ToDtype(spec.dtype, scale=True), v2.Normalize(MEAN, STD)])
+        if spec.interleaved:
+            images = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in images]
+        return lambda: torch.stack([chain(image) for image in images])
+
+    def alike(self) -> T.Compose:
+        """What of our chain ``apply`` repeats."""
+        return _ours(self.spec)
+
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
+        F = self.F
+        size = [self.spec.output] * 2
+        box = (drawn.top, drawn.left, drawn.height, drawn.width)
+        x = F.resized_crop(image, *box, size, antialias=True)
+        if drawn.flip:
+            x = F.horizontal_flip(x)
+        if self.spec.full:
+            x = F.rotate(x, drawn.angle, self.v2.InterpolationMode.BILINEAR)
+            adjust = (
+                F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
+            )  # fmt: skip
+            for k in drawn.order:
+                x = adjust[k](x, drawn.factors[k])
+        return _normalised(x)
+
+
+class Albumentations:
+    """albumentations on arrays [H, W, 3], image by image, to tensors."""
+
+    compared = "without colours; not antialiased"
+
+    def __init__(self, spec: Spec) -> None:
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network
+        self.A = importlib.import_module("albumentations")
+        self.to_tensor = importlib.import_module("albumentations.pytorch").ToTensorV2()
+        self.cv2 = importlib.import_module("cv2")
+        # Its own way of shrinking without aliasing is the mean over an area.
+        self.filter = self.cv2.INTER_LINEAR if spec.crop else self.cv2.INTER_AREA
+        self.spec = spec
+
+    def run(self, images: list[Tensor]) -> Run:
+        A, spec = self.A, self.spec
+        self.cv2.setNumThreads(torch.get_num_threads())
+        size = (spec.output, spec.output)
+        first = [A.Resize(*size, interpolation=self.filter)]
+        if spec.crop:
+            first = [A.RandomResizedCrop(size, scale=(0.08, 1.0)), A.HorizontalFlip(p=0.5)]
+        if spec.full:
+            first += [A.Rotate((-DEGREES, DEGREES), p=1.0), A.ColorJitter(
+                (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=1.0
+            )]  # fmt: skip
+        chain = A.Compose([*first, A.Normalize(MEAN, STD), self.to_tensor])
+        arrays = _arrays(images)
+        return lambda: torch.stack([chain(image=x)["image"] for x in arrays]).to(spec.dtype)
+
+    def alike(self) -> T.Compose:
+        """What of our chain ``apply`` repeats."""
+        return _ours(self.spec, antialias=not self.spec.crop, color=False)
+
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
+        A, size = self.A, self.spec.output
+        right, bottom = drawn.left + drawn.width, drawn.top + drawn.height
+        steps = [
+            A.Crop(drawn.left, drawn.top, right, bottom),
+            A.Resize(size, size, interpolation=self.filter),
+        ]
+        steps += [A.HorizontalFlip(p=1.0)] if drawn.flip else []
+        if self.spec.full:
+            steps.append(A.Rotate((drawn.angle, drawn.angle), p=1.0))
+        (array,) = _arrays([image])
+        return _normalised(
+            torch.from_numpy(A.Compose(steps)(image=array)["image"]).permute(2, 0, 1)
+        )
+
+
+class Kornia:
+    """kornia.augmentation on the batch."""
+
+    compared = "without rotation and colours; not antialiased"
+
+    def __init__(self, spec: Spec) -> None:
+        self.K = importlib.import_module("kornia.augmentation")
+        self.geometry = importlib.import_module("kornia.geometry.transform")
+        self.spec = spec
+
+    def run(self, images: list[Tensor]) -> Run:
+        K, spec = self.K, self.spec
+        size = (spec.output, spec.output)
+        first = [K.Resize(size, antialias=True)]
+        if spec.crop:
+            first = [
+                K.RandomResizedCrop(size, scale=(0.08, 1.0), align_corners=False),
+                K.RandomHorizontalFlip(p=0.5),
+            ]
+        if spec.full:
+            first += [K.RandomRotation(DEGREES, p=1.0), K.ColorJitter(*JITTER, p=1.0)]
+        chain = K.AugmentationSequential(
+            *first, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)), data_keys=["input"]
+        )
+        batch = torch.stack(images)
+
+        def run() -> Tensor:
+            out: Tensor = chain(batch.to(torch.float32) / 255)
+            return out.to(spec.dtype)
+
+        return run
+
+    def alike(self) -> T.Compose:
+        """What of our chain ``apply`` repeats."""
+        return _ours(self.spec, antialias=False, rotate=False, color=False)
+
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
+        right, bottom = drawn.left + drawn.width, drawn.top + drawn.height
+        part = image[None, :, drawn.top : bottom, drawn.left : right].float() / 255
+        x = self.geometry.resize(part, (self.spec.output,) * 2, align_corners=False)
+        x = self.geometry.hflip(x) if drawn.flip else x
+        return (x[0] - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def _arrays(images: Sequence[Tensor]) -> list[Any]:
+    return [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def _normalised(x: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (x.float() / 255 - mean) / std
+
+
+_LEVEL = 1 / 255 / 0.225  # one of the 256 levels, after normalisation
+
+
+def _check(
+    spec: Spec,
+    images: list[Tensor],
+    given: Any,
+    layout: str,
+    peers: dict[str, Any],
+) -> str:
+    """Ours against its own PyTorch backend and against each peer, on the first images."""
+    count = min(4, spec.count)
+    drawn = _drawn(spec, count)
+
+    def call(chain: T.Compose) -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        out: Tensor = chain(given[:count], generator, list(range(count)), layout)
+        return (out.permute(0, 3, 1, 2) if spec.interleaved else out).float()
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a - b).abs().mean()) / _LEVEL
+
+    ours = _ours(spec)
+    # fp32 differs by the order of its sums; bf16 has eight bits, half a level near white.
+    allowed = 0.05 if spec.dtype == torch.float32 else 0.5
+    distance = apart(call(ours), on_torch(call)(ours))
+    assert distance < allowed, f"{distance:.3f} levels from the PyTorch backend"
+    said = []
+    for name, peer in peers.items():
+        theirs = [peer.apply(image, d) for image, d in zip(images, drawn, strict=False)]
+        distance = apart(call(peer.alike()), torch.stack(theirs))
+        assert distance < 2, f"{name} is {distance:.2f} levels of 255 away on average"
+        said.append(f"{distance:.2f} from {name} ({peer.compared})")
+    return f"{spec.name}: mean distance in levels of 255: {', '.join(said)}"

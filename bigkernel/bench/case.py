@@ -1,0 +1,147 @@
+"""What a benchmark case is, and how one is run."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bigkernel import backend
+from bigkernel.bench.measure import Plan, Run, Timing, interleave
+
+OURS = "bigkernel"
+REFERENCE = "bigkernel-torch"  # our own pure-PyTorch backend
+LIMIT = "limit"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a case must reach: so many times the speed ``over`` a peer, or a share of the limit."""
+
+    at_least: float
+    over: str
+
+    def __str__(self) -> str:
+        if self.over == LIMIT:
+            return f">= {self.at_least:.0%} of the limit"
+        return f">= {self.at_least:g}x {self.over}"
+
+
+@dataclass
+class Ready:
+    """A case with its tensors: what to run, and what must hold before it is timed.
+
+    runs: by name, ours first. check: compares the results and returns what was compared; raises
+    AssertionError. op, tensors: what `explain` is asked, so that a fallback is seen. limit: a run
+    that does ``limit_work`` where a call of ours does ``work``, both in the same unit. skipped:
+    peers that are not there, with the reason.
+    """
+
+    runs: dict[str, Run]
+    check: Callable[[], str]
+    op: str
+    tensors: Sequence[Tensor]
+    limit: Run | None = None
+    work: float = 1.0
+    limit_work: float = 1.0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table. ``competitors`` are all names that ``build`` may give a run or skip."""
+
+    table: str
+    name: str
+    competitors: tuple[str, ...]
+    build: Callable[[], Ready]
+    bars: tuple[Bar, ...] = ()
+    unit: str = "s"
+    items: float = 0.0  # in a call, for a table that shows items per second
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's timings, and what follows from them."""
+
+    case: Case
+    timings: dict[str, Timing]
+    work: float
+    limit_work: float
+    compared: str
+    backend: str
+    skipped: dict[str, str]
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times as fast as ``peer`` we are; None if it was not there."""
+        if peer not in self.timings:
+            return None
+        return self.timings[peer].median / self.timings[OURS].median
+
+    @property
+    def share(self) -> float | None:
+        """Our rate of work over the limit's."""
+        ratio = self.ratio(LIMIT)
+        return None if ratio is None else ratio * self.work / self.limit_work
+
+    def reached(self, bar: Bar) -> float | None:
+        return self.share if bar.over == LIMIT else self.ratio(bar.over)
+
+    def held(self, bar: Bar) -> bool | None:
+        value = self.reached(bar)
+        return None if value is None else value >= bar.at_least
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Inside, a fallback of an op to PyTorch is an error."""
+    before = os.environ.get("BIGKERNEL_STRICT")
+    os.environ["BIGKERNEL_STRICT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["BIGKERNEL_STRICT"]
+        else:
+            os.environ["BIGKERNEL_STRICT"] = before
+
+
+def on_torch(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call on bigkernel's own PyTorch backend."""
+
+    def call(*arguments: Any) -> Any:
+        with backend.use_backend("torch"):
+            return run(*arguments)
+
+    return call
+
+
+def native_backend(case: Case, ready: Ready) -> str:
+    """`explain`'s sentence; RuntimeError if our row would not be timed on the native kernel."""
+    sentence = backend.explain(ready.op, *ready.tensors)
+    if not sentence.startswith(f"{ready.op}: {ready.tensors[0].device.type}"):
+        raise RuntimeError(
+            f"the case {case.name!r} would not time the native kernel: {sentence}. "
+            "Build it (make setup) and leave BIGKERNEL_BACKEND and BIGKERNEL_NATIVE unset."
+        )
+    return sentence
+
+
+def run_case(case: Case, plan: Plan) -> Result:
+    """Build, check and time a case. RuntimeError if our row is not native, or is wrong."""
+    with strict():
+        ready = case.build()
+        runs = dict(ready.runs)
+        sentence = native_backend(case, ready)
+        try:
+            compared = ready.check()
+        except AssertionError as error:
+            raise RuntimeError(f"the results of {case.name!r} do not agree: {error}") from error
+        if ready.limit is not None:
+            runs[LIMIT] = ready.limit
+        timings = interleave(runs, plan)
+    return Result(
+        case, timings, ready.work, ready.limit_work, compared, sentence, dict(ready.skipped)
+    )

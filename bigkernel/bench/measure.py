@@ -1,0 +1,102 @@
+"""Timing several functions side by side."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# A function under test; if it returns a float, that is the time it took, in seconds, by its own
+# clock (a training run that leaves its set-up out).
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure.
+
+    share: seconds that each function of a case may take; rounds: at most so many samples of each;
+    least: at least so many, of however slow a function; warmups: calls before that, one for a
+    function that takes longer than its share; sample: seconds that a sample lasts at least, over
+    as many calls as that takes. With ``least`` 1 the first call of a slow function is its sample.
+    """
+
+    share: float = 2.0
+    rounds: int = 60
+    least: int = 3
+    warmups: int = 3
+    sample: float = 2e-3
+
+
+QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the samples, their median and their quartiles."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles (IQR), as a share of the median."""
+        low, high = self.quartiles
+        return (high - low) / self.median
+
+
+def once(run: Run, calls: int = 1) -> float:
+    """Seconds of a call, on average over ``calls``."""
+    begin = time.perf_counter()
+    own = run()
+    if isinstance(own, float):
+        return own
+    for _ in range(calls - 1):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleave(runs: Mapping[str, Run], plan: Plan) -> dict[str, Timing]:
+    """Time each function in turn, round by round.
+
+    A function whose share of time is too short for every round takes part in rounds that are spread
+    evenly over the measurement. Each round begins with another function.
+    """
+    names = list(runs)
+    calls, wanted, only = {}, {}, {}
+    for name, run in runs.items():
+        first = once(run)
+        slow = first > plan.share
+        if slow and plan.least == 1:
+            wanted[name], only[name] = 0, first
+            continue
+        took = min([first, *(once(run) for _ in range(0 if slow else plan.warmups - 1))])
+        calls[name] = max(1, math.ceil(plan.sample / max(took, 1e-9)))
+        samples = int(plan.share / max(took * calls[name], 1e-9))
+        wanted[name] = max(plan.least, min(plan.rounds, samples))
+    rounds = max(wanted.values())
+    samples_of = {name: [only[name]] if name in only else [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            start = i % len(names)
+            for name in names[start:] + names[:start]:
+                if (i + 1) * wanted[name] // rounds > i * wanted[name] // rounds:
+                    samples_of[name].append(once(runs[name], calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(samples)) for name, samples in samples_of.items()}

@@ -1,0 +1,193 @@
+"""Results as tables, JSON and a bar chart."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bigkernel.bench.case import LIMIT, OURS, Bar, Result
+from bigkernel.bench.measure import Timing
+
+WIDTH = 200  # of a table that goes to a file
+
+
+def human(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def peers(results: Sequence[Result]) -> list[str]:
+    """All competitors of the cases but ours, in the order of their first appearance."""
+    names = dict.fromkeys(name for result in results for name in result.case.competitors)
+    return [name for name in names if name != OURS]
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Case, ours, each peer with our speed over its, share of the limit, bars, held or not."""
+    shown = Table(title=results[0].case.table, title_justify="left")
+    shown.add_column("case", overflow="fold")
+    shown.add_column(OURS, justify="right")
+    for name in peers(results):
+        shown.add_column(name, justify="right")
+    for name in ("of limit", "bar", "held"):
+        shown.add_column(name, justify="right" if name == "of limit" else "left")
+    for result in results:
+        cells: list[Text] = [Text(result.case.name), _time(result, OURS)]
+        cells += [_against(result, name) for name in peers(results)]
+        share = result.share
+        cells.append(Text("" if share is None else f"{share:.0%}"))
+        bars = result.case.bars
+        cells.append(Text("\n".join(map(str, bars))))
+        cells.append(Text("\n").join(_held(result, bar) for bar in bars))
+        shown.add_row(*cells, end_section=True)
+    return shown
+
+
+def _time(result: Result, name: str) -> Text:
+    timing = result.timings[name]
+    if result.case.items:
+        speed = result.case.items / timing.median
+        return Text(f"{speed:,.0f} {result.case.unit} ±{timing.spread / 2:.0%}")
+    return Text(f"{human(timing.median)} ±{timing.spread / 2:.0%}")
+
+
+def _against(result: Result, name: str) -> Text:
+    if name in result.skipped:
+        return Text("skipped", style="dim")
+    ratio = result.ratio(name)
+    if ratio is None:
+        return Text("")
+    style = "green" if ratio >= 1 else "bold red"
+    return _time(result, name).append("\n").append(f"{ratio:.2f}x", style=style)
+
+
+def _held(result: Result, bar: Bar) -> Text:
+    value = result.reached(bar)
+    if value is None:
+        return Text("not measured", style="yellow")
+    got = f"{value:.0%}" if bar.over == LIMIT else f"{value:.2f}x"
+    return (
+        Text(f"yes, {got}", style="green")
+        if result.held(bar)
+        else Text(f"NO, {got}", style="bold red")
+    )
+
+
+def show(results: Sequence[Result], console: Console) -> None:
+    """The table, and below it what was skipped, compared and lost."""
+    console.print(table(results))
+    console.print(
+        "Median of the rounds ± half the distance of the quartiles. Below a peer's time: how many "
+        "times its speed ours is."
+    )
+    reasons = {(name, why) for result in results for name, why in result.skipped.items()}
+    for name, why in sorted(reasons):
+        console.print(f"skipped: {name}: {why}", markup=False)
+    for compared in dict.fromkeys(result.compared for result in results):
+        console.print(f"checked first: {compared}.", markup=False)
+    slower = [
+        f"{result.case.name}: {ratio:.2f}x {name}"
+        for result in results
+        for name in peers(results)
+        if (ratio := result.ratio(name)) is not None and ratio < 1
+    ]
+    missed = [
+        f"{result.case.name}: {bar}"
+        for result in results
+        for bar in result.case.bars
+        if result.held(bar) is False
+    ]
+    bars = sum(result.held(bar) is not None for result in results for bar in result.case.bars)
+    for title, lines in (("slower than a peer", slower), ("bars not held", missed)):
+        of = f" of {bars}" if lines is missed else ""
+        console.print(f"{title}: {len(lines)}{of}", style="bold red" if lines else "green")
+        for line in lines:
+            console.print(f"  {line}", markup=False, highlight=False)
+
+
+def console() -> Console:
+    """Standard output; a file or pipe gets lines long enough for a row."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=WIDTH)
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """One case for the JSON file. Times are seconds of one call."""
+    return {
+        "table": result.case.table,
+        "case": result.case.name,
+        "backend": result.backend,
+        "compared": result.compared,
+        "times": {name: _timing(timing) for name, timing in result.timings.items()},
+        "ratios": {
+            name: result.ratio(name) for name in result.timings if name not in (OURS, LIMIT)
+        },
+        "share_of_limit": result.share,
+        "items_per_second": {
+            name: result.case.items / timing.median
+            for name, timing in result.timings.items()
+            if result.case.items
+        },
+        "bars": [
+            {
+                "bar": str(bar),
+                "at_least": bar.at_least,
+                "over": bar.over,
+                "reached": result.reached(bar),
+                "held": result.held(bar),
+            }
+            for bar in result.case.bars
+        ],
+        "skipped": result.skipped,
+    }
+
+
+def _timing(timing: Timing) -> dict[str, Any]:
+    low, high = timing.quartiles
+    return {"median": timing.median, "q25": low, "q75": high, "samples": len(timing.samples)}
+
+
+def save_json(results: Sequence[Result], facts: dict[str, Any], command: str, path: Path) -> None:
+    """All that was measured, with machine, versions and the command."""
+    content = {"command": command, **facts, "results": [as_dict(result) for result in results]}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_plot(results: Sequence[Result], facts: dict[str, Any], path: Path) -> None:
+    """Bars of our speed over each peer's, one group a case; the line is the peer's own speed."""
+    rows = [(result, name) for result in results for name in peers([result])]
+    rows = [(result, name) for result, name in rows if result.ratio(name) is not None]
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(rows) + 0.12 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = {name: f"C{i % 10}" for i, name in enumerate(peers(results))}
+    place, ticks, labels = 0.0, [], []
+    for result in results:
+        names = [name for name in peers([result]) if result.ratio(name) is not None]
+        ticks.append(place + (len(names) - 1) / 2)
+        labels.append(result.case.name)
+        for name in names:
+            ratio = result.ratio(name) or 0.0
+            axes.barh(place, ratio, height=0.9, color=colors[name])
+            axes.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=6)
+            place += 1
+        place += 0.6
+    for name, color in colors.items():
+        axes.barh(0, 0, color=color, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(ticks, labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel("times as fast as the peer (logarithmic)")
+    axes.set_title(f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}", fontsize=9)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

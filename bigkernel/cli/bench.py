@@ -1,0 +1,56 @@
+"""`bigkernel bench`: the tables, and where they are written."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigkernel import _library
+from bigkernel.bench import OPS, Result, cases_of, machine, report, run_case
+from bigkernel.bench.measure import QUICK, Plan
+from bigkernel.cli.device import use_threads
+from bigkernel.cli.errors import Failure, UsageError
+
+
+def bench(
+    ops: Sequence[str],
+    json: Path | None,
+    quick: bool,
+    threads: int | None,
+    plot: Path | None,
+) -> None:
+    """Measure the tables ``ops`` and print them; Failure where a result is wrong or not native."""
+    for op in ops:
+        if op not in OPS:
+            raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(OPS)}.")
+    for path in (json, plot):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}.")
+    if _library.native is None:
+        raise Failure(f"there is no native kernel to measure: {_library.native_error}.")
+    use_threads(threads)
+    facts = machine.facts()
+    console = report.console()
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']} "
+        f"(torch: {facts['torch_isa']}); {versions}; commit {facts['commit']}",
+        highlight=False,
+    )
+    results: list[Result] = []
+    for op in dict.fromkeys(ops):
+        table: list[Result] = []
+        for case in cases_of(op):
+            print(f"{op}: {case.name} ...", file=sys.stderr, flush=True)
+            table.append(run_case(case, QUICK if quick else Plan()))
+        report.show(table, console)
+        results += table
+    command = " ".join(["bigkernel", "bench", *ops, *(["--quick"] if quick else [])])
+    if threads is not None:
+        command += f" --threads {threads}"
+    if json is not None:
+        report.save_json(results, facts, command, json)
+    if plot is not None:
+        report.save_plot(results, facts, plot)
+    written = [str(path) for path in (json, plot) if path is not None]
+    if written:
+        print("written: " + ", ".join(written))

@@ -1,0 +1,240 @@
+"""`bigkernel bench` and the measuring code.
+
+Feature -> test: timing -> test_interleave_*, test_timing_*; ratios, shares, bars ->
+test_result_*; every case at a small size: results agree, our row is native ->
+test_case_is_checked_and_native; a fallback fails -> test_a_fallback_*; a wrong result fails ->
+test_a_wrong_result_*; absent peers -> test_absent_peers_*; table, JSON, chart -> test_command_*;
+bad usage -> test_bad_usage.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import bigkernel
+from bigkernel import _library
+from bigkernel.bench import (
+    OPS,
+    Bar,
+    Case,
+    Plan,
+    Result,
+    Timing,
+    cases_of,
+    interleave,
+    report,
+    run_case,
+)
+from bigkernel.bench import attention as attention_bench
+from bigkernel.bench import augment as augment_bench
+from bigkernel.bench import case as case_module
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE
+from bigkernel.cli import main
+
+ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9)
+KERNEL_OPS = [op for op in OPS if op != "train"]
+CASES = [(op, case) for op in KERNEL_OPS for case in cases_of(op, small=True)]
+NUMBERED = [f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
+
+needs_native = pytest.mark.skipif(_library.native is None, reason="the native module is not built")
+
+
+def timings(**seconds: float) -> dict[str, Timing]:
+    return {name: Timing((value,)) for name, value in seconds.items()}
+
+
+def result(case: Case, times: dict[str, Timing], work: float = 1, limit_work: float = 1) -> Result:
+    return Result(case, times, work, limit_work, "all of it", "attention: cpu", {})
+
+
+def test_interleave_runs_in_turn_and_gives_each_its_share():
+    order: list[str] = []
+
+    def run(name: str, seconds: float):
+        def call() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    runs = {"fast": run("fast", 1e-3), "slow": run("slow", 0.03)}
+    times = interleave(runs, Plan(share=0.05, rounds=8, least=2, warmups=1, sample=1e-9))
+    assert len(times["fast"].samples) == 8
+    assert len(times["slow"].samples) == 2
+    measured = "".join(name[0] for name in order[2:])  # without the first call of each
+    assert measured.count("s") == 2
+    assert "ffff" in measured
+    assert not measured.startswith("ss")
+    assert not measured.endswith("ss")
+    assert 1e-3 <= times["fast"].median < times["slow"].median
+
+
+def test_interleave_repeats_what_is_too_short_for_the_clock():
+    calls = 0
+
+    def short() -> None:
+        nonlocal calls
+        calls += 1
+
+    times = interleave({"short": short}, Plan(share=0.01, rounds=3, warmups=2, sample=1e-3))
+    assert calls > 100
+    assert times["short"].median < 1e-4
+
+
+def test_interleave_takes_the_time_that_a_run_reports():
+    times = interleave({"own": lambda: 0.25}, Plan(share=1.0, rounds=5, warmups=1))
+    assert set(times["own"].samples) == {0.25}
+
+
+def test_timing_is_median_and_quartiles():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3.0
+    assert timing.quartiles == (2.0, 4.0)
+    assert timing.spread == pytest.approx(2 / 3)
+    assert Timing((2.0,)).spread == 0
+
+
+def test_result_compares_with_peers_and_limit():
+    bars = (Bar(2.0, "peer"), Bar(0.5, LIMIT), Bar(3.0, "absent"), Bar(0.6, LIMIT))
+    case = Case("attention", "some case", (OURS, "peer", "absent"), lambda: None, bars)
+    times = timings(**{OURS: 1.0, "peer": 1.9, LIMIT: 0.25})
+    got = result(case, times, work=2.0, limit_work=1.0)
+    assert got.ratio("peer") == pytest.approx(1.9)
+    assert got.share == pytest.approx(0.5)
+    assert [got.held(bar) for bar in bars] == [False, True, None, False]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "case"), CASES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
+)
+def test_case_is_checked_and_native(op, case):
+    """Every benchmarked case, small: our row calls the native op, and no PyTorch one of ours."""
+    with case_module.strict():
+        ready = case.build()
+        assert set(ready.runs) | set(ready.skipped) == set(case.competitors)
+        assert ready.check()
+        assert case_module.native_backend(case, ready).startswith(f"{ready.op}: cpu")
+        for name, native in ((OURS, True), (REFERENCE, False)):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                ready.runs[name]()
+            called = {event.key for event in seen.key_averages()}
+            for namespace, expected in (("bigkernel::", native), ("bigkernel_torch::", not native)):
+                there = any(key.startswith(f"{namespace}{op}") for key in called)
+                assert there == expected, f"{name}: {namespace}{op} called: {there}"
+        if ready.limit is not None:
+            ready.limit()
+
+
+@needs_native
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_a_fallback_fails(op, monkeypatch):
+    """Without its native kernel a case cannot be timed as ours."""
+    for name in list(_library.kernels):
+        if name[0].startswith(op):
+            monkeypatch.setitem(_library.kernels, name, False)
+    with pytest.raises(RuntimeError, match="native kernel"):
+        run_case(cases_of(op, small=True)[0], ONCE)
+
+
+@needs_native
+def test_a_fallback_of_a_part_fails(monkeypatch):
+    """A backward pass without kernel, behind a forward pass that has one."""
+    monkeypatch.setattr(attention_bench, "_ours", lambda spec: _head_dim_too_large)
+    case = attention_bench._case(attention_bench.Spec(1, 1, 8, 8), 1.0, 0)
+    with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT"):
+        run_case(case, ONCE)
+
+
+def _head_dim_too_large(q, k, v):
+    wide = [torch.nn.functional.pad(x, (0, 300)) for x in (q, k, v)]
+    return bigkernel.ops.attention(*wide)[..., : q.shape[-1]]
+
+
+@needs_native
+def test_a_wrong_result_fails(monkeypatch):
+    right = attention_bench.sdpa
+    monkeypatch.setattr(
+        attention_bench, "_ours", lambda spec: lambda q, k, v: right(q, k, v) * 1.01
+    )
+    case = attention_bench._case(attention_bench.Spec(1, 1, 8, 8, dtype=torch.float32), 1.0, 0)
+    with pytest.raises(RuntimeError, match="do not agree"):
+        run_case(case, ONCE)
+
+
+@needs_native
+def test_absent_peers_are_skipped_aloud(monkeypatch, capsys):
+    def absent(name: str):
+        raise ImportError(f"No module named {name!r}")
+
+    case = cases_of("augment", small=True)[1]
+    monkeypatch.setattr(augment_bench.importlib, "import_module", absent)
+    got = run_case(case, ONCE)
+    assert set(got.skipped) == set(augment_bench.PEERS)
+    report.show([got], report.console())
+    out = capsys.readouterr().out
+    for peer in augment_bench.PEERS:
+        assert f"skipped: {peer}: No module named" in out
+    assert "not measured" in out
+
+
+@needs_native
+def test_command_prints_and_writes(tmp_path: Path, monkeypatch, capsys):
+    small = {op: cases_of(op, small=True)[:2] for op in ("attention", "adam")}
+    monkeypatch.setattr("bigkernel.cli.bench.cases_of", small.__getitem__)
+    threads = torch.get_num_threads()
+    written, chart = tmp_path / "all.json", tmp_path / "all.png"
+    options = ["--quick", "--threads", "1", "--json", str(written), "--plot", str(chart)]
+    try:
+        assert main(["bench", "attention", "adam", *options]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    for word in ("torch SDPA", "torch fused", "bigkernel-torch", "held", "slower than a peer", "x"):
+        assert word in out, word
+    content = json.loads(written.read_text())
+    assert content["threads"] == 1
+    assert content["isa"] in bigkernel.cpu_isas()
+    assert content["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert content["command"] == "bigkernel bench attention adam --quick --threads 1"
+    assert {"cpu", "cores", "commit", "time"} <= content.keys()
+    assert [r["table"] for r in content["results"]] == ["attention"] * 2 + ["adam"] * 2
+    first = content["results"][0]
+    assert first["times"][OURS]["median"] > 0
+    assert first["ratios"]["torch SDPA"] > 0
+    assert first["share_of_limit"] > 0
+    assert first["bars"][0]["held"] in (True, False)
+    with Image.open(chart) as image:
+        assert image.width > 300
+
+
+def test_losses_are_printed(capsys):
+    case = Case("adam", "a lost case", (OURS, "peer"), lambda: None, (Bar(1.0, "peer"),))
+    report.show([result(case, timings(**{OURS: 2.0, "peer": 1.0}))], report.console())
+    out = capsys.readouterr().out
+    assert "slower than a peer: 1" in out
+    assert "a lost case: 0.50x peer" in out
+    assert "bars not held: 1 of 1" in out
+    assert "NO, 0.50x" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bench", "atention"], "There are: attention, adam, augment"),
+        (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
+        (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_bad_usage(arguments, expected, capsys):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_our_own_pytorch_backend_comes_first():
+    for op in KERNEL_OPS:
+        assert all(case.competitors[:2] == (OURS, REFERENCE) for case in cases_of(op))
