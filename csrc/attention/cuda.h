@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "attention/attention.h"
 
@@ -11,7 +12,8 @@ namespace bigkernel {
 // Travels by value in the kernels' parameters. Tensors' `first` rows come from cu_q and cu_k.
 struct AttentionCudaArgs {
   AttentionTensor q, k, v, out, lse;              // lse: float32
-  AttentionTensor dout, dlse, dq, dk, dv, delta;  // backward; dlse.data may be null
+  AttentionTensor dout, dlse, dq, dk, dv, delta;  // backward; dlse.data may be null; delta:
+                                                  // fp32 scratch of two planes, stat_plane
   AttentionMask mask, dmask;                      // strides in elements, 0 where broadcast
   const float* slopes;                            // null: no ALiBi
   int64_t slopes_batch, slopes_head;              // strides
@@ -63,5 +65,9 @@ struct AttentionLaunch {
 // (a cudaStream_t) of `device` and return at once.
 AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args);
 void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* stream);
+
+// Backward: one launch after the other. dmask.kind says whether a mask's gradient is wanted.
+std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args);
+void launch_attention_bwd(const AttentionCudaArgs& args, int device, void* stream);
 
 }  // namespace bigkernel

@@ -57,6 +57,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint3
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -99,6 +103,11 @@ __device__ __forceinline__ float4 ld_shared_v4_f32(uint32_t address) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 ld_shared_v2_f32(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ void st_shared_v4(uint32_t address, uint4 v) {

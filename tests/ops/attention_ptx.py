@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bigkernel.reference import attention_blocks
 from bigkernel.reference.attention_blocks import empty_like_layout
 from bigkernel.testing import ptx
 
@@ -83,6 +82,7 @@ def host() -> ptx.HostLibrary:
     host.library.attention_launch_size.restype = I64
     host.library.attention_fwd_plan.restype = ctypes.c_char_p
     host.library.attention_fwd_run.restype = ctypes.c_char_p
+    host.library.attention_bwd_run.restype = ctypes.c_char_p
     assert host.library.attention_args_size() == ctypes.sizeof(Args), "AttentionCudaArgs changed"
     assert host.library.attention_launch_size() == ctypes.sizeof(Plan), "AttentionLaunch changed"
     return host
@@ -134,8 +134,10 @@ class Call:
         strides = (0, x.stride(1), x.stride(0)) if self.packed else x.stride()[:3]
         return TensorView(self.at(x, name), *strides)
 
-    def view_lse(self, x: Tensor, name: str) -> TensorView:
-        return TensorView(self.at(x, name), *((0, *x.stride()) if self.packed else x.stride()))
+    def view_lse(self, x: Tensor, name: str, whole: Tensor | None = None) -> TensorView:
+        """A view of x [B, H, S] or [H, T], the first part of `whole`."""
+        at = self.at(x if whole is None else whole, name)
+        return TensorView(at, *((0, *x.stride()) if self.packed else x.stride()))
 
     def mask(self, x: Tensor, name: str) -> MaskView:
         strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
@@ -164,6 +166,37 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     return out, lse
 
 
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *options, needs_dmask = options
+    call, mask = Call(q, k, v, *options), options[0]
+    args = call.args
+    gradients = [empty_like_layout(x, x.shape[-1]).fill_(torch.nan) for x in (q, k, v)]
+    args.out, args.dout = call.view(out, "out"), call.view(dout, "dout")
+    args.lse = call.view_lse(lse, "lse")
+    if dlse is not None:
+        args.dlse = call.view_lse(dlse, "dlse")
+    args.dq, args.dk, args.dv = (
+        call.view(x, n) for x, n in zip(gradients, ("dq", "dk", "dv"), strict=True)
+    )
+    delta = torch.full((2, *lse.shape), torch.nan)
+    args.delta = call.view_lse(delta[0], "delta", delta)
+    dmask = q.new_empty(0)
+    if needs_dmask:
+        dmask = torch.full_like(mask, torch.nan, memory_format=torch.contiguous_format)
+        args.dmask = call.mask(dmask, "dmask")
+    call.run("attention_bwd_run")
+    return (*gradients, dmask)
+
+
 @functools.cache
 def define() -> Any:
     """The ops, defined once; kept for as long as the process."""
@@ -171,8 +204,7 @@ def define() -> Any:
     namespace = getattr(torch.ops, NAMESPACE)
     for name, schema, impl, fake, autograd in (
         ("attention_fwd", op._SCHEMA_FWD, attention_fwd, op._fake_fwd, op._autograd),
-        ("attention_bwd", op._SCHEMA_BWD, attention_blocks.attention_bwd, op._fake_bwd,
-         op._no_second_derivative),
+        ("attention_bwd", op._SCHEMA_BWD, attention_bwd, op._fake_bwd, op._no_second_derivative),
     ):  # fmt: skip
         library.define(name + schema)
         library.impl(name, impl, "CPU")

@@ -1,4 +1,5 @@
 // What csrc/attention/cuda.cpp does between its checks and its return, for attention_ptx.py.
+#include <algorithm>
 #include <exception>
 #include <string>
 
@@ -30,4 +31,15 @@ extern "C" const char* attention_fwd_plan(const AttentionCudaArgs* args, Attenti
 }
 extern "C" const char* attention_fwd_run(const AttentionCudaArgs* args) {
   return message_of([&] { launch_attention_fwd(*args, 0, nullptr); });
+}
+extern "C" const char* attention_bwd_plan(const AttentionCudaArgs* args, AttentionLaunch* launches,
+                                          int64_t* count) {
+  return message_of([&] {
+    const std::vector<AttentionLaunch> plan = plan_attention_bwd(*args);
+    *count = int64_t(plan.size());
+    std::copy(plan.begin(), plan.end(), launches);
+  });
+}
+extern "C" const char* attention_bwd_run(const AttentionCudaArgs* args) {
+  return message_of([&] { launch_attention_bwd(*args, 0, nullptr); });
 }

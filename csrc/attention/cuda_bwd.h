@@ -1,0 +1,601 @@
+// Attention backward on the GPU (formula: attention.h; the algorithm is FlashAttention-2's, Dao,
+// 2023): scores are recomputed from lse, tile by tile.
+//
+//   P = exp(score - lse), P' = P * drop, dP = (dout v^T) * drop, delta = <dout, out> - dlse
+//   dS = P * (dP - delta), through softcap: * (1 - tanh^2)
+//   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k
+//
+// One body for two kernels. A block keeps kRows rows and streams tiles of kCols columns past them:
+// for dk and dv rows are keys, and columns the queries of every head of the group; for dq rows are
+// queries, and columns keys. Each gradient has one owner and one order of summation: the same bits
+// at each run, without atomics, and without memory beyond two floats a row. The price is 7 products
+// of tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for every
+// pair of tiles, and a copy of dq for each block that works on a head at a time; where those copies
+// outgrow the L2 cache, that costs what the two products do.
+// P and dS stay in the registers that mma left them in, which are the operand `a` of the next
+// product: nothing but the four inputs passes through shared memory.
+//
+//   16 bits: kDim   rows   columns   warps   shared memory
+//              64    128      32        4     2 x 16 KB + 2 x 8.25 KB
+//             128    128      32        8     2 x 32 KB + 2 x 16.25 KB
+//             256     64      16        4     2 x 32 KB + 2 x 16.13 KB
+//   fp32:      64    128      32        4     2 x 32 KB + 2 x 16.25 KB
+//             128     64      16        4     2 x 32 KB + 2 x 16.13 KB
+//             256     32       8        2     2 x 32 KB + 2 x 16.06 KB
+// Below 99 KB, so that every GPU from sm_80 on has room; kDim 64 in 16 bits fits twice. dk and dv
+// of kDim 256 are two kernels: their sums would fill 256 registers.
+//
+// The plain kernel takes causality and windows, and has an inner loop without any masking for the
+// tiles that every row sees; the general one takes everything: softcap, ALiBi, masks, dropout, rows
+// that are not 16-byte aligned. fp32 multiplies by fma, so it keeps fp32's accuracy, in mma's
+// layout: lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8.
+#pragma once
+#include <type_traits>
+
+#include "attention/cuda_bwd_kernels.h"
+#include "attention/cuda_scores.h"
+#include "attention/cuda_tile.h"
+
+namespace bigkernel {
+
+template <class T, int kDim>
+struct BackwardTile {
+  static constexpr bool kFma = sizeof(T) == 4;
+  static constexpr int kFrags = kDim == 64 ? 2 : 1;  // 16 rows each, of a warp
+  static constexpr int kWarps = kFma ? (kDim == 256 ? 2 : 4) : (kDim == 128 ? 8 : 4);
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kFrags;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kCols = (kDim == 256 ? 16 : 32) / (kFma && kDim > 64 ? 2 : 1);
+  static constexpr int kBlocksPerSm = kDim == 64 && !kFma ? 2 : 1;
+  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));  // a tile of rows
+  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));  // a tile of columns
+  static constexpr int kStageBytes = 2 * kColBytes;                // q and dout, or k and v
+  static constexpr int kStatBytes = 2 * kCols * 4;                 // -lse and -delta of the columns
+  static constexpr int kStages = 2 * kRowBytes;                    // offset
+  static constexpr int kStats = kStages + 2 * kStageBytes;         // offset
+  static constexpr int kShared = kStats + 2 * kStatBytes;
+};
+
+// What attention_bwd_rows_kernel leaves of each row, in two planes of args.delta: -lse (-inf where
+// no key is open; in 16 bits times log2 e) and -delta.
+__device__ __forceinline__ int64_t stat_plane(const AttentionCudaArgs& args) {
+  return args.heads_q * (args.cu_q != nullptr ? args.total_q : int64_t(args.batch) * args.max_q);
+}
+
+template <class T, int kDim, Part kPart, bool kGeneral>
+struct Backward {
+  using Tile = BackwardTile<T, kDim>;
+  using Layout = TileLayout<T, kDim>;
+  using Cursor = MatrixCursor<T, kDim>;
+  using Pairs = MatrixCursor<T, kDim, MatrixOrder::kColumnsFirst>;
+  using ColumnLoader = TileLoader<T, Tile::kCols, kDim, Tile::kThreads>;
+  using RowLoader = TileLoader<T, Tile::kRows, kDim, Tile::kThreads>;
+  static constexpr bool kFma = Tile::kFma;
+  static constexpr bool kRowsAreKeys = kPart != Part::kQueries && kPart != Part::kMask;
+  static constexpr bool kNeedsDs = kPart != Part::kValues;  // the gradient of the score
+  static constexpr bool kNeedsP = kPart == Part::kKeysValues || kPart == Part::kValues;
+  static constexpr int kFrags = Tile::kFrags;
+  static constexpr int kSteps = kDim / 16;
+  static constexpr int kTiles = Tile::kCols / 8;
+  // Rows' fragments stay in registers where those are left.
+  static constexpr bool kResident1 =
+      !kFma && kPart != Part::kMask && (kDim == 128 || (kDim == 64 && !kRowsAreKeys));
+  static constexpr bool kResident2 = kResident1 && !kRowsAreKeys;
+
+  using Sums = float[kFrags][kDim / 8][4];
+  using Scores = float[kFrags][kTiles][4];
+  using Operand = uint32_t[kFrags][kTiles / 2 + kFma][4];
+
+  const AttentionCudaArgs& args;
+  const uint32_t shared;
+  const float* const stats;
+  const int lane, warp;
+  const int head;  // of the rows
+  const DeviceSequence seq;
+  const DeviceReach reach;
+  const bool aligned;
+  int row0, rows_all, cols_all;  // rows of the block start at row0
+  int first, last;               // tiles of columns that any row sees
+  int full_first, full_last;     // and those that all rows see
+  Cursor row_cursor, col_cursor;
+  Pairs pair_cursor;
+  Sums sum1, sum2;  // of dS and rows 1; of P and rows 2
+  float row_lse[kFrags][2], row_delta[kFrags][2];
+  uint32_t resident1[kResident1 ? kFrags : 1][kResident1 ? kSteps : 1][4];
+  uint32_t resident2[kResident2 ? kFrags : 1][kResident2 ? kSteps : 1][4];
+
+  __device__ __forceinline__ const AttentionTensor& rows1() const {
+    return kRowsAreKeys ? args.k : args.q;
+  }
+  __device__ __forceinline__ const AttentionTensor& rows2() const {
+    return kRowsAreKeys ? args.v : args.dout;
+  }
+  __device__ __forceinline__ const AttentionTensor& cols1() const {
+    return kRowsAreKeys ? args.q : args.k;
+  }
+  __device__ __forceinline__ const AttentionTensor& cols2() const {
+    return kRowsAreKeys ? args.dout : args.v;
+  }
+  __device__ __forceinline__ int64_t first_of_rows() const {
+    return kRowsAreKeys ? seq.first_k : seq.first_q;
+  }
+  __device__ __forceinline__ int64_t first_of_cols() const {
+    return kRowsAreKeys ? seq.first_q : seq.first_k;
+  }
+  __device__ __forceinline__ int column_head(int member) const {
+    return kRowsAreKeys ? head * args.group + member : head / args.group;
+  }
+
+  __device__ __forceinline__ Backward(const AttentionCudaArgs& args_, char* memory, int batch,
+                                      int head_, int tile)
+      : args(args_),
+        shared(shared_address(memory)),
+        stats(reinterpret_cast<const float*>(memory + Tile::kStats)),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        head(head_),
+        seq(sequence_of(args_, batch)),
+        reach(reach_of(args_, seq)),
+        aligned(!kGeneral || args_.aligned),
+        row_cursor(shared, warp * Tile::kWarpRows, lane),
+        col_cursor(shared + Tile::kStages, 0, lane),
+        pair_cursor(shared + Tile::kStages, 0, lane) {
+    row0 = tile * Tile::kRows;
+    rows_all = kRowsAreKeys ? seq.keys : seq.rows;
+    cols_all = kRowsAreKeys ? seq.rows : seq.keys;
+    const int top = row0, bottom = min(row0 + Tile::kRows, rows_all) - 1;
+    first = low(top) / Tile::kCols;
+    last = (high(bottom) + Tile::kCols - 1) / Tile::kCols;
+    full_first = (low(bottom) + Tile::kCols - 1) / Tile::kCols;
+    full_last = high(top) / Tile::kCols;
+  }
+
+  // The columns [low, high) that a row sees.
+  __device__ __forceinline__ int low(int row) const {
+    return kRowsAreKeys ? reach.first_row(row) : reach.lo(row);
+  }
+  __device__ __forceinline__ int high(int row) const {
+    return kRowsAreKeys ? reach.end_row(row, seq.rows) : reach.hi(row);
+  }
+
+  __device__ __forceinline__ ColumnLoader loader(const AttentionTensor& t, int dim,
+                                                 int member) const {
+    return ColumnLoader(row_pointer<T>(t, seq.index, column_head(member), first_of_cols()), t.row,
+                        dim, threadIdx.x);
+  }
+
+  // Starts the copies of any tile of columns.
+  __device__ __forceinline__ void start(int member, int tile, int stage) const {
+    const ColumnLoader a = loader(cols1(), args.dim, member);
+    const ColumnLoader b = loader(cols2(), args.dim_v, member);
+    const uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
+    const int col = tile * Tile::kCols;
+    if (aligned) {
+      a.load_bounded(to, col, cols_all);
+      b.load_bounded(to + Tile::kColBytes, col, cols_all);
+    } else {
+      a.load_unaligned(to, col, cols_all);
+      b.load_unaligned(to + Tile::kColBytes, col, cols_all);
+    }
+    if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols) {
+      const int i = col + int(threadIdx.x) % Tile::kCols;
+      cp_async_4(stat_address(stage), stat_of(member, i < cols_all ? i : 0), i < cols_all ? 4 : 0);
+    }
+  }
+
+  // Of this thread: -lse for the first kCols threads, -delta for the next.
+  __device__ __forceinline__ uint32_t stat_address(int stage) const {
+    return shared + Tile::kStats + stage * Tile::kStatBytes + threadIdx.x * 4;
+  }
+  __device__ __forceinline__ const float* stat_of(int member, int row) const {
+    const int64_t plane = threadIdx.x < Tile::kCols ? 0 : stat_plane(args);
+    return row_pointer<float>(args.delta, seq.index, column_head(member), seq.first_q) + plane +
+           row;
+  }
+
+  __device__ __forceinline__ void load_rows() {
+    const RowLoader a(row_pointer<T>(rows1(), seq.index, head, first_of_rows()), rows1().row,
+                      args.dim, threadIdx.x);
+    const RowLoader b(row_pointer<T>(rows2(), seq.index, head, first_of_rows()), rows2().row,
+                      args.dim_v, threadIdx.x);
+    if (aligned) {
+      a.load_bounded(shared, row0, rows_all);
+      if (kNeedsDs) b.load_bounded(shared + Tile::kRowBytes, row0, rows_all);
+    } else {
+      a.load_unaligned(shared, row0, rows_all);
+      if (kNeedsDs) b.load_unaligned(shared + Tile::kRowBytes, row0, rows_all);
+    }
+    if constexpr (!kRowsAreKeys) {
+      const float* p = row_pointer<float>(args.delta, seq.index, head, seq.first_q);
+#pragma unroll
+      for (int m = 0; m < 2 * kFrags; ++m) {
+        const int row = row0 + own_row(m);
+        row_lse[m / 2][m % 2] = row < rows_all ? p[row] : 0.0f;
+        row_delta[m / 2][m % 2] = row < rows_all ? p[stat_plane(args) + row] : 0.0f;
+      }
+    }
+  }
+
+  // Row m of the 2 * kFrags of which this thread holds elements.
+  __device__ __forceinline__ int own_row(int m) const {
+    return warp * Tile::kWarpRows + m * 8 + lane / 4;
+  }
+
+  __device__ __forceinline__ void keep_rows() {
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        if constexpr (kResident1) ldmatrix_x4(resident1[f][k], row_cursor.at(16 * f, k));
+        if constexpr (kResident2)
+          ldmatrix_x4(resident2[f][k], row_cursor.at(16 * f, k) + Tile::kRowBytes);
+      }
+  }
+
+  // out += rows columns^T by fma, of rows at `row_tile` and columns at `col_tile`.
+  __device__ __forceinline__ void multiply_fma(Scores& out, uint32_t row_tile,
+                                               uint32_t col_tile) const {
+    const uint32_t cols = shared + Tile::kStages + col_tile;
+#pragma unroll 2
+    for (int k = 0; k < Layout::kChunks; ++k) {
+      float4 a[2 * kFrags];
+#pragma unroll
+      for (int m = 0; m < 2 * kFrags; ++m)
+        a[m] = ld_shared_v4_f32(shared + row_tile + Layout::at(own_row(m), k));
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float4 b = ld_shared_v4_f32(cols + Layout::at(8 * n + lane % 4 * 2 + e, k));
+#pragma unroll
+          for (int m = 0; m < 2 * kFrags; ++m) {
+            float& x = out[m / 2][n][m % 2 * 2 + e];
+            x = fmaf(a[m].x, b.x, x);
+            x = fmaf(a[m].y, b.y, x);
+            x = fmaf(a[m].z, b.z, x);
+            x = fmaf(a[m].w, b.w, x);
+          }
+        }
+    }
+  }
+
+  // sum += p columns by fma. Lanes of a row exchange their elements of p.
+  __device__ __forceinline__ void accumulate_fma(Sums& sum, const Scores& p,
+                                                 uint32_t col_tile) const {
+    const int t = lane % 4;
+#pragma unroll
+    for (int c = 0; c < Tile::kCols; ++c) {
+      float a[2 * kFrags];
+#pragma unroll
+      for (int m = 0; m < 2 * kFrags; ++m)
+        a[m] = __shfl_sync(~0u, p[m / 2][c / 8][m % 2 * 2 + c % 2], c % 8 / 2, 4);
+      // This lane's columns of sum: 8 n + 2 t, + 1.
+      const uint32_t from = shared + Tile::kStages + col_tile + c * Layout::kRowBytes +
+                            ((t / 2 ^ (Layout::turn(c) & 1)) << 4) + t % 2 * 8;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float2 b = ld_shared_v2_f32(from + ((2 * n ^ (Layout::turn(c) & ~1)) << 4));
+#pragma unroll
+        for (int m = 0; m < 2 * kFrags; ++m) {
+          float* x = &sum[m / 2][n][m % 2 * 2];
+          x[0] = fmaf(a[m], b.x, x[0]);
+          x[1] = fmaf(a[m], b.y, x[1]);
+        }
+      }
+    }
+  }
+
+  // Both on tensor cores.
+  template <bool kResident, class Fragments>
+  __device__ __forceinline__ void multiply(Scores& out, const Fragments& resident,
+                                           uint32_t row_tile, uint32_t col_tile) const {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[kFrags][4];
+      if constexpr (!kResident)
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f) ldmatrix_x4(a[f], row_cursor.at(16 * f, k) + row_tile);
+#pragma unroll
+      for (int n = 0; n < kTiles / 2; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4(b, pair_cursor.at(16 * n, k) + col_tile);
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f) {
+          const uint32_t (&m)[4] = fragment<kResident>(resident, a, f, k);
+          mma_m16n8k16(out[f][2 * n], m, b[0], b[1], T{});
+          mma_m16n8k16(out[f][2 * n + 1], m, b[2], b[3], T{});
+        }
+      }
+    }
+  }
+  template <bool kResident, class Fragments>
+  static __device__ __forceinline__ const uint32_t (&fragment(const Fragments& resident,
+                                                              const uint32_t (&loaded)[kFrags][4],
+                                                              int f, int k))[4] {
+    if constexpr (kResident)
+      return resident[f][k];
+    else
+      return loaded[f];
+  }
+
+  __device__ __forceinline__ void accumulate(Sums& sum, const Operand& p, uint32_t col_tile) const {
+#pragma unroll
+    for (int k = 0; k < kTiles / 2; ++k)
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, col_cursor.at(16 * k, n) + col_tile);
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f) {
+          mma_m16n8k16(sum[f][2 * n], p[f][k], b[0], b[1], T{});
+          mma_m16n8k16(sum[f][2 * n + 1], p[f][k], b[2], b[3], T{});
+        }
+      }
+  }
+
+  static __device__ __forceinline__ void round(Operand& out, const Scores& in) {
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        out[f][n / 2][n % 2 * 2] = cvt_rn_x2(in[f][n][0], in[f][n][1], T{});
+        out[f][n / 2][n % 2 * 2 + 1] = cvt_rn_x2(in[f][n][2], in[f][n][3], T{});
+      }
+  }
+
+  // Whether the elements of this thread are kept by dropout: bit 4 n + e for element e of tile n.
+  // A call of Philox serves four keys of a row: lanes that share one divide the calls.
+  __device__ __forceinline__ uint32_t kept(const DeviceDropout& dropout, int f, int col) const {
+    const int g = lane / 4, t = lane % 4, row = row0 + warp * Tile::kWarpRows + 16 * f;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int n = 0; n < kTiles; ++n, col += 8) {
+      uint32_t four = 0;
+      if constexpr (kRowsAreKeys) {
+        const int c = g % 4;
+        const uint32_t mine = dropout.kept(col + 2 * t + c % 2, (row + g / 4 * 4 + c / 2 * 8) / 4);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          four |= (__shfl_sync(~0u, mine, (g / 4 * 4 + e) * 4 + t) >> c & 1) << e;
+      } else {
+        const int odd = t % 2;
+        const uint32_t mine = dropout.kept(row + g + 8 * odd, col / 4 + t / 2);
+        const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
+        four = ((odd ? other : mine) >> 2 * odd & 3) | ((odd ? mine : other) >> 2 * odd & 3) << 2;
+      }
+      bits |= four << 4 * n;
+    }
+    return bits;
+  }
+
+  // P' and dS of one tile of columns, which lies in `stage`.
+  template <bool kMasked>
+  __device__ __forceinline__ void differentiate(Scores& s, Scores& ds, int member, int tile,
+                                                int stage) {
+    const uint32_t to = stage * Tile::kStageBytes;
+    const float2* lse = reinterpret_cast<const float2*>(stats + stage * (Tile::kStatBytes / 4));
+    const float2* delta = lse + Tile::kCols / 2;
+    const int t = lane % 4, col0 = tile * Tile::kCols;
+    // -lse or -delta of element e of tile n.
+    const auto stat = [&](const float2* of_columns, const float (&of_rows)[2], int n, int e) {
+      if constexpr (kRowsAreKeys)
+        return e % 2 ? of_columns[4 * n + t].y : of_columns[4 * n + t].x;
+      else
+        return of_rows[e / 2];
+    };
+
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[f][n][e] = 0.0f;  // dP - delta: without dropout, the sum can start with -delta
+          ds[f][n][e] = kGeneral ? 0.0f : stat(delta, row_delta[f], n, e);
+        }
+    if constexpr (kFma) {
+      multiply_fma(s, 0, to);
+      if constexpr (kNeedsDs) multiply_fma(ds, Tile::kRowBytes, to + Tile::kColBytes);
+    } else {
+      multiply<kResident1>(s, resident1, 0, to);
+      if constexpr (kNeedsDs)
+        multiply<kResident2>(ds, resident2, Tile::kRowBytes, to + Tile::kColBytes);
+    }
+
+    if constexpr (kGeneral) {
+      const int query_head = kRowsAreKeys ? column_head(member) : head;
+      const DeviceScores scores(args, seq, query_head);
+      const DeviceDropout dropout(args, seq, query_head);
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f) {
+        const uint32_t keep = args.seed != nullptr ? kept(dropout, f, col0) : ~0u;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int row = row0 + own_row(2 * f + e / 2), col = col0 + 8 * n + 2 * t + e % 2;
+            float p = 0.0f, slope = 1.0f;
+            if (row < rows_all && col >= low(row) && col < high(row)) {
+              const float score =
+                  scores(s[f][n][e], kRowsAreKeys ? col : row, kRowsAreKeys ? row : col, slope);
+              p = exponential(score, stat(lse, row_lse[f], n, e));
+            }
+            const float factor = keep >> (4 * n + e) & 1 ? dropout.scale : 0.0f;
+            s[f][n][e] = p * factor;
+            ds[f][n][e] = p * (ds[f][n][e] * factor + stat(delta, row_delta[f], n, e));
+            if constexpr (kPart != Part::kMask) ds[f][n][e] *= slope;
+          }
+      }
+    } else {
+      const float scale = args.scale * kLog2E;
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float p = ex2_approx_ftz(fmaf(s[f][n][e], scale, stat(lse, row_lse[f], n, e)));
+            if constexpr (kMasked) {
+              const int row = row0 + own_row(2 * f + e / 2), col = col0 + 8 * n + 2 * t + e % 2;
+              if (col < low(row) || col >= high(row)) p = 0.0f;
+            }
+            s[f][n][e] = p;
+            ds[f][n][e] *= p;
+          }
+    }
+  }
+
+  static __device__ __forceinline__ float exponential(float score, float lse) {
+    return kFma ? expf(score + lse) : ex2_approx_ftz(fmaf(score, kLog2E, lse));
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int member, int tile, int stage) {
+    Scores s, ds;
+    differentiate<kMasked>(s, ds, member, tile, stage);
+    const uint32_t cols1 = stage * Tile::kStageBytes, cols2 = cols1 + Tile::kColBytes;
+    if constexpr (kFma) {
+      if constexpr (kNeedsP) accumulate_fma(sum2, s, cols2);
+      if constexpr (kNeedsDs) accumulate_fma(sum1, ds, cols1);
+    } else {
+      Operand rounded;
+      if constexpr (kNeedsP) {
+        round(rounded, s);
+        accumulate(sum2, rounded, cols2);
+      }
+      if constexpr (kNeedsDs) {
+        round(rounded, ds);
+        accumulate(sum1, rounded, cols1);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum1[f][n][e] = sum2[f][n][e] = 0.0f;
+    if (first < last) {
+      load_rows();
+      start(0, first, 0);
+      cp_async_commit_group();
+      if (kResident1) {
+        cp_async_wait_group<0>();
+        __syncthreads();
+        keep_rows();
+      }
+      stream();
+    }
+    __syncwarp();
+    if constexpr (kRowsAreKeys) {
+      if (kNeedsDs) store(sum1, args.scale, args.dk, args.dim, 0);
+      if (kNeedsP) store(sum2, 1.0f, args.dv, args.dim_v, Tile::kRowBytes);
+    } else {
+      store(sum1, args.scale, args.dq, args.dim, 0);
+    }
+  }
+
+  __device__ __forceinline__ void stream() {
+    const int members = kRowsAreKeys ? args.group : 1;
+    int stage = 0;
+#pragma unroll 1
+    for (int member = 0; member < members; ++member) {
+      const ColumnLoader a = loader(cols1(), args.dim, member);
+      const ColumnLoader b = loader(cols2(), args.dim_v, member);
+      const float* const stat = stat_of(member, threadIdx.x % Tile::kCols);
+      if constexpr (!kGeneral) {
+        // Their loads leave these columns alone.
+        if (member == 0 && a.dim < kDim) a.pad(shared + Tile::kStages + Tile::kStageBytes);
+        if (member == 0 && b.dim < kDim)
+          b.pad(shared + Tile::kStages + Tile::kStageBytes + Tile::kColBytes);
+      }
+#pragma unroll 1
+      for (int tile = first; tile < last; ++tile) {
+        if constexpr (!kGeneral) {
+          // The main loop: this tile and the next are seen by all rows.
+#pragma unroll 1
+          for (; tile >= full_first && tile + 1 < full_last; ++tile) {
+            cp_async_wait_group<0>();
+            __syncthreads();
+            stage ^= 1;
+            const uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
+            a.load(to, (tile + 1) * Tile::kCols);
+            b.load(to + Tile::kColBytes, (tile + 1) * Tile::kCols);
+            if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols)
+              cp_async_4(stat_address(stage), stat + (tile + 1) * Tile::kCols, 4);
+            cp_async_commit_group();
+            step<false>(member, tile, stage ^ 1);
+          }
+        }
+        cp_async_wait_group<0>();
+        __syncthreads();
+        stage ^= 1;
+        if (tile + 1 < last)
+          start(member, tile + 1, stage);
+        else if (member + 1 < members)
+          start(member + 1, first, stage);
+        cp_async_commit_group();
+        step<true>(member, tile, stage ^ 1);
+      }
+    }
+  }
+
+  // Leaves rows of this warp through its own rows of a tile that it no longer needs, to write whole
+  // sectors.
+  __device__ __forceinline__ void store(const Sums& sum, float factor, const AttentionTensor& t,
+                                        int dim, uint32_t tile) const {
+    const uint32_t own = shared + tile;
+#pragma unroll
+    for (int m = 0; m < 2 * kFrags; ++m)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float x = sum[m / 2][n][m % 2 * 2] * factor;
+        const float y = sum[m / 2][n][m % 2 * 2 + 1] * factor;
+        if constexpr (kFma)
+          st_shared_v2_f32(own + Layout::at(own_row(m), 2 * n + lane % 4 / 2) + lane % 2 * 8, x, y);
+        else
+          st_shared(own + Layout::at(own_row(m), n) + lane % 4 * 4, cvt_rn_x2(x, y, T{}));
+      }
+    __syncwarp();
+    T* const data = row_pointer<T>(t, seq.index, head, first_of_rows());
+#pragma unroll 1
+    for (int i = lane; i < Tile::kWarpRows * Layout::kChunks; i += 32) {
+      const int row = warp * Tile::kWarpRows + i / Layout::kChunks, chunk = i % Layout::kChunks;
+      const int left = dim - chunk * Layout::kChunk;
+      if (row0 + row >= rows_all || left <= 0) continue;
+      union {
+        uint4 whole;
+        T element[Layout::kChunk];
+      } value{ld_shared_v4(own + Layout::at(row, chunk))};
+      T* const to = data + int64_t(row0 + row) * t.row + chunk * Layout::kChunk;
+      if (aligned) {
+        *reinterpret_cast<uint4*>(to) = value.whole;
+      } else {
+#pragma unroll
+        for (int e = 0; e < Layout::kChunk; ++e)
+          if (e < left) to[e] = value.element[e];
+      }
+    }
+  }
+};
+
+// Which block has what: the blocks that see most under a causal mask go first.
+template <class T, int kDim, Part kPart, bool kGeneral>
+__global__ void __launch_bounds__(BackwardTile<T, kDim>::kThreads,
+                                  BackwardTile<T, kDim>::kBlocksPerSm)
+    attention_bwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
+  extern __shared__ __align__(128) char memory[];
+  using Block = Backward<T, kDim, kPart, kGeneral>;
+  const int most = Block::kRowsAreKeys ? args.max_k : args.max_q;
+  const int heads = Block::kRowsAreKeys ? args.heads_kv : args.heads_q;
+  const int tiles = (most + Block::Tile::kRows - 1) / Block::Tile::kRows;
+  const int head = int(blockIdx.x) / tiles, tile = int(blockIdx.x) % tiles;
+  Block block(args, memory, head / heads, head % heads,
+              Block::kRowsAreKeys ? tile : tiles - 1 - tile);
+  if (block.row0 < block.rows_all) block.run();
+}
+
+}  // namespace bigkernel
