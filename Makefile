@@ -102,7 +102,7 @@ bench: build
 	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
 
 wheel: $(VENV)/.torch
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf build dist build.log bigkernel/_C*.so $(VENV)/.demo

@@ -3,7 +3,8 @@
 Environment:
   BIGKERNEL_NATIVE=0     a pure-Python package, nothing is compiled
   BIGKERNEL_CUDA=0|1     leave the CUDA kernels out | insist on them (default: if nvcc matches)
-  TORCH_CUDA_ARCH_LIST   GPU architectures, as torch spells them ("8.0;9.0+PTX")
+  TORCH_CUDA_ARCH_LIST   GPU architectures, as torch spells them ("8.0;9.0+PTX"), or "all"
+                         (default: of the GPUs present, else those the tests need)
   BIGKERNEL_SANITIZE=1   AddressSanitizer and UBSan, for `make test-sanitize`
   MAX_JOBS               compilers run at a time
 """
@@ -13,12 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 DEVELOPER_ARCHS = "8.0;9.0+PTX"
+ALL_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX for those to come
 
 # The stable ABI's version that the binary asks for; any torch from 2.11 on loads it.
 TORCH_TARGET = "0x020b000000000000"
@@ -59,7 +62,7 @@ def find_toolkit() -> tuple[str, str] | str:
 
 
 def choose_cuda() -> tuple[str, str] | None:
-    """The toolkit to build the CUDA kernels with, or None; prints the choice in one line."""
+    """The toolkit to build the CUDA kernels with, or None; says in one line why there is none."""
     import torch
 
     wanted = flag("BIGKERNEL_CUDA")
@@ -76,7 +79,6 @@ def choose_cuda() -> tuple[str, str] | None:
     elif torch.version.cuda and toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
         missing = f"nvcc is {toolkit[1]} but torch was built with CUDA {torch.version.cuda}"
     else:
-        print(f"bigkernel: building for CPU and CUDA (toolkit {toolkit[1]} in {toolkit[0]})")
         return toolkit
     if wanted:
         raise SystemExit(f"BIGKERNEL_CUDA=1, but the CUDA kernels cannot be built: {missing}.")
@@ -123,6 +125,25 @@ def isa_sources() -> list[str]:
             write_if_changed(path, text)
             sources.append(str(path.relative_to(ROOT)))
     return sources
+
+
+def names_of_archs(flags: list[str]) -> str:
+    """What nvcc is told to compile for: "sm_80, sm_90, PTX for sm_90"."""
+    codes = [re.fullmatch(r"-gencode=arch=\w+,code=(sm|compute)_(\w+)", f) for f in flags]
+    found = {(code[1] == "compute", code[2]) for code in codes if code}
+    ordered = sorted(found, key=lambda x: (x[0], int(re.sub(r"\D", "", x[1])), x[1]))
+    return ", ".join(f"PTX for sm_{arch}" if ptx else f"sm_{arch}" for ptx, arch in ordered)
+
+
+def count_kernels(objects: dict[str, list[Path]]) -> Counter[str]:
+    """CUDA kernels an op: each is registered under its mangled name, a string in the object."""
+    counts: Counter[str] = Counter()
+    strings = ["readelf", "-p", ".rodata.str1.1", "-p", ".rodata.str1.8"]
+    for op, paths in objects.items():
+        for path in paths:
+            listed = subprocess.run([*strings, str(path)], capture_output=True, text=True)
+            counts[op] += len(re.findall(r"\] +_Z", listed.stdout))
+    return counts
 
 
 def extension() -> Extension:
@@ -181,9 +202,15 @@ def extension() -> Extension:
         cpp_extension.CUDA_HOME = toolkit[0]
         if torch.version.cuda is None:
             cpp_extension._check_cuda_version = lambda *_: None
-        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if wanted == "all":
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ALL_ARCHS
+        elif not wanted and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = DEVELOPER_ARCHS
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
+        archs = names_of_archs(cpp_extension._get_cuda_arch_flags())
+        print(
+            f"bigkernel: building for CPU and CUDA (toolkit {toolkit[1]} in {toolkit[0]}; {archs})"
+        )
         library_dirs.append(
             f"{target}/lib" if os.path.isdir(f"{target}/lib") else f"{target}/lib64"
         )
@@ -220,4 +247,18 @@ else:
             "bigkernel: building the kernels needs torch in this environment: pip install torch, "
             "then pip install --no-build-isolation (or set BIGKERNEL_NATIVE=0)."
         ) from error
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            super().build_extensions()
+            objects: dict[str, list[Path]] = {}
+            for source in map(Path, self.extensions[0].sources):
+                if source.suffix == ".cu":
+                    path = Path(self.build_temp, source).with_suffix(".o")
+                    objects.setdefault(source.parent.name, []).append(path)
+            counts = count_kernels(objects)
+            if counts:
+                each = ", ".join(f"{op} {n}" for op, n in sorted(counts.items()))
+                print(f"bigkernel: {counts.total()} CUDA kernels for each architecture ({each})")
+
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
