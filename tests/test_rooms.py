@@ -9,7 +9,7 @@ from bigkernel import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.stem for path in (ROOT / "bigkernel" / "ops").glob("[a-z]*.py"))
-CUDA_OPS = {"adam"}  # the ops that have CUDA kernels so far
+CUDA_OPS = {"adam", "augment"}  # the ops that have CUDA kernels so far
 
 ROOMS = [
     "bigkernel/ops/{op}.py",

@@ -93,13 +93,14 @@ class AugmentBatch {
   DType dtype_ = DType::kUInt8;
 };
 
-// A call of the op: everything checked, the tables contiguous on the CPU, the output allocated.
+// A call of the op: everything checked, the tables contiguous on the CPU, the output allocated, on
+// the device of `like`.
 struct AugmentCall {
   AugmentCall(const std::vector<Tensor>& images, const Tensor& geometry_, const Tensor& color_,
               const Tensor& fill_, const std::optional<Tensor>& mean,
               const std::optional<Tensor>& std_, int64_t out_h, int64_t out_w,
               bool channels_last_in, bool channels_last_out, int64_t interpolation, bool antialias_,
-              double in_scale, int64_t out_dtype, bool cuda)
+              double in_scale, int64_t out_dtype, const Tensor& like)
       : antialias(antialias_) {
     BK_CHECK(geometry_.is_cpu() && geometry_.scalar_type() == ScalarType::Double &&
                  geometry_.dim() == 2 && geometry_.size(1) == 16,
@@ -119,7 +120,7 @@ struct AugmentCall {
     fill = torch::stable::contiguous(fill_);
 
     args.channels = fill.size(1);
-    batch.emplace(images, n, args.channels, channels_last_in, cuda);
+    batch.emplace(images, n, args.channels, channels_last_in, like.is_cuda());
     args.in_type = batch->dtype();
     args.out_type = augment_out_dtype(out_dtype);
     args.out_h = out_h;
@@ -137,8 +138,7 @@ struct AugmentCall {
     args.offset = offset.data();
     std::vector<int64_t> shape = {n, args.channels, out_h, out_w};
     if (channels_last_out) shape = {n, out_h, out_w, args.channels};
-    out = torch::stable::new_empty(images.empty() ? geometry_ : images[0], shape,
-                                   scalar_type_of(args.out_type));
+    out = torch::stable::new_empty(like, shape, scalar_type_of(args.out_type));
     args.out = out.mutable_data_ptr();
   }
   AugmentCall(const AugmentCall&) = delete;  // args points into it
@@ -151,10 +151,10 @@ struct AugmentCall {
     return static_cast<const float*>(fill.const_data_ptr()) +
            (fill.size(0) == 1 ? 0 : i * args.channels);
   }
+  const float* colors() const { return static_cast<const float*>(color.const_data_ptr()); }
   AugmentChain chain(int64_t i) const {
     const int64_t k = color.size(1);
-    return read_chain(static_cast<const float*>(color.const_data_ptr()) + i * k * 2, k,
-                      args.channels, args.in_type == DType::kUInt8);
+    return read_chain(colors() + i * k * 2, k, args.channels, args.in_type == DType::kUInt8);
   }
 
   AugmentArgs args{};

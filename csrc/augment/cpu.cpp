@@ -137,7 +137,8 @@ Tensor augment_cpu(std::vector<Tensor> images, Tensor geometry, Tensor color, Te
                    int64_t out_w, bool channels_last_in, bool channels_last_out,
                    int64_t interpolation, bool antialias, double in_scale, int64_t out_dtype) {
   const AugmentCall call(images, geometry, color, fill, mean, std_, out_h, out_w, channels_last_in,
-                         channels_last_out, interpolation, antialias, in_scale, out_dtype, false);
+                         channels_last_out, interpolation, antialias, in_scale, out_dtype,
+                         geometry);
   ask_for_huge_pages(call.args.out, size_t(call.out.numel()) * call.out.element_size());
   if (call.out.numel() > 0) Augmentation(call).run();
   return call.out;

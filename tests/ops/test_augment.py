@@ -26,6 +26,7 @@ Feature -> test
 import itertools
 import math
 
+import augment_ptx
 import augment_tables as tables
 import pytest
 import torch
@@ -37,6 +38,7 @@ from torchvision.transforms import InterpolationMode
 import bigkernel
 from bigkernel.ops.augment import augment
 from bigkernel.reference import augment as reference
+from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 
 MODES = {"nearest": InterpolationMode.NEAREST, "bilinear": InterpolationMode.BILINEAR}
@@ -46,6 +48,32 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+@pytest.fixture(
+    params=[
+        *(f"cpu-{isa}" for isa in bigkernel.cpu_isas() or ["none"]),
+        "ptx",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def native(request: pytest.FixtureRequest):
+    """Runs the test under every instruction set of the CPU, on the compiled CUDA kernels in the
+    emulator, and on a GPU where there is one."""
+    kind, _, isa = request.param.partition("-")
+    if kind == "ptx":
+        if ptx.nvcc() is None:
+            pytest.skip("nvcc is not on the path")
+        with augment_ptx.emulated():
+            yield kind
+    elif kind == "cuda":
+        with augment_ptx.on_gpu():
+            yield kind
+    else:
+        if isa == "none":
+            pytest.skip("the native module is not built")
+        with bigkernel.use_cpu_isa(isa):
+            yield kind
 
 
 def picture(*shape, dtype=torch.uint8, seed=0):
@@ -82,7 +110,7 @@ both = pytest.mark.parametrize("dtype", ["uint8", "fp32"])
         ((2, 0, 4, 41), (164, 82)),  # fp32 products on either side of a whole number
     ],
 )
-def test_augment_resized_crop_equals_torchvision(cpu_isa, dtype, mode, box, size):
+def test_augment_resized_crop_equals_torchvision(native, dtype, mode, box, size):
     image = picture(3, 40, 52, dtype=DTYPES[dtype])
     interpolation = "nearest" if mode == "nearest" else "bilinear"
     options = {"interpolation": interpolation, "antialias": mode == "antialias"}
@@ -95,7 +123,7 @@ def test_augment_resized_crop_equals_torchvision(cpu_isa, dtype, mode, box, size
 
 @both
 @pytest.mark.parametrize("corner", [(0, 0), (-3, 4), (30, 45), (-60, -60), (5, -9)])
-def test_augment_crop_with_padding_equals_torchvision(cpu_isa, dtype, corner):
+def test_augment_crop_with_padding_equals_torchvision(native, dtype, corner):
     image = picture(3, 40, 52, dtype=DTYPES[dtype])
     top, left = corner
     fill = [7.0, 0.0, 250.0] if dtype == "uint8" else [0.1, 0.0, 0.9]
@@ -109,7 +137,7 @@ def test_augment_crop_with_padding_equals_torchvision(cpu_isa, dtype, corner):
 
 @both
 @pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
-def test_augment_flips_equal_torchvision(cpu_isa, dtype, flips):
+def test_augment_flips_equal_torchvision(native, dtype, flips):
     image = picture(3, 21, 34, dtype=DTYPES[dtype])
     expected = F.horizontal_flip(image) if flips[0] else image
     expected = F.vertical_flip(expected) if flips[1] else expected
@@ -123,7 +151,7 @@ def test_augment_flips_equal_torchvision(cpu_isa, dtype, flips):
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("fill", [None, 0.0, [0.1, 0.9, 0.4]], ids=["none", "zero", "channels"])
 @pytest.mark.parametrize("angle", [-15.0, 33.0, 180.0, 251.5])
-def test_augment_rotate_equals_torchvision(cpu_isa, dtype, interpolation, fill, angle):
+def test_augment_rotate_equals_torchvision(native, dtype, interpolation, fill, angle):
     image = picture(3, 40, 52, dtype=DTYPES[dtype])
     scale = 255 if dtype == "uint8" else 1
     fill = [scale * x for x in fill] if isinstance(fill, list) else fill
@@ -147,7 +175,7 @@ def test_augment_rotate_equals_torchvision(cpu_isa, dtype, interpolation, fill, 
     "parameters",
     [(20.0, [3, -4], 0.8, [5.0, 9.0]), (-71.0, [0, 11], 2.3, [0.0, -20.0])],
 )
-def test_augment_affine_equals_torchvision(cpu_isa, dtype, interpolation, fill, parameters):
+def test_augment_affine_equals_torchvision(native, dtype, interpolation, fill, parameters):
     image = picture(3, 40, 52, dtype=DTYPES[dtype])
     geometry = tables.affine(*parameters, (40, 52), fill=fill is not None)
     options = {"interpolation": interpolation, "antialias": False, "fill": fill or 0.0}
@@ -158,7 +186,7 @@ def test_augment_affine_equals_torchvision(cpu_isa, dtype, interpolation, fill, 
 
 @both
 @pytest.mark.parametrize("angle", [90.0, 270.0])
-def test_augment_right_angles_equal_torchvision(cpu_isa, dtype, angle):
+def test_augment_right_angles_equal_torchvision(native, dtype, angle):
     """Every position lies on a pixel's centre, or on a corner: halves go to the even pixel."""
     for center in (None, [11.0, 4.5]):
         image = picture(3, 64, 64, dtype=DTYPES[dtype])  # a power of two: exact in fp32 too
@@ -183,7 +211,7 @@ UNCHANGED = tables.resized_crop(0, 0, 40, 52, (40, 52))
 @pytest.mark.parametrize("name", COLOURS)
 @pytest.mark.parametrize("dtype", ["uint8", "uint8-whole", "fp32"])
 @pytest.mark.parametrize("channels", [3, 1])
-def test_augment_colour_equals_torchvision(cpu_isa, name, dtype, channels):
+def test_augment_colour_equals_torchvision(native, name, dtype, channels):
     dtype, _, whole = dtype.partition("-")
     image = picture(channels, 40, 52, dtype=DTYPES[dtype])
     image[:, :4, :4] = image[:1, :4, :4]  # greys, where hue has no direction
@@ -199,7 +227,7 @@ def test_augment_colour_equals_torchvision(cpu_isa, name, dtype, channels):
         assert_close_to_torchvision(image, actual, expected, apart)
 
 
-def test_augment_jitter_in_any_order_equals_torchvision(cpu_isa):
+def test_augment_jitter_in_any_order_equals_torchvision(native):
     image = picture(3, 40, 52)
     factors = {"brightness": 0.8, "contrast": 1.3, "saturation": 0.6, "hue": -0.1}
     for order in itertools.islice(itertools.permutations(factors), 0, None, 2):
@@ -216,7 +244,7 @@ def test_augment_jitter_in_any_order_equals_torchvision(cpu_isa):
 
 @pytest.mark.parametrize("out", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dtype", ["uint8", "fp32"])
-def test_augment_normalises_as_torchvision(cpu_isa, dtype, out):
+def test_augment_normalises_as_torchvision(native, dtype, out):
     image = picture(3, 40, 52, dtype=DTYPES[dtype])
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     actual = run(image, UNCHANGED, size=(40, 52), mean=mean, std=std, dtype=DTYPES[out])
@@ -227,7 +255,7 @@ def test_augment_normalises_as_torchvision(cpu_isa, dtype, out):
     assert_as_accurate(actual, exact, theirs.to(DTYPES[out]))
 
 
-def test_augment_converts_between_bytes_and_floats(cpu_isa):
+def test_augment_converts_between_bytes_and_floats(native):
     image = picture(3, 40, 52)
     as_float = run(image, UNCHANGED, size=(40, 52), dtype=torch.float32)
     torch.testing.assert_close(as_float, F.to_dtype(image, torch.float32, scale=True))
@@ -249,7 +277,7 @@ PATHS = {  # which sampler a case walks through
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("border", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_augment_matches_reference(cpu_isa, path, border, dtype):
+def test_augment_matches_reference(native, path, border, dtype):
     """The project's rule: at most twice the error of PyTorch at that dtype, both against fp64."""
     shape = (3, 50, 170) if path == "sparse" else (3, 40, 52)
     image = picture(*shape, dtype=DTYPES[dtype])
@@ -270,7 +298,7 @@ def test_augment_matches_reference(cpu_isa, path, border, dtype):
         assert_as_accurate(actual, exact, same)
 
 
-def test_augment_several_contrasts(cpu_isa):
+def test_augment_several_contrasts(native):
     image = picture(3, 40, 52, dtype=torch.float32)
     pairs = [("contrast", 1.5), ("hue", 0.2), ("contrast", 0.3), ("contrast", 1.2), ("hue", 0.1)]
     expected = image
@@ -297,7 +325,7 @@ def sample_tables(n, size=(23, 37)):
 @pytest.mark.parametrize("channels_last_out", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_augment_layouts(cpu_isa, channels_last_in, channels_last_out, dtype, channels):
+def test_augment_layouts(native, channels_last_in, channels_last_out, dtype, channels):
     images = picture(6, channels, 40, 52, dtype=DTYPES[dtype])
     geometry, color = sample_tables(6)
     options = {"size": (23, 37), "fill": 0.25}
@@ -316,7 +344,7 @@ def test_augment_layouts(cpu_isa, channels_last_in, channels_last_out, dtype, ch
     assert torch.equal(actual, plain)
 
 
-def test_augment_ragged(cpu_isa):
+def test_augment_ragged(native):
     images = [picture(3, h, w, seed=h) for h, w in [(40, 52), (1, 1), (17, 200), (90, 3), (8, 8)]]
     rows = [tables.resized_crop(0, 0, *image.shape[1:], (16, 20)) for image in images]
     actual = augment(images, torch.stack(rows), size=(16, 20))
@@ -324,7 +352,7 @@ def test_augment_ragged(cpu_isa):
         assert_close_to_torchvision(image, got, F.resize(image, [16, 20]))
 
 
-def test_augment_noncontiguous(cpu_isa):
+def test_augment_noncontiguous(native):
     images = picture(4, 3, 40, 52)
     geometry, color = sample_tables(4)
     plain = augment(images, geometry, color, size=(23, 37))
@@ -349,7 +377,7 @@ def test_augment_noncontiguous(cpu_isa):
     )
 
 
-def test_augment_folded_chain_stays_close(cpu_isa):
+def test_augment_folded_chain_stays_close(native):
     """Crop, resize and rotation in one resampling against torchvision's two, jitter included.
 
     One resampling is the sharper: this picture differs by 0.7 on average, by 6 at most. Along the
@@ -381,7 +409,7 @@ def test_augment_folded_chain_stays_close(cpu_isa):
 
 
 @pytest.mark.parametrize("n", [3, 12])
-def test_augment_is_deterministic(cpu_isa, n):
+def test_augment_is_deterministic(native, n):
     """Bit-equal over runs, thread counts and batch sizes."""
     images = picture(n, 3, 40, 52)
     geometry, color = sample_tables(n)
@@ -404,7 +432,7 @@ WILD = [math.nan, math.inf, -math.inf, 1e300, -1e300, 1e18, 3e9, -3e9, 1e6, 0.0,
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("border", [0, 1, 2])
-def test_augment_wild_tables(cpu_isa, interpolation, border):
+def test_augment_wild_tables(native, interpolation, border):
     """NaN, infinite and huge coordinates are fill, and so is an empty source box."""
     image = picture(3, 9, 11)
     rows = []
@@ -427,7 +455,7 @@ def test_augment_wild_tables(cpu_isa, interpolation, border):
     assert (actual[torch.tensor(nowhere)] == 77).all()
 
 
-def test_augment_zero_sizes(cpu_isa):
+def test_augment_zero_sizes(native):
     none = torch.zeros(0, 16, dtype=torch.float64)
     assert augment(picture(0, 3, 8, 8), none, size=(4, 5)).shape == (0, 3, 4, 5)
     assert augment([], none, size=(4, 5), fill=[0.0, 0.0, 0.0]).shape == (0, 3, 4, 5)
@@ -444,7 +472,7 @@ def test_augment_zero_sizes(cpu_isa):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("path", ["shrink", "grow", "shift", "rotate", "rotated-shrink"])
-def test_augment_reads_nothing_outside(cpu_isa, dtype, channels_last, path):
+def test_augment_reads_nothing_outside(native, dtype, channels_last, path):
     """With NaN around the image in memory, and around the source box in the image."""
     clean = picture(3, 40, 52, dtype=DTYPES[dtype])
     geometry = PATHS[path].clone()
@@ -505,7 +533,7 @@ def cases(draw):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(case=cases())
-def test_augment_any_table(cpu_isa, case):
+def test_augment_any_table(native, case):
     image, geometry, color, options = case
     actual = run(image, geometry, color, **options)
     with bigkernel.use_backend("torch"):

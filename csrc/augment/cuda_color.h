@@ -1,0 +1,82 @@
+// The colour chain on one pixel, in fp32: cpu_color.h says the same for vectors. Whole-number
+// operations first round to what a uint8 image would hold and cut their result.
+#pragma once
+#include "augment/augment.h"
+
+namespace bigkernel {
+
+// Lets NaN through, as torch's clamp does.
+__device__ __forceinline__ float clamp_to(float v, float bound) {
+  v = v < 0.0f ? 0.0f : v;
+  return v > bound ? bound : v;
+}
+__device__ __forceinline__ float to_byte(float v) { return rintf(clamp_to(v, 255.0f)); }
+
+__device__ __forceinline__ float grey_of(const float (&v)[3]) {
+  return fmaf(v[2], 0.114f, fmaf(v[1], 0.587f, v[0] * 0.2989f));
+}
+
+// See _turn_hue in reference/augment.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
+__device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
+  const float high = fmaxf(v[0], fmaxf(v[1], v[2])), low = fminf(v[0], fminf(v[1], v[2]));
+  const float chroma = high - low, inverse = 1.0f / (chroma == 0.0f ? 1.0f : chroma);
+  const float sector = high == v[0]   ? (v[1] - v[2]) * inverse
+                       : high == v[1] ? (v[2] - v[0]) * inverse + 2.0f
+                                      : (v[0] - v[1]) * inverse + 4.0f;
+  const float hue = sector + 6.0f * (factor - floorf(factor));  // so that every k is positive
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    float k = hue + float(5 - 2 * c);
+    k -= 6.0f * truncf(k * (1.0f / 6.0f));
+    v[c] = high - chroma * fminf(1.0f, fmaxf(0.0f, fminf(k, 4.0f - k)));
+  }
+}
+
+// mean_grey: of the whole image, for contrast.
+template <int kChannels>
+__device__ __forceinline__ void recolor(float (&v)[kChannels], const AugmentColor& color,
+                                        float bound, float mean_grey) {
+  const bool whole = color.whole;
+  const float factor = color.factor;
+  float constant = 0.0f;
+  if (whole) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) v[c] = to_byte(v[c]);
+  }
+  if constexpr (kChannels == 3) {
+    if (color.op == AugmentOp::kHue) {
+      turn_hue(v, factor);
+      if (whole) {  // torchvision's conversion back to uint8
+#pragma unroll
+        for (int c = 0; c < 3; ++c) v[c] = truncf(v[c] * (255.999f / 255.0f));
+      }
+      return;
+    }
+    if (color.op == AugmentOp::kSaturation || color.op == AugmentOp::kGreyscale) {
+      const float grey = whole ? truncf(grey_of(v)) : grey_of(v);
+      if (color.op == AugmentOp::kGreyscale) {
+        v[0] = v[1] = v[2] = grey;
+        return;
+      }
+      constant = grey * (1.0f - factor);
+    }
+  }
+  if (color.op == AugmentOp::kContrast) constant = (1.0f - factor) * mean_grey;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    v[c] = clamp_to(fmaf(v[c], factor, constant), bound);
+    if (whole) v[c] = truncf(v[c]);
+  }
+}
+
+// What contrast takes the mean of.
+template <int kChannels>
+__device__ __forceinline__ float grey_for_mean(const float (&v)[kChannels], bool whole) {
+  float u[kChannels];
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) u[c] = whole ? to_byte(v[c]) : v[c];
+  if constexpr (kChannels == 3) return whole ? truncf(grey_of(u)) : grey_of(u);
+  return u[0];
+}
+
+}  // namespace bigkernel

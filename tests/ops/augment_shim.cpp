@@ -1,0 +1,42 @@
+// What csrc/augment/cuda.cpp does between its checks and its return, for augment_ptx.py.
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "augment/cuda.h"
+
+using namespace bigkernel;
+
+extern "C" int64_t augment_input_size() { return sizeof(AugmentInput); }
+extern "C" int64_t augment_image_size() { return sizeof(AugmentImage); }
+
+// sizes: bytes of the tables and of the scratch memory, launches, blocks an image.
+extern "C" const char* augment_plan(const AugmentInput* input, int64_t* sizes) {
+  static std::string message;
+  message.clear();
+  try {
+    const AugmentLaunch launch = plan_augment(*input);
+    sizes[0] = launch.table_bytes;
+    sizes[1] = launch.scratch_bytes;
+    sizes[2] = 1 + int64_t(launch.later.size());
+    sizes[3] = launch.blocks;
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+// tables: host memory that the device sees at device_tables. Returns what was thrown, or "".
+extern "C" const char* augment_run(const AugmentInput* input, void* tables, void* device_tables,
+                                   void* scratch) {
+  static std::string message;
+  message.clear();
+  try {
+    const AugmentLaunch launch = plan_augment(*input);
+    write_augment_tables(*input, launch, scratch, tables);
+    launch_augment(*input, launch, device_tables, scratch, 0, nullptr);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
