@@ -311,7 +311,12 @@ def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
             return grey.expand_as(value)
         if operation == CONTRAST:
             grey = grey.mean((1, 2, 3), keepdim=True)
-        result = (value * f + grey * (1 - f)).clamp(0, bound)
+        if whole:
+            # The last bit decides where values are cut, so this sum is fused where torch's add is.
+            shape = torch.broadcast_shapes(value.shape, grey.shape)
+            result = _fused(grey.expand(shape), 1 - f, value * f).clamp(0, bound)
+        else:
+            result = (value * f + grey * (1 - f)).clamp(0, bound)
     return result.floor() if whole else result
 
 

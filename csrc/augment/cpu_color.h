@@ -10,10 +10,13 @@ BK_INLINE VecF to_byte(VecF v) {  // nearest whole number in 0..255, halves to e
   return (v + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23
 }
 
+// Sums are fused where PyTorch's are: the last bit decides which whole number a value is cut to.
 BK_INLINE VecF grey_of(VecF r, VecF g, VecF b) {
-  VecF grey = r * 0.2989f;
-  grey = fma(g, set1(0.587f), grey);
-  return fma(b, set1(0.114f), grey);
+  const VecF grey = fused(g, set1(0.587f), rounded(r * 0.2989f));
+  return fused(b, set1(0.114f), grey);
+}
+BK_INLINE VecF blend(VecF v, float factor, VecF grey) {
+  return fused(grey, set1(1.0f - factor), rounded(v * factor));
 }
 
 struct Line {
@@ -43,28 +46,37 @@ BK_INLINE void each_channel(const Line& line, const F& f) {
   }
 }
 
-// v * factor + constant, clamped: brightness, and contrast about a mean grey.
 template <bool kWhole>
-BK_INLINE void scale_line(const Line& line, float factor, float constant) {
+BK_INLINE void brighten_line(const Line& line, float factor) {
   const float bound = line.bound;
   each_channel(line, [=](VecF v) {
     if constexpr (kWhole) v = to_byte(v);
-    v = clamp_to(v * factor + constant, bound);
+    v = clamp_to(v * factor, bound);
+    return kWhole ? cut(v) : v;
+  });
+}
+
+template <bool kWhole>
+BK_INLINE void contrast_line(const Line& line, float factor, float mean_grey) {
+  const float bound = line.bound;
+  const VecF grey = set1(mean_grey);
+  each_channel(line, [=](VecF v) {
+    if constexpr (kWhole) v = to_byte(v);
+    v = clamp_to(blend(v, factor, grey), bound);
     return kWhole ? cut(v) : v;
   });
 }
 
 template <bool kWhole>
 BK_INLINE void saturate_line(const Line& line, float factor) {
-  const float bound = line.bound, rest = 1.0f - factor;
+  const float bound = line.bound;
   each_rgb(line, [=](VecF& r, VecF& g, VecF& b) {
     if constexpr (kWhole) r = to_byte(r), g = to_byte(g), b = to_byte(b);
     VecF grey = grey_of(r, g, b);
     if constexpr (kWhole) grey = cut(grey);
-    grey *= rest;
-    r = clamp_to(r * factor + grey, bound);
-    g = clamp_to(g * factor + grey, bound);
-    b = clamp_to(b * factor + grey, bound);
+    r = clamp_to(blend(r, factor, grey), bound);
+    g = clamp_to(blend(g, factor, grey), bound);
+    b = clamp_to(blend(b, factor, grey), bound);
     if constexpr (kWhole) r = cut(r), g = cut(g), b = cut(b);
   });
 }
@@ -110,9 +122,9 @@ template <bool kWhole>
 inline void color_line(const Line& line, const AugmentColor& color, float mean_grey) {
   switch (color.op) {
     case AugmentOp::kBrightness:
-      return scale_line<kWhole>(line, color.factor, 0.0f);
+      return brighten_line<kWhole>(line, color.factor);
     case AugmentOp::kContrast:
-      return scale_line<kWhole>(line, color.factor, (1.0f - color.factor) * mean_grey);
+      return contrast_line<kWhole>(line, color.factor, mean_grey);
     case AugmentOp::kSaturation:
       return saturate_line<kWhole>(line, color.factor);
     case AugmentOp::kHue:
