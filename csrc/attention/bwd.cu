@@ -119,7 +119,7 @@ std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args) {
           " keys take more blocks than a CUDA grid has, 2147483647. Split the batch.");
     launch.blocks = uint32_t(blocks);
     launch.aligned = aligned;
-    if (blocks > 0 && launch.kernel != nullptr) launches.push_back(launch);
+    if (blocks > 0) launches.push_back(launch);
   };
   const int64_t batch = args.batch, heads = args.heads_q;
 
@@ -137,7 +137,8 @@ std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args) {
       tiles(packed ? args.total_q : args.max_q, rows.tile_rows) * heads * (packed ? 1 : batch));
   for (const Part part : {Part::kKeysValues, Part::kKeys, Part::kValues}) {
     const AttentionLaunch launch = choose(args, part, general);
-    add(launch, tiles(args.max_k, launch.tile_rows) * args.heads_kv * batch);
+    if (launch.kernel != nullptr)
+      add(launch, tiles(args.max_k, launch.tile_rows) * args.heads_kv * batch);
   }
   const AttentionLaunch queries = choose(args, Part::kQueries, general);
   add(queries, tiles(args.max_q, queries.tile_rows) * heads * batch);

@@ -38,23 +38,32 @@
 
 namespace bigkernel {
 
-template <class T, int kDim>
+template <class T, int kDim, Part kPart, bool kGeneral>
 struct BackwardTile {
   static constexpr bool kFma = sizeof(T) == 4;
-  static constexpr int kFrags = kDim == 64 ? 2 : 1;  // 16 rows each, of a warp
-  static constexpr int kWarps = kFma ? (kDim == 256 ? 2 : 4) : (kDim == 128 ? 8 : 4);
+  static constexpr bool kRowsAreKeys = kPart != Part::kQueries && kPart != Part::kMask;
+  // 16 rows each, of a warp; two halve the loads of columns, where registers allow.
+  static constexpr int kFrags = kDim == 64 && (kFma ? !kRowsAreKeys : !kGeneral) ? 2 : 1;
+  static constexpr int kWarps = kFma ? (kDim == 256 ? 2 : 4) : (kDim == 256 || kFrags == 2 ? 4 : 8);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kFrags;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kCols = (kDim == 256 ? 16 : 32) / (kFma && kDim > 64 ? 2 : 1);
-  static constexpr int kBlocksPerSm = kDim == 64 && !kFma ? 2 : 1;
-  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));  // a tile of rows
-  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));  // a tile of columns
-  static constexpr int kStageBytes = 2 * kColBytes;                // q and dout, or k and v
-  static constexpr int kStatBytes = 2 * kCols * 4;                 // -lse and -delta of the columns
-  static constexpr int kStages = 2 * kRowBytes;                    // offset
-  static constexpr int kStats = kStages + 2 * kStageBytes;         // offset
-  static constexpr int kShared = kStats + 2 * kStatBytes;
+  // Rows' fragments stay in registers where those are left; without the tiles of rows, which they
+  // come from, there is room for more columns.
+  static constexpr bool kResident2 = !kFma && kPart == Part::kQueries && kDim <= 128;
+  static constexpr bool kResident1 =
+      kResident2 || (!kFma && kPart == Part::kKeysValues && kFrags == 1);
+  static constexpr int kChunk = (kDim == 256 ? 16 : 32) / (kFma && kDim > 64 ? 2 : 1);
+  static constexpr int kCols = kResident2 && kDim == 128 ? 2 * kChunk : kChunk;
+  static constexpr int kBlocksPerSm = kFrags == 2 && !kFma ? 2 : 1;
+  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));      // a tile of rows
+  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));      // a tile of columns
+  static constexpr int kStageBytes = 2 * kColBytes;                    // q and dout, or k and v
+  static constexpr int kStatBytes = kRowsAreKeys ? 2 * kCols * 4 : 0;  // -lse and -delta of columns
+  static constexpr int kStages = kResident2 ? 0 : 2 * kRowBytes;       // offset
+  static constexpr int kStats = kStages + 2 * kStageBytes;             // offset
+  static constexpr int kShared =
+      kStats + 2 * kStatBytes > 2 * kRowBytes ? kStats + 2 * kStatBytes : 2 * kRowBytes;
 };
 
 // What attention_bwd_rows_kernel leaves of each row, in two planes of args.delta: -lse (-inf where
@@ -65,23 +74,18 @@ __device__ __forceinline__ int64_t stat_plane(const AttentionCudaArgs& args) {
 
 template <class T, int kDim, Part kPart, bool kGeneral>
 struct Backward {
-  using Tile = BackwardTile<T, kDim>;
+  using Tile = BackwardTile<T, kDim, kPart, kGeneral>;
   using Layout = TileLayout<T, kDim>;
-  using Cursor = MatrixCursor<T, kDim>;
-  using Pairs = MatrixCursor<T, kDim, MatrixOrder::kColumnsFirst>;
   using ColumnLoader = TileLoader<T, Tile::kCols, kDim, Tile::kThreads>;
   using RowLoader = TileLoader<T, Tile::kRows, kDim, Tile::kThreads>;
   static constexpr bool kFma = Tile::kFma;
-  static constexpr bool kRowsAreKeys = kPart != Part::kQueries && kPart != Part::kMask;
+  static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
   static constexpr bool kNeedsDs = kPart != Part::kValues;  // the gradient of the score
   static constexpr bool kNeedsP = kPart == Part::kKeysValues || kPart == Part::kValues;
   static constexpr int kFrags = Tile::kFrags;
   static constexpr int kSteps = kDim / 16;
-  static constexpr int kTiles = Tile::kCols / 8;
-  // Rows' fragments stay in registers where those are left.
-  static constexpr bool kResident1 =
-      !kFma && kPart != Part::kMask && (kDim == 128 || (kDim == 64 && !kRowsAreKeys));
-  static constexpr bool kResident2 = kResident1 && !kRowsAreKeys;
+  static constexpr int kTiles = Tile::kChunk / 8;
+  static constexpr bool kResident1 = Tile::kResident1, kResident2 = Tile::kResident2;
 
   using Sums = float[kFrags][kDim / 8][4];
   using Scores = float[kFrags][kTiles][4];
@@ -98,8 +102,9 @@ struct Backward {
   int row0, rows_all, cols_all;  // rows of the block start at row0
   int first, last;               // tiles of columns that any row sees
   int full_first, full_last;     // and those that all rows see
-  Cursor row_cursor, col_cursor;
-  Pairs pair_cursor;
+  // What this lane gives to ldmatrix_x4 at row 0, column 0: of its warp's rows, and of the columns
+  // read by rows (`b` with _trans) and by columns (`b` without).
+  const uint32_t row_base, col_base, pair_base;
   Sums sum1, sum2;  // of dS and rows 1; of P and rows 2
   float row_lse[kFrags][2], row_delta[kFrags][2];
   uint32_t resident1[kResident1 ? kFrags : 1][kResident1 ? kSteps : 1][4];
@@ -138,9 +143,10 @@ struct Backward {
         seq(sequence_of(args_, batch)),
         reach(reach_of(args_, seq)),
         aligned(!kGeneral || args_.aligned),
-        row_cursor(shared, warp * Tile::kWarpRows, lane),
-        col_cursor(shared + Tile::kStages, 0, lane),
-        pair_cursor(shared + Tile::kStages, 0, lane) {
+        row_base(MatrixCursor<T, kDim>(shared, warp * Tile::kWarpRows, lane).base[0]),
+        col_base(MatrixCursor<T, kDim>(shared + Tile::kStages, 0, lane).base[0]),
+        pair_base(MatrixCursor<T, kDim, MatrixOrder::kColumnsFirst>(shared + Tile::kStages, 0, lane)
+                      .base[0]) {
     row0 = tile * Tile::kRows;
     rows_all = kRowsAreKeys ? seq.keys : seq.rows;
     cols_all = kRowsAreKeys ? seq.rows : seq.keys;
@@ -217,6 +223,18 @@ struct Backward {
     }
   }
 
+  // MatrixCursor::at from one register: tiles start at multiples of 128 bytes, so the swizzle of
+  // the step is an XOR.
+  static __device__ __forceinline__ uint32_t matrix_at(uint32_t base, int row, int step) {
+    return (base ^ (step % 4 << 5)) + row * Layout::kRowBytes + step / 4 * 128;
+  }
+
+  // The same in a tile of columns. Which sum comes first decides what stays in registers.
+  static __device__ __forceinline__ uint32_t column_at(uint32_t base, uint32_t tile, int row,
+                                                       int step) {
+    return kRowsAreKeys ? matrix_at(base, row, step) + tile : matrix_at(base + tile, row, step);
+  }
+
   // Row m of the 2 * kFrags of which this thread holds elements.
   __device__ __forceinline__ int own_row(int m) const {
     return warp * Tile::kWarpRows + m * 8 + lane / 4;
@@ -227,18 +245,24 @@ struct Backward {
     for (int f = 0; f < kFrags; ++f)
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        if constexpr (kResident1) ldmatrix_x4(resident1[f][k], row_cursor.at(16 * f, k));
+        if constexpr (kResident1) ldmatrix_x4(resident1[f][k], matrix_at(row_base, 16 * f, k));
         if constexpr (kResident2)
-          ldmatrix_x4(resident2[f][k], row_cursor.at(16 * f, k) + Tile::kRowBytes);
+          ldmatrix_x4(resident2[f][k], matrix_at(row_base, 16 * f, k) + Tile::kRowBytes);
       }
   }
 
-  // out += rows columns^T by fma, of rows at `row_tile` and columns at `col_tile`.
-  __device__ __forceinline__ void multiply_fma(Scores& out, uint32_t row_tile,
-                                               uint32_t col_tile) const {
+  // out = rows columns^T by fma, of rows at `row_tile` and columns at `col_tile`.
+  __device__ __forceinline__ void multiply_fma(Scores& out, uint32_t row_tile, uint32_t col_tile,
+                                               int dim) const {
     const uint32_t cols = shared + Tile::kStages + col_tile;
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[f][n][e] = 0.0f;
 #pragma unroll 2
-    for (int k = 0; k < Layout::kChunks; ++k) {
+    for (int k = 0; k < (dim + 3) / 4; ++k) {
       float4 a[2 * kFrags];
 #pragma unroll
       for (int m = 0; m < 2 * kFrags; ++m)
@@ -265,7 +289,7 @@ struct Backward {
                                                  uint32_t col_tile) const {
     const int t = lane % 4;
 #pragma unroll
-    for (int c = 0; c < Tile::kCols; ++c) {
+    for (int c = 0; c < Tile::kChunk; ++c) {
       float a[2 * kFrags];
 #pragma unroll
       for (int m = 0; m < 2 * kFrags; ++m)
@@ -286,25 +310,32 @@ struct Backward {
     }
   }
 
-  // Both on tensor cores.
-  template <bool kResident, class Fragments>
+  // out = start(f, n) + rows columns^T on tensor cores.
+  template <bool kResident, class Fragments, class Start>
   __device__ __forceinline__ void multiply(Scores& out, const Fragments& resident,
-                                           uint32_t row_tile, uint32_t col_tile) const {
+                                           uint32_t row_tile, uint32_t col_tile,
+                                           const Start& start) const {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[kFrags][4];
       if constexpr (!kResident)
 #pragma unroll
-        for (int f = 0; f < kFrags; ++f) ldmatrix_x4(a[f], row_cursor.at(16 * f, k) + row_tile);
+        for (int f = 0; f < kFrags; ++f)
+          ldmatrix_x4(a[f], matrix_at(row_base, 16 * f, k) + row_tile);
 #pragma unroll
-      for (int n = 0; n < kTiles / 2; ++n) {
+      for (int n = 0; n < kTiles; n += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, pair_cursor.at(16 * n, k) + col_tile);
+        ldmatrix_x4(b, column_at(pair_base, col_tile, 8 * n, k));
 #pragma unroll
         for (int f = 0; f < kFrags; ++f) {
           const uint32_t (&m)[4] = fragment<kResident>(resident, a, f, k);
-          mma_m16n8k16(out[f][2 * n], m, b[0], b[1], T{});
-          mma_m16n8k16(out[f][2 * n + 1], m, b[2], b[3], T{});
+          if (k == 0) {
+            mma_m16n8k16(out[f][n], m, b[0], b[1], start(f, n), T{});
+            mma_m16n8k16(out[f][n + 1], m, b[2], b[3], start(f, n + 1), T{});
+          } else {
+            mma_m16n8k16(out[f][n], m, b[0], b[1], T{});
+            mma_m16n8k16(out[f][n + 1], m, b[2], b[3], T{});
+          }
         }
       }
     }
@@ -325,7 +356,7 @@ struct Backward {
 #pragma unroll
       for (int n = 0; n < kSteps; ++n) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, col_cursor.at(16 * k, n) + col_tile);
+        ldmatrix_x4_trans(b, column_at(col_base, col_tile, 16 * k, n));
 #pragma unroll
         for (int f = 0; f < kFrags; ++f) {
           mma_m16n8k16(sum[f][2 * n], p[f][k], b[0], b[1], T{});
@@ -369,14 +400,15 @@ struct Backward {
     return bits;
   }
 
-  // P' and dS of one tile of columns, which lies in `stage`.
+  // P' and dS of kChunk columns from col0 on, which are the columns from `part` on of `stage`.
   template <bool kMasked>
-  __device__ __forceinline__ void differentiate(Scores& s, Scores& ds, int member, int tile,
-                                                int stage) {
-    const uint32_t to = stage * Tile::kStageBytes;
-    const float2* lse = reinterpret_cast<const float2*>(stats + stage * (Tile::kStatBytes / 4));
+  __device__ __forceinline__ void differentiate(Scores& s, Scores& ds, int member, int col0,
+                                                int stage, int part) {
+    const uint32_t to = stage * Tile::kStageBytes + part * Layout::kRowBytes;
+    const float2* lse =
+        reinterpret_cast<const float2*>(stats + stage * (Tile::kStatBytes / 4) + part);
     const float2* delta = lse + Tile::kCols / 2;
-    const int t = lane % 4, col0 = tile * Tile::kCols;
+    const int t = lane % 4;
     // -lse or -delta of element e of tile n.
     const auto stat = [&](const float2* of_columns, const float (&of_rows)[2], int n, int e) {
       if constexpr (kRowsAreKeys)
@@ -385,22 +417,25 @@ struct Backward {
         return of_rows[e / 2];
     };
 
+    // dP - delta: without dropout, the sum can start with -delta.
+    float zero[4] = {}, minus_delta[kRowsAreKeys ? kTiles : kFrags][4] = {};
+    if constexpr (!kGeneral) {
 #pragma unroll
-    for (int f = 0; f < kFrags; ++f)
+      for (int i = 0; i < (kRowsAreKeys ? kTiles : kFrags); ++i)
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[f][n][e] = 0.0f;  // dP - delta: without dropout, the sum can start with -delta
-          ds[f][n][e] = kGeneral ? 0.0f : stat(delta, row_delta[f], n, e);
-        }
+        for (int e = 0; e < 4; ++e)
+          minus_delta[i][e] = stat(delta, row_delta[kRowsAreKeys ? 0 : i], i, e);
+    }
     if constexpr (kFma) {
-      multiply_fma(s, 0, to);
-      if constexpr (kNeedsDs) multiply_fma(ds, Tile::kRowBytes, to + Tile::kColBytes);
+      multiply_fma(s, 0, to, args.dim);
+      if constexpr (kNeedsDs) multiply_fma(ds, Tile::kRowBytes, to + Tile::kColBytes, args.dim_v);
     } else {
-      multiply<kResident1>(s, resident1, 0, to);
+      multiply<kResident1>(s, resident1, 0, to,
+                           [&](int, int) -> const float (&)[4] { return zero; });
       if constexpr (kNeedsDs)
-        multiply<kResident2>(ds, resident2, Tile::kRowBytes, to + Tile::kColBytes);
+        multiply<kResident2>(
+            ds, resident2, Tile::kRowBytes, to + Tile::kColBytes,
+            [&](int f, int n) -> const float (&)[4] { return minus_delta[kRowsAreKeys ? n : f]; });
     }
 
     if constexpr (kGeneral) {
@@ -452,21 +487,25 @@ struct Backward {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(int member, int tile, int stage) {
-    Scores s, ds;
-    differentiate<kMasked>(s, ds, member, tile, stage);
-    const uint32_t cols1 = stage * Tile::kStageBytes, cols2 = cols1 + Tile::kColBytes;
-    if constexpr (kFma) {
-      if constexpr (kNeedsP) accumulate_fma(sum2, s, cols2);
-      if constexpr (kNeedsDs) accumulate_fma(sum1, ds, cols1);
-    } else {
-      Operand rounded;
-      if constexpr (kNeedsP) {
-        round(rounded, s);
-        accumulate(sum2, rounded, cols2);
-      }
-      if constexpr (kNeedsDs) {
-        round(rounded, ds);
-        accumulate(sum1, rounded, cols1);
+#pragma unroll
+    for (int part = 0; part < Tile::kCols; part += Tile::kChunk) {
+      Scores s, ds;
+      differentiate<kMasked>(s, ds, member, tile * Tile::kCols + part, stage, part);
+      const uint32_t cols1 = stage * Tile::kStageBytes + part * Layout::kRowBytes;
+      const uint32_t cols2 = cols1 + Tile::kColBytes;
+      if constexpr (kFma) {
+        if constexpr (kNeedsP) accumulate_fma(sum2, s, cols2);
+        if constexpr (kNeedsDs) accumulate_fma(sum1, ds, cols1);
+      } else {
+        Operand rounded;
+        if constexpr (kNeedsP) {
+          round(rounded, s);
+          accumulate(sum2, rounded, cols2);
+        }
+        if constexpr (kNeedsDs) {
+          round(rounded, ds);
+          accumulate(sum1, rounded, cols1);
+        }
       }
     }
   }
@@ -480,14 +519,20 @@ struct Backward {
         for (int e = 0; e < 4; ++e) sum1[f][n][e] = sum2[f][n][e] = 0.0f;
     if (first < last) {
       load_rows();
-      start(0, first, 0);
+      if (!kResident2) start(0, first, 0);
       cp_async_commit_group();
       if (kResident1) {
         cp_async_wait_group<0>();
         __syncthreads();
         keep_rows();
       }
+      if (kResident2) {  // columns take the place of rows
+        __syncthreads();
+        start(0, first, 0);
+        cp_async_commit_group();
+      }
       stream();
+      if (kResident2) __syncthreads();
     }
     __syncwarp();
     if constexpr (kRowsAreKeys) {
@@ -516,16 +561,24 @@ struct Backward {
       for (int tile = first; tile < last; ++tile) {
         if constexpr (!kGeneral) {
           // The main loop: this tile and the next are seen by all rows.
+          const int64_t next = int64_t(tile + 1) * Tile::kCols;
+          ColumnLoader next_a = a, next_b = b;
+          next_a.from += next * a.row_bytes;
+          next_b.from += next * b.row_bytes;
+          const float* next_stat = stat + next;
 #pragma unroll 1
           for (; tile >= full_first && tile + 1 < full_last; ++tile) {
             cp_async_wait_group<0>();
             __syncthreads();
             stage ^= 1;
             const uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
-            a.load(to, (tile + 1) * Tile::kCols);
-            b.load(to + Tile::kColBytes, (tile + 1) * Tile::kCols);
+            next_a.load(to, 0);
+            next_b.load(to + Tile::kColBytes, 0);
             if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols)
-              cp_async_4(stat_address(stage), stat + (tile + 1) * Tile::kCols, 4);
+              cp_async_4(stat_address(stage), next_stat, 4);
+            next_a.from += Tile::kCols * next_a.row_bytes;
+            next_b.from += Tile::kCols * next_b.row_bytes;
+            next_stat += Tile::kCols;
             cp_async_commit_group();
             step<false>(member, tile, stage ^ 1);
           }
@@ -584,8 +637,8 @@ struct Backward {
 
 // Which block has what: the blocks that see most under a causal mask go first.
 template <class T, int kDim, Part kPart, bool kGeneral>
-__global__ void __launch_bounds__(BackwardTile<T, kDim>::kThreads,
-                                  BackwardTile<T, kDim>::kBlocksPerSm)
+__global__ void __launch_bounds__(BackwardTile<T, kDim, kPart, kGeneral>::kThreads,
+                                  BackwardTile<T, kDim, kPart, kGeneral>::kBlocksPerSm)
     attention_bwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
   extern __shared__ __align__(128) char memory[];
   using Block = Backward<T, kDim, kPart, kGeneral>;

@@ -4,50 +4,55 @@
 
 namespace bigkernel {
 
-template <class T, int kDim, Part kPart>
-const void* backward_kernel(bool general) {
-  // Where products take long beside the rest, or there is no need for speed, one kernel does.
-  if constexpr (sizeof(T) == 2 && kDim <= 128) {
-    if (!general)
-      return reinterpret_cast<const void*>(&attention_bwd_kernel<T, kDim, kPart, false>);
-  }
-  return reinterpret_cast<const void*>(&attention_bwd_kernel<T, kDim, kPart, true>);
-}
-
-template <class T, int kDim>
-AttentionLaunch choose_backward_part(Part part, bool general) {
-  using Tile = BackwardTile<T, kDim>;
+template <class T, int kDim, Part kPart, bool kGeneral>
+AttentionLaunch backward_launch(const char* name) {
+  using Tile = BackwardTile<T, kDim, kPart, kGeneral>;
   AttentionLaunch launch{};
-  switch (part) {
-    case Part::kKeysValues:
-      launch.name = "attention_bwd_kernel (dk, dv)";
-      if constexpr (kDim <= 128)
-        launch.kernel = backward_kernel<T, kDim, Part::kKeysValues>(general);
-      break;
-    case Part::kKeys:
-      launch.name = "attention_bwd_kernel (dk)";
-      if constexpr (kDim > 128) launch.kernel = backward_kernel<T, kDim, Part::kKeys>(general);
-      break;
-    case Part::kValues:
-      launch.name = "attention_bwd_kernel (dv)";
-      if constexpr (kDim > 128) launch.kernel = backward_kernel<T, kDim, Part::kValues>(general);
-      break;
-    case Part::kQueries:
-      launch.name = "attention_bwd_kernel (dq)";
-      launch.kernel = backward_kernel<T, kDim, Part::kQueries>(general);
-      break;
-    case Part::kMask:
-      launch.name = "attention_bwd_mask_kernel";
-      launch.kernel = reinterpret_cast<const void*>(&attention_bwd_mask_kernel<T, kDim>);
-      break;
-  }
+  launch.name = name;
+  if constexpr (kPart == Part::kMask)
+    launch.kernel = reinterpret_cast<const void*>(&attention_bwd_mask_kernel<T, kDim>);
+  else
+    launch.kernel = reinterpret_cast<const void*>(&attention_bwd_kernel<T, kDim, kPart, kGeneral>);
   launch.threads = Tile::kThreads;
   launch.shared = Tile::kShared;
   launch.tile_rows = Tile::kRows;
   launch.tile_keys = Tile::kCols;
   launch.tile_dim = kDim;
-  launch.general = general || sizeof(T) == 4 || kDim > 128 || part == Part::kMask;
+  launch.general = kGeneral;
   return launch;
+}
+
+template <class T, int kDim, Part kPart>
+AttentionLaunch backward_launch(const char* name, bool general) {
+  if constexpr (sizeof(T) == 2 && kDim <= 128) {  // wide or fp32, the general one will do
+    if (!general) return backward_launch<T, kDim, kPart, false>(name);
+  }
+  return backward_launch<T, kDim, kPart, true>(name);
+}
+
+template <class T, int kDim>
+AttentionLaunch choose_backward_part(Part part, bool general) {
+  constexpr bool kTogether = kDim <= 128;  // dk and dv
+  switch (part) {
+    case Part::kKeysValues:
+      if constexpr (kTogether)
+        return backward_launch<T, kDim, Part::kKeysValues>("attention_bwd_kernel (dk, dv)",
+                                                           general);
+      break;
+    case Part::kKeys:
+      if constexpr (!kTogether)
+        return backward_launch<T, kDim, Part::kKeys>("attention_bwd_kernel (dk)", general);
+      break;
+    case Part::kValues:
+      if constexpr (!kTogether)
+        return backward_launch<T, kDim, Part::kValues>("attention_bwd_kernel (dv)", general);
+      break;
+    case Part::kQueries:
+      return backward_launch<T, kDim, Part::kQueries>("attention_bwd_kernel (dq)", general);
+    case Part::kMask:
+      return backward_launch<T, kDim, Part::kMask, true>("attention_bwd_mask_kernel");
+  }
+  return {};
 }
 
 template <class T>

@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_mask_gradient(const AttentionMask& dmask, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardTile<T, kDim>::kThreads)
+__global__ void __launch_bounds__(BackwardTile<T, kDim, Part::kMask, true>::kThreads)
     attention_bwd_mask_kernel(const __grid_constant__ AttentionCudaArgs args) {
   extern __shared__ __align__(128) char memory[];
   using Block = Backward<T, kDim, Part::kMask, true>;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim>::kThreads)
         cp_async_wait_group<0>();
         __syncthreads();
         typename Block::Scores p, ds;
-        part.template differentiate<true>(p, ds, 0, col_tile, 0);
+        part.template differentiate<true>(p, ds, 0, col_tile * Tile::kCols, 0, 0);
 #pragma unroll
         for (int f = 0; f < Block::kFrags; ++f)
 #pragma unroll
