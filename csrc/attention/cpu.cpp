@@ -4,24 +4,18 @@
 // runs of keys (dk, dv and shares of dq), then the sum of the shares; on request the mask's
 // gradient. Units (a key head of a sequence) are taken in rounds, so that packed copies stay
 // bounded.
-#include "attention/attention.h"
-
 #include <algorithm>
 #include <atomic>
-#include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "attention/attention.h"
+#include "attention/binding.h"
 #include "cpu/parallel.h"
 
 namespace bigkernel {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMostDim = 256;
 constexpr int64_t kRoundFloats = int64_t{64} << 20;  // packed copies of one round: 256 MB
 constexpr int64_t kWantedChunks = 32;                // work items of backward, where shapes allow
 constexpr int64_t kMostChunks = 8;                   // copies of dq
@@ -53,83 +47,19 @@ void hand_out(int64_t n, const Scratch& scratch, int64_t scratch_floats, const F
   });
 }
 
-struct Options {
-  const OptionalTensor &mask, &slopes, &seed, &cu_q, &cu_k;
-  int64_t max_q, max_k;
-  double scale;
-  bool causal, bottom_right;
-  int64_t left, right;
-  double softcap, dropout_p;
-};
-
 // Everything that AttentionArgs points to.
 struct Call {
   AttentionArgs args{};
   std::vector<AttentionSequence> sequences;
   std::vector<AttentionUnit> units;
   std::vector<float> slopes;
+  std::vector<int64_t> out_sizes, lse_sizes;
   bool packed = false;
 };
 
-AttentionTensor view(const Tensor& t, bool packed) {
-  AttentionTensor v;
-  v.data = t.data_ptr();
-  if (packed) {
-    v.row = t.stride(0);
-    v.head = t.stride(1);
-  } else {
-    v.batch = t.stride(0);
-    v.head = t.stride(1);
-    v.row = t.stride(2);
-  }
-  return v;
-}
-
-AttentionTensor view_lse(const Tensor& t, bool packed) {  // [B, H, S] or [H, T]
-  AttentionTensor v;
-  v.data = t.data_ptr();
-  v.batch = packed ? 0 : t.stride(0);
-  v.head = t.stride(packed ? 0 : 1);
-  v.row = t.stride(packed ? 1 : 2);
-  return v;
-}
-
-// Heads closer together than rows: stored as [B, S, H, D], else as [B, H, S, D]; no gaps.
-Tensor empty_like_layout(const Tensor& like, int64_t last) {
-  if (like.dim() == 4 && like.stride(1) < like.stride(2)) {
-    const Tensor t =
-        torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), last});
-    return torch::stable::transpose(t, 1, 2);
-  }
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = last;
-  return torch::stable::new_empty(like, sizes);
-}
-
-void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  BK_CHECK(t.is_cpu(), op, name, " must be on the CPU, as q is");
-  BK_CHECK(t.dim() == q.dim(), op, name, " must have ", q.dim(), " dimensions, as q has, got ",
-           t.dim());
-  BK_CHECK(t.scalar_type() == q.scalar_type(), op, name, " must have q's dtype");
-  const int64_t last = t.dim() - 1;
-  BK_CHECK(t.size(last) >= 1 && t.size(last) <= kMostDim, op, name,
-           " must have a last dimension of 1 to ", kMostDim, ", got ", t.size(last));
-  BK_CHECK(t.stride(last) == 1 || t.numel() == 0 || t.size(last) == 1, op, name,
-           " must have a contiguous last dimension, got stride ", t.stride(last));
-}
-
-void check_sizes(const char* op, const char* name, const Tensor& t,
-                 const std::vector<int64_t>& expected) {
-  bool equal = t.dim() == int64_t(expected.size());
-  for (size_t i = 0; equal && i < expected.size(); ++i) equal = t.size(int64_t(i)) == expected[i];
-  BK_CHECK(equal, op, name, " has the wrong shape for these q, k and v");
-}
-
-std::vector<int64_t> check_cu_seqlens(const char* op, const char* name, const Tensor& cu,
-                                      int64_t total, int64_t longest) {
-  BK_CHECK(cu.is_cpu() && cu.dim() == 1 && cu.size(0) >= 1 && cu.scalar_type() == ScalarType::Int &&
-               (cu.stride(0) == 1 || cu.size(0) == 1),
-           op, name, " must be a contiguous int32 tensor of at least one element on the CPU");
+// The bounds of the sequences; their lengths are the one thing that is in memory.
+std::vector<int64_t> read_cu_seqlens(const char* op, const char* name, const Tensor& cu,
+                                     int64_t total, int64_t longest) {
   const int32_t* p = static_cast<const int32_t*>(cu.data_ptr());
   std::vector<int64_t> bounds(p, p + cu.size(0));
   BK_CHECK(bounds.front() == 0, op, name, " must start with 0, got ", bounds.front());
@@ -144,128 +74,61 @@ std::vector<int64_t> check_cu_seqlens(const char* op, const char* name, const Te
   return bounds;
 }
 
-MaskKind mask_kind(const char* op, const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-      return MaskKind::kBool;
-    case ScalarType::Float:
-      return MaskKind::kFloat32;
-    case ScalarType::BFloat16:
-      return MaskKind::kBFloat16;
-    case ScalarType::Half:
-      return MaskKind::kFloat16;
-    case ScalarType::Double:
-      return MaskKind::kFloat64;
-    default:
-      BK_CHECK(false, op, "mask must be bool or floating point");
-  }
-  return MaskKind::kNone;
-}
-
-AttentionMask view_mask(const char* op, const Tensor& mask, const std::vector<int64_t>& full) {
-  BK_CHECK(mask.is_cpu(), op, "mask must be on the CPU, as q is");
-  BK_CHECK(mask.dim() == 4, op, "mask must have 4 dimensions, got ", mask.dim());
-  int64_t strides[4];
-  for (int64_t d = 0; d < 4; ++d) {
-    BK_CHECK(mask.size(d) == 1 || mask.size(d) == full[size_t(d)], op,
-             "mask must be broadcastable to [B, Hq, Sq, Sk], got ", mask.size(d), " for ",
-             full[size_t(d)], " in dimension ", d);
-    strides[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
-  }
-  return AttentionMask{mask.data_ptr(), mask_kind(op, mask), strides[0],
-                       strides[1],      strides[2],          strides[3]};
-}
-
-void read_slopes(const char* op, Call& call, const Tensor& slopes) {
-  const AttentionArgs& a = call.args;
-  BK_CHECK(slopes.is_cpu(), op, "alibi_slopes must be on the CPU, as q is");
-  const bool by_batch = slopes.dim() == 2;
-  BK_CHECK((slopes.dim() == 1 && slopes.size(0) == a.heads_q) ||
-               (by_batch && slopes.size(0) == a.batch && slopes.size(1) == a.heads_q),
-           op, "alibi_slopes must be [Hq] or [B, Hq]");
-  const int64_t rows = by_batch ? a.batch : 1;
-  const int64_t row = by_batch ? slopes.stride(0) : 0, col = slopes.stride(by_batch ? 1 : 0);
-  call.slopes.resize(size_t(rows * a.heads_q));
-  const auto read = [&](auto tag) {
+std::vector<float> read_slopes(const char* op, const AttentionProblem& p, const Tensor& slopes) {
+  const int64_t rows = slopes.dim() == 2 ? p.batch : 1;
+  std::vector<float> read(size_t(rows * p.heads_q));
+  with_float_dtype(dtype_of(slopes, op, "alibi_slopes"), op, "alibi_slopes", [&](auto tag) {
     using T = decltype(tag);
     for (int64_t b = 0; b < rows; ++b)
-      for (int64_t h = 0; h < a.heads_q; ++h)
-        call.slopes[size_t(b * a.heads_q + h)] =
-            to_float(static_cast<const T*>(slopes.data_ptr())[b * row + h * col]);
-  };
-  with_float_dtype(dtype_of(slopes, op, "alibi_slopes"), op, "alibi_slopes", read);
+      for (int64_t h = 0; h < p.heads_q; ++h)
+        read[size_t(b * p.heads_q + h)] = to_float(
+            static_cast<const T*>(slopes.data_ptr())[b * p.slopes_batch + h * p.slopes_head]);
+  });
+  return read;
 }
 
-Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+             const AttentionOptions& o) {
+  const AttentionProblem p = check_problem(op, q, k, v, o);
   Call call;
-  AttentionArgs& a = call.args;
-  call.packed = o.cu_q.has_value();
-  BK_CHECK(o.cu_q.has_value() == o.cu_k.has_value(), op,
-           "cu_seqlens_q and cu_seqlens_k must be given together");
-  BK_CHECK(q.dim() == (call.packed ? 3 : 4), op, "q must have ", call.packed ? 3 : 4,
-           " dimensions, got ", q.dim());
-  for (const auto& [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}})
-    check_rows(op, name, *t, q);
-  a.dtype = dtype_of(q, op, "q");
-  BK_CHECK(a.dtype == DType::kFloat32 || a.dtype == DType::kBFloat16 || a.dtype == DType::kFloat16,
-           op, "q must be float32, bfloat16 or float16");
-  const int64_t heads = 1, last = q.dim() - 1;
-  a.heads_q = q.size(heads);
-  a.heads_kv = k.size(heads);
-  a.dim = q.size(last);
-  a.dim_v = v.size(last);
-  BK_CHECK(k.size(last) == a.dim, op, "k must have q's head dim ", a.dim, ", got ", k.size(last));
-  BK_CHECK(v.size(heads) == a.heads_kv, op, "v must have as many heads as k, ", a.heads_kv,
-           ", got ", v.size(heads));
-  BK_CHECK(a.heads_kv > 0 ? a.heads_q % a.heads_kv == 0 : a.heads_q == 0, op, "q's ", a.heads_q,
-           " heads must be a multiple of k's ", a.heads_kv);
-  a.group = a.heads_kv > 0 ? a.heads_q / a.heads_kv : 1;
-  if (call.packed) {
-    BK_CHECK(v.size(0) == k.size(0), op, "v must have as many rows as k, ", k.size(0), ", got ",
-             v.size(0));
-    BK_CHECK(!o.mask.has_value(), op, "mask must be None for packed sequences");
-    const auto q_bounds = check_cu_seqlens(op, "cu_seqlens_q", *o.cu_q, q.size(0), o.max_q);
-    const auto k_bounds = check_cu_seqlens(op, "cu_seqlens_k", *o.cu_k, k.size(0), o.max_k);
-    BK_CHECK(q_bounds.size() == k_bounds.size(), op,
-             "cu_seqlens_q and cu_seqlens_k must be of one length, got ", q_bounds.size(), " and ",
-             k_bounds.size());
+  call.packed = p.packed;
+  if (p.packed) {
+    const auto q_bounds = read_cu_seqlens(op, "cu_seqlens_q", *o.cu_q, q.size(0), o.max_q);
+    const auto k_bounds = read_cu_seqlens(op, "cu_seqlens_k", *o.cu_k, k.size(0), o.max_k);
     for (size_t b = 0; b + 1 < q_bounds.size(); ++b)
       call.sequences.push_back({int64_t(b), q_bounds[b], k_bounds[b], q_bounds[b + 1] - q_bounds[b],
                                 k_bounds[b + 1] - k_bounds[b]});
   } else {
-    BK_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0), op,
-             "q, k and v must have one batch size, got ", q.size(0), ", ", k.size(0), " and ",
-             v.size(0));
-    BK_CHECK(v.size(2) == k.size(2), op, "v must be as long as k, ", k.size(2), ", got ",
-             v.size(2));
     for (int64_t b = 0; b < q.size(0); ++b)
       call.sequences.push_back({b, 0, 0, q.size(2), k.size(2)});
   }
-  a.batch = int64_t(call.sequences.size());
-  a.q = view(q, call.packed);
-  a.k = view(k, call.packed);
-  a.v = view(v, call.packed);
+  AttentionArgs& a = call.args;
+  a.dtype = p.dtype;
+  a.heads_q = p.heads_q;
+  a.heads_kv = p.heads_kv;
+  a.group = p.group;
+  a.dim = p.dim;
+  a.dim_v = p.dim_v;
+  a.batch = p.batch;
+  a.q = p.q;
+  a.k = p.k;
+  a.v = p.v;
+  a.mask = p.mask;
   a.scale = float(o.scale);
   a.softcap = float(o.softcap);
   a.bottom_right = o.bottom_right;
   // Far beyond any length, but far enough from overflow.
   constexpr int64_t kFar = int64_t{1} << 60;
-  a.left = std::min(o.left, kFar);
-  a.right = std::min(o.right, kFar);
-  if (o.causal) a.right = 0;
-  if (o.mask.has_value())
-    a.mask = view_mask(op, *o.mask, {q.size(0), a.heads_q, q.size(2), k.size(2)});
-  if (o.slopes.has_value()) read_slopes(op, call, *o.slopes);
-  a.slopes_batch = o.slopes.has_value() && o.slopes->dim() == 2 ? a.heads_q : 0;
-  BK_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, op, "dropout_p must be between 0 and 1, got ",
-           o.dropout_p);
-  a.dropout_p = o.dropout_p;
-  if (o.dropout_p > 0) {
-    BK_CHECK(o.seed.has_value(), op, "seed must be given where dropout_p > 0");
-    BK_CHECK(o.seed->is_cpu() && o.seed->numel() == 1 && o.seed->scalar_type() == ScalarType::Long,
-             op, "seed must be one int64 element on the CPU");
-    a.seed = uint64_t(*static_cast<const int64_t*>(o.seed->data_ptr()));
+  a.left = std::min(p.left, kFar);
+  a.right = std::min(p.right, kFar);
+  if (o.slopes.has_value()) {
+    call.slopes = read_slopes(op, p, *o.slopes);
+    a.slopes_batch = o.slopes->dim() == 2 ? a.heads_q : 0;
   }
+  a.dropout_p = o.dropout_p;
+  if (o.dropout_p > 0) a.seed = uint64_t(*static_cast<const int64_t*>(o.seed->data_ptr()));
+  call.out_sizes = p.out_sizes;
+  call.lse_sizes = p.lse_sizes;
   return call;
 }
 
@@ -337,9 +200,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
                        left, right, softcap, dropout_p});
   AttentionArgs& a = call.args;
   Tensor out = empty_like_layout(q, a.dim_v);
-  std::vector<int64_t> lse_sizes = {a.heads_q, q.size(0)};
-  if (!call.packed) lse_sizes = {q.size(0), a.heads_q, q.size(2)};
-  Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, call.lse_sizes, ScalarType::Float);
   a.out = view(out, call.packed);
   a.lse = view_lse(lse, call.packed);
 
@@ -384,7 +245,7 @@ Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& 
     torch::stable::zero_(dmask);
     return dmask;
   }
-  a.dmask = view_mask("attention_bwd", dmask, sizes);
+  a.dmask = view_mask("attention_bwd", dmask, mask, sizes);
   const bool by[4] = {sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, sizes[3] > 1};
   std::vector<AttentionMaskTile> tiles;
   for (int64_t b = 0; b < sizes[0]; ++b)
@@ -410,24 +271,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
                       {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
                        left, right, softcap, dropout_p});
   AttentionArgs& a = call.args;
-  std::vector<int64_t> out_sizes(q.sizes().begin(), q.sizes().end());
-  out_sizes.back() = a.dim_v;
-  std::vector<int64_t> lse_sizes = {a.heads_q, q.size(0)};
-  if (!call.packed) lse_sizes = {q.size(0), a.heads_q, q.size(2)};
   check_rows(op, "out", out, q);
-  check_sizes(op, "out", out, out_sizes);
-  check_sizes(op, "dout", dout, out_sizes);
-  check_sizes(op, "lse", lse, lse_sizes);
-  BK_CHECK(lse.is_cpu() && lse.scalar_type() == ScalarType::Float, op,
-           "lse must be float32 on the CPU");
+  check_sizes(op, "out", out, call.out_sizes);
+  check_sizes(op, "dout", dout, call.out_sizes);
+  check_lse(op, "lse", lse, q, call.lse_sizes);
   // The gradient of a sum has stride 0.
   const Tensor dout_rows =
       dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
   check_rows(op, "dout", dout_rows, q);
   if (dlse.has_value()) {
-    check_sizes(op, "dlse", *dlse, lse_sizes);
-    BK_CHECK(dlse->is_cpu() && dlse->scalar_type() == ScalarType::Float, op,
-             "dlse must be float32 on the CPU");
+    check_lse(op, "dlse", *dlse, q, call.lse_sizes);
     a.dlse = view_lse(*dlse, call.packed);
   }
   BK_CHECK(!needs_dmask || (mask.has_value() && a.mask.kind != MaskKind::kBool), op,

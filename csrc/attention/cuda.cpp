@@ -1,0 +1,108 @@
+// CUDA binding of attention: checks, allocation, the current stream. Nothing is read back from the
+// device: bounds of packed sequences that do not fit are cut to the tensors by the kernels.
+#include "attention/cuda.h"
+
+#include <tuple>
+
+#include "attention/binding.h"
+#include "cuda/stream.h"
+
+namespace bigkernel {
+namespace {
+
+struct Call {
+  AttentionCudaArgs args{};
+  AttentionProblem problem;
+  Tensor slopes;  // float32
+  int device;
+};
+
+// A window of this size has no end, and positions plus windows stay within 32 bits.
+int32_t window_side(int64_t side) {
+  return side < 0 || side >= kAttentionMostRows ? -1 : int32_t(side);
+}
+
+int32_t narrow(const char* op, const char* what, int64_t n) {
+  BK_CHECK(n <= kAttentionMostRows, op, "the CUDA kernel takes at most ", kAttentionMostRows, " ",
+           what, ", got ", n);
+  return int32_t(n);
+}
+
+Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+             const AttentionOptions& o) {
+  Call call{{}, check_problem(op, q, k, v, o), Tensor(), q.get_device_index()};
+  const AttentionProblem& p = call.problem;
+  AttentionCudaArgs& a = call.args;
+  a.dtype = p.dtype;
+  a.q = p.q;
+  a.k = p.k;
+  a.v = p.v;
+  a.mask = p.mask;
+  a.batch = narrow(op, "sequences", p.batch);
+  a.heads_q = narrow(op, "heads", p.heads_q);
+  a.heads_kv = narrow(op, "heads", p.heads_kv);
+  a.group = int32_t(p.group);
+  a.dim = int32_t(p.dim);
+  a.dim_v = int32_t(p.dim_v);
+  if (p.packed) {
+    a.cu_q = static_cast<const int32_t*>(o.cu_q->data_ptr());
+    a.cu_k = static_cast<const int32_t*>(o.cu_k->data_ptr());
+    a.total_q = q.size(0);
+    a.total_k = k.size(0);
+    a.max_q = narrow(op, "rows of a sequence", std::min(o.max_q, q.size(0)));
+    a.max_k = narrow(op, "keys of a sequence", std::min(o.max_k, k.size(0)));
+  } else {
+    a.max_q = narrow(op, "rows", q.size(2));
+    a.max_k = narrow(op, "keys", k.size(2));
+  }
+  a.scale = float(o.scale);
+  a.softcap = float(o.softcap);
+  a.bottom_right = o.bottom_right;
+  a.left = window_side(p.left);
+  a.right = window_side(p.right);
+  if (o.slopes.has_value()) {
+    call.slopes = o.slopes->scalar_type() == ScalarType::Float
+                      ? *o.slopes
+                      : torch::stable::to(*o.slopes, ScalarType::Float);
+    const bool by_batch = call.slopes.dim() == 2;
+    a.slopes = static_cast<const float*>(call.slopes.data_ptr());
+    a.slopes_batch = by_batch ? call.slopes.stride(0) : 0;
+    a.slopes_head = call.slopes.stride(by_batch ? 1 : 0);
+  }
+  if (o.dropout_p > 0) {
+    a.seed = static_cast<const int64_t*>(o.seed->data_ptr());
+    set_dropout(a, o.dropout_p);
+  }
+  return call;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd_cuda(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
+    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
+    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p) {
+  constexpr const char* op = "attention_fwd";
+  Call call = prepare(op, q, k, v,
+                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
+                       left, right, softcap, dropout_p});
+  torch::stable::accelerator::DeviceGuard guard(call.device);
+  const bool packed = call.problem.packed;
+  Tensor out = empty_like_layout(q, call.problem.dim_v);
+  Tensor lse = torch::stable::new_empty(q, call.problem.lse_sizes, ScalarType::Float);
+  // Rows that no sequence has are not written.
+  if (packed) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  }
+  call.args.out = view(out, packed);
+  call.args.lse = view_lse(lse, packed);
+  launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace bigkernel
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
+  m.impl("attention_fwd", TORCH_BOX(&bigkernel::attention_fwd_cuda));
+}
