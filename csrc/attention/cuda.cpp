@@ -2,6 +2,7 @@
 // device: bounds of packed sequences that do not fit are cut to the tensors by the kernels.
 #include "attention/cuda.h"
 
+#include <limits>
 #include <tuple>
 
 #include "attention/binding.h"

@@ -31,12 +31,16 @@ struct ForwardShape {
   static constexpr bool kGeneral = kGeneral_;
   static constexpr bool kFma = sizeof(T) == 4;
   static constexpr int kThreads = kFma && kDim > 128 ? 64 : 128;
-  // Two row tiles a warp halve the loads of K and V; O and S then fill the registers.
+  // Two row tiles a warp halve the loads of K and V. O and S then fill the registers: 16 keys more
+  // and the compiler spills in the inner loop.
   static constexpr int kRowTiles = kFma || kGeneral || kDim > 128 ? 1 : 2;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kThreads / 32 * kWarpRows;
   static constexpr int kKeys = kFma             ? (kDim > 128 ? 16 : 32)
-                               : kRowTiles == 2 ? (kDim > 64 ? 64 : 128)
+                               : kRowTiles == 2 ? (kDim > 96   ? 48
+                                                   : kDim > 64 ? 64
+                                                   : kDim > 32 ? 96
+                                                               : 128)
                                                 : (kDim > 192 ? 32 : 64);
   static constexpr int kRowBytes = kDim * int(sizeof(T));
   static constexpr int kKeyTile = kRows * kRowBytes;                  // K starts here
@@ -72,6 +76,9 @@ struct Forward {
   using Layout = TileLayout<T, Shape::kDim>;
   static constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles;
   static constexpr int kKeyGroups = kKeys / 8, kDimGroups = kDim / 8;
+  // Scores are held in natural logarithms; else they are products, scaled as they are
+  // exponentiated. In fp32 the plain kernel then gives the general one's bits.
+  static constexpr bool kNatural = Shape::kGeneral || Shape::kFma;
   using QLoader = TileLoader<T, Shape::kRows, kDim, Shape::kThreads>;
   using KLoader = TileLoader<T, kKeys, kDim, Shape::kThreads>;
   using RowCursor = MatrixCursor<T, kDim>;
@@ -101,7 +108,7 @@ struct Forward {
         warp_row(threadIdx.x / 32 * Shape::kWarpRows),
         shared(shared_),
         aligned(!Shape::kGeneral || args_.aligned),
-        factor(Shape::kGeneral ? kLog2E : args_.scale * kLog2E) {
+        factor(kNatural ? kLog2E : args_.scale * kLog2E) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -136,7 +143,8 @@ struct Forward {
     return Shape::kWeightTile + row * kKeys * 4 + ((chunk ^ 2 * turn) << 4);
   }
 
-  // S = Q K^T in fp32: the same elements as mma's layout gives this lane.
+  // S = scale Q K^T in fp32, unless `score` will scale: the same elements as mma's layout gives
+  // this lane.
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
 #pragma unroll 2
     for (int k = 0; k < Layout::kChunks; ++k) {
@@ -160,6 +168,12 @@ struct Forward {
           }
         }
       }
+    }
+    if constexpr (!Shape::kGeneral) {
+#pragma unroll
+      for (int n = 0; n < kKeyGroups; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) s[0][n][x] *= args.scale;
     }
   }
 
@@ -310,7 +324,7 @@ struct Forward {
   template <bool kEdge>
   __device__ __forceinline__ void softmax(Scores& s) {
     // (s - m) f: exactly 0 at the largest. In 16 bits, s f - m f is as good and one step shorter.
-    constexpr bool kExact = Shape::kFma || Shape::kGeneral;
+    constexpr bool kExact = kNatural;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -326,17 +340,16 @@ struct Forward {
         const float shrink =
             ex2_approx_ftz(kExact ? (top[i][e] - from) * factor : top[i][e] * factor - base);
         top[i][e] = now;
-        float total = sum[i][e] * shrink;
+        float total = 0;
 #pragma unroll
         for (int n = 0; n < kKeyGroups; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& x = s[i][n][2 * e + c];
-            x = ex2_approx_ftz(kExact ? (x - from) * factor : fmaf(x, factor, -base));
-            total += x;
-          }
+          float& x = s[i][n][2 * e];
+          float& y = s[i][n][2 * e + 1];
+          x = ex2_approx_ftz(kExact ? (x - from) * factor : fmaf(x, factor, -base));
+          y = ex2_approx_ftz(kExact ? (y - from) * factor : fmaf(y, factor, -base));
+          total += x + y;
         }
-        sum[i][e] = total;
+        sum[i][e] = fmaf(sum[i][e], shrink, total);
 #pragma unroll
         for (int n = 0; n < kDimGroups; ++n) {
           o[i][n][2 * e] *= shrink;
@@ -350,10 +363,10 @@ struct Forward {
     const int last_row = min(first_row + Shape::kRows, sequence.rows) - 1;
     const ForwardSteps steps(reach, first_row, last_row, kKeys);
     const int kv_head = head / args.group;
-    const KLoader keys(row_pointer<T>(args.k, sequence.index, kv_head, sequence.first_k),
-                       args.k.row, args.dim, threadIdx.x);
-    const KLoader values(row_pointer<T>(args.v, sequence.index, kv_head, sequence.first_k),
-                         args.v.row, args.dim_v, threadIdx.x);
+    KLoader keys(row_pointer<T>(args.k, sequence.index, kv_head, sequence.first_k), args.k.row,
+                 args.dim, threadIdx.x);
+    KLoader values(row_pointer<T>(args.v, sequence.index, kv_head, sequence.first_k), args.v.row,
+                   args.dim_v, threadIdx.x);
     const uint32_t key_tile = shared + Shape::kKeyTile, value_tile = shared + Shape::kValueTile;
 
     if (steps.count > 0) {
@@ -365,27 +378,36 @@ struct Forward {
     }
     cp_async_commit_group();
 
-    auto take = [&](int step, int first_key, int next_key, auto edge) {
+    RowCursor row_cursor(shared, warp_row, lane), value_cursor(value_tile, 0, lane);
+    KeyCursor key_cursor(key_tile, 0, lane);
+    auto take = [&](bool more, int first_key, int next_key, auto edge) {
       constexpr bool kEdge = decltype(edge)::value;
       cp_async_wait_group<0>();
       __syncthreads();  // keys are there; everyone is done with the values before
-      if constexpr (kEdge)
+      if constexpr (kEdge) {
         load_edge(values, value_tile, first_key, sequence.keys);
-      else
-        values.load(value_tile, first_key);
+      } else {
+        values.load(value_tile, 0);
+        values.advance(kKeys);
+      }
       cp_async_commit_group();
       Scores s = {};
+      row_cursor.refresh();
+      key_cursor.refresh();
+      value_cursor.refresh();
       if constexpr (Shape::kFma)
         multiply_keys(s);
       else
-        multiply_keys(s, RowCursor(shared, warp_row, lane), KeyCursor(key_tile, 0, lane));
+        multiply_keys(s, row_cursor, key_cursor);
       cp_async_wait_group<0>();
       __syncthreads();  // values are there; everyone is done with the keys
-      if (step + 1 < steps.count) {
-        if constexpr (kEdge)
+      if (more) {
+        if constexpr (kEdge) {
           load_edge(keys, key_tile, next_key, sequence.keys);
-        else
-          keys.load(key_tile, next_key);
+        } else {
+          keys.load(key_tile, 0);
+          keys.advance(kKeys);
+        }
       }
       cp_async_commit_group();
       if constexpr (Shape::kGeneral)
@@ -399,17 +421,19 @@ struct Forward {
       if constexpr (Shape::kFma)
         add_values(s);
       else
-        add_values(s, RowCursor(value_tile, 0, lane));
+        add_values(s, value_cursor);
     };
     const int edges = Shape::kGeneral ? steps.count : steps.edges;
 #pragma unroll 1
     for (int step = 0; step < edges; ++step)
-      take(step, steps.tile(step) * kKeys, steps.tile(step + 1) * kKeys, std::true_type{});
+      take(step + 1 < steps.count, steps.tile(step) * kKeys, steps.tile(step + 1) * kKeys,
+           std::true_type{});
     if constexpr (!Shape::kGeneral) {
-      int key = steps.full_begin * kKeys;
+      values.advance(steps.full_begin * kKeys);
+      keys.advance((steps.full_begin + 1) * kKeys);
 #pragma unroll 1
-      for (int step = edges; step < steps.count; ++step, key += kKeys)
-        take(step, key, key + kKeys, std::false_type{});
+      for (int left = steps.count - edges; left > 0; --left)
+        take(left > 1, 0, 0, std::false_type{});
     }
     finish();
   }
@@ -430,7 +454,7 @@ struct Forward {
         const int row = row_of(i, e), local = row - first_row;
         if (lane % 4 == 0 && row < sequence.rows)
           *(row_pointer<float>(args.lse, sequence.index, head, sequence.first_q + row)) =
-              dead ? -BK_INFINITY : top[i][e] * (Shape::kGeneral ? 1.0f : args.scale) + logf(total);
+              dead ? -BK_INFINITY : top[i][e] * (kNatural ? 1.0f : args.scale) + logf(total);
 #pragma unroll
         for (int n = 0; n < kDimGroups; ++n) {
           const float low = o[i][n][2 * e] * inverse, high = o[i][n][2 * e + 1] * inverse;
@@ -452,7 +476,7 @@ struct Forward {
       const uint4 value = ld_shared_v4(shared + Layout::at(local, chunk));
       T* to = row_pointer<T>(args.out, sequence.index, head, sequence.first_q + row) + column;
       if (aligned) {
-        *reinterpret_cast<uint4*>(to) = value;
+        st_global_v4(to, value);
       } else {
         union {
           uint4 whole;

@@ -40,18 +40,21 @@ template <class T, int kDim, MatrixOrder kOrder = MatrixOrder::kRowsFirst>
 struct MatrixCursor {
   using Layout = TileLayout<T, kDim>;
   static constexpr int kTurns = Layout::kRowBytes % 128 == 0 ? 4 : 2;
-  uint32_t base[kTurns];
+  uint32_t base[1];  // of at(0, 0); the tile starts at a multiple of 128
 
   __device__ __forceinline__ MatrixCursor(uint32_t tile, int first_row, int lane) {
     const bool rows_first = kOrder == MatrixOrder::kRowsFirst;
     const int second = lane >> 3 & 1, third = lane >> 4;
     const int row = first_row + (lane & 7) + 8 * (rows_first ? second : third);
-    const int half = rows_first ? third : second;
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) base[i] = tile + Layout::at(row, 2 * i + half);
+    base[0] = tile + Layout::at(row, rows_first ? third : second);
   }
+  // Inside a loop: makes the compiler derive the addresses of this round again from one register,
+  // rather than keep all of them, or spill them.
+  __device__ __forceinline__ void refresh() { asm volatile("" : "+r"(base[0])); }
+
   __device__ __forceinline__ uint32_t at(int row, int step) const {
-    return base[step % kTurns] + row * Layout::kRowBytes + step / kTurns * (kTurns * 32);
+    return (base[0] ^ uint32_t(step % kTurns * 32)) + row * Layout::kRowBytes +
+           step / kTurns * (kTurns * 32);
   }
 };
 
@@ -88,8 +91,10 @@ struct TileLoader {
     return to + pass * kStep * Layout::kRowBytes + across * kLanes * 16;
   }
   __device__ __forceinline__ bool inside(int across) const {
-    return (chunk + across * kLanes) * Layout::kChunk < dim;
+    return chunk * Layout::kChunk < dim - across * kLanes * Layout::kChunk;
   }
+  // Makes row `rows` of the matrix its row 0.
+  __device__ __forceinline__ void advance(int rows) { from += rows * row_bytes; }
 
   // Rows [first, first + kRows) of the matrix, all of them there, 16-byte aligned.
   __device__ __forceinline__ void load(uint32_t tile, int first) const {
@@ -103,9 +108,9 @@ struct TileLoader {
     }
   }
 
-  // The same where only `rows` rows of the matrix exist; zeros for the others.
+  // Rows [first, first + kRows) of a matrix of `rows` rows; zeros for those beyond.
   __device__ __forceinline__ void load_bounded(uint32_t tile, int first, int rows) const {
-#pragma unroll
+#pragma unroll 1
     for (int pass = 0; pass < kRows / kStep; ++pass) {
       const int r = first + row + pass * kStep;
 #pragma unroll

@@ -106,6 +106,12 @@ __device__ __forceinline__ uint32_t cvt_rn_x2(float low, float high, fp16) {
   return y;
 }
 
+__device__ __forceinline__ void st_global_v4(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
 // Shared memory by its 32-bit address.
 __device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
   uint4 v;

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -369,7 +369,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_backend(name: str) -> Iterator[None]:
-    """Use backend "torch", "torch-cuda", "cuda", "ptx" or "cpu-<instruction set>".
+    """Use backend "torch", "torch-cuda", "cuda", "ptx", "ptx-all" or "cpu-<instruction set>".
 
     The native kernels are left to the automatic choice, which under BIGKERNEL_STRICT=1 raises where
     it would fall back: a test that passes here ran the kernel.
@@ -383,7 +383,7 @@ def on_backend(name: str) -> Iterator[None]:
             pytest.skip("the native module is not built")
         with bigkernel.use_cpu_isa(detail):
             yield
-    elif kind == "ptx":
+    elif kind == "ptx":  # "ptx" or "ptx-all"
         if ptx.nvcc() is None:
             pytest.skip("nvcc is not on the path")
         with attention_ptx.emulated():
@@ -409,11 +409,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*BACKENDS, "ptx"])
+@pytest.fixture(params=[*BACKENDS, "ptx", pytest.param("ptx-all", marks=pytest.mark.slow)])
 def backend_or_ptx(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same, and the compiled CUDA kernels in the emulator."""
+    """The same, and the compiled CUDA kernels in the emulator.
+
+    Which takes a tenth of a second and more for each call: "ptx" runs a part of the grid (see
+    `part_of` and tests/ops/conftest.py), "ptx-all" all of it.
+    """
     with on_backend(request.param), threads(1):
         yield request.param
+
+
+def part_of(cases: Iterable[Any], backend: str, every: int) -> list[Any]:
+    """The cases that a test loops over; for the emulator's quick run every so-manieth of them."""
+    return list(cases)[:: every if backend == "ptx" else 1]
 
 
 def device_of(backend: str) -> str:

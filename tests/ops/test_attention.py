@@ -28,7 +28,7 @@ import itertools
 import attention_cases
 import pytest
 import torch
-from attention_cases import Case, all_pairs, build, compare, device_of, run
+from attention_cases import Case, all_pairs, build, compare, device_of, part_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,9 +112,10 @@ def test_attention_cross(backend, lengths, causal, window):
 
     Each alignment comes with one pair of lengths: pairs of the two are in test_attention_pairs.
     """
-    for softcap, alibi, mask, dropout in itertools.product(
+    features = itertools.product(
         [0.0, 1.0], ["", "BH"], ["", "bool:B1QK", "float:1HQK"], [0.0, 0.25]
-    ):
+    )
+    for softcap, alibi, mask, dropout in part_of(features, backend, 5):
         case = Case(
             dim=8,
             lengths=lengths,
@@ -151,7 +152,7 @@ def test_attention_masks_of_lower_rank(backend, mask):
 def test_attention_windows(backend, lengths, align):
     """Windows narrower and wider than a tile, one-sided, and wider than the sequence."""
     sides = [None, 0, 17, 1000]
-    for window in itertools.product(sides, sides):
+    for window in part_of(itertools.product(sides, sides), backend, 3):
         case = Case(lengths=lengths, align=align, window=window, dim=4, heads=(1, 1), batch=1)
         compare(case, device_of(backend))
     huge = Case(lengths=lengths, align=align, window=(2**40, 2**40), dim=4, heads=(1, 1), batch=1)
@@ -183,7 +184,7 @@ HEAD_DIMS = [
 
 @pytest.mark.parametrize("dtype", attention_cases.DTYPES)
 def test_attention_head_dims(backend, dtype):
-    for dim in HEAD_DIMS:
+    for dim in part_of(HEAD_DIMS, backend, 3):
         case = Case(dtype=dtype, dim=dim, lengths=(11, 18), heads=(2, 1), causal="bottom_right")
         compare(case, device_of(backend))
 
@@ -198,7 +199,7 @@ def test_attention_value_head_dim(backend, dims):
 
 def test_attention_lengths(backend):
     """Each length from 1 to twice the widest vector and past it, of queries and of keys."""
-    for length in range(1, 34):
+    for length in part_of(range(1, 34), backend, 4):
         for lengths in ((length, 7), (5, length)):
             case = Case(dim=3, lengths=lengths, heads=(2, 1), batch=1, causal="bottom_right")
             compare(case, device_of(backend))

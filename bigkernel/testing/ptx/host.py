@@ -8,9 +8,11 @@ template choice and argument structs are those that a GPU launch would use.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,14 +127,20 @@ class HostLibrary:
         folder = Path(self._folder.name)
         (folder / "runtime.cpp").write_text(_RUNTIME)
         target = str(folder / "library.so")
-        options = ["-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-keep", "-lineinfo"]
-        options += ["-Xlinker", "-Bsymbolic"]  # torch may have loaded the real runtime
-        options += [f"-gencode=arch={virtual},code={virtual}", "-keep-dir", str(folder), *flags]
+        options = ["-c", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", str(folder), "-lineinfo"]
+        options += [f"-gencode=arch={virtual},code={virtual}", *flags]
+
+        def run(*arguments: str) -> None:
+            done = subprocess.run([program, *arguments], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"HostLibrary: nvcc failed:\n{done.stderr}")
+
         files = [*map(str, sources), str(folder / "runtime.cpp")]
-        command = [program, *options, *files, "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"HostLibrary: nvcc failed:\n{done.stderr}")
+        objects = [str(folder / f"{k}.o") for k in range(len(files))]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(lambda source, to: run(*options, source, "-o", to), files, objects))
+        # -Bsymbolic: torch may have loaded the real runtime.
+        run("-shared", "-cudart", "none", "-Xlinker", "-Bsymbolic", *objects, "-o", target)
         self.modules: list[Module] = [load(p.read_text()) for p in sorted(folder.glob("*.ptx"))]
         self.library = ctypes.CDLL(target)
 

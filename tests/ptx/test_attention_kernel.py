@@ -1,0 +1,180 @@
+"""Attention's CUDA kernels, compiled by nvcc, launched by their own launcher, in the emulator.
+
+What they compute is compared with the reference by tests/ops/test_attention*.py, backend "ptx".
+Here: what they move and multiply, which kernel a call takes, and what they do with bad arguments.
+"""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigkernel.testing import ptx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+import attention_ptx
+from attention_cases import DTYPES, Case, build
+
+SIZE = {"bf16": 2, "f16": 2, "f32": 4}
+SECTOR = 32
+
+
+def options(case, inputs):
+    rule = case.rule
+    return (inputs.mask, inputs.slopes, inputs.seed, None, None, *case.lengths, rule.scale,
+            rule.causal, rule.bottom_right, rule.window_left, rule.window_right, rule.softcap,
+            rule.dropout_p)  # fmt: skip
+
+
+def forward(case):
+    """(plan, counters) of a forward launch."""
+    inputs = build(case)
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    out = torch.empty(*inputs.q.shape[:3], inputs.v.shape[-1], dtype=inputs.q.dtype)
+    lse = torch.empty(inputs.q.shape[:3])
+    call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
+    call.run("attention_fwd_run")
+    (launch,) = attention_ptx.launches
+    return call.plan(), launch.counters
+
+
+def needed_tiles(case, plan):
+    """For each block of rows the first tile of keys that it needs and the one after the last."""
+    rule, (rows, keys) = case.rule, case.lengths
+    off, right = rule.offset(rows, keys), rule.reach_right()
+    for begin in range(0, rows, plan.tile_rows):
+        last = min(begin + plan.tile_rows, rows) - 1
+        low = 0 if rule.window_left < 0 else max(0, begin + off - rule.window_left)
+        high = keys if right < 0 else max(0, min(keys, last + off + right + 1))
+        yield low // plan.tile_keys, max(low // plan.tile_keys, -(-high // plan.tile_keys))
+
+
+MEASURED = {
+    "full": {},
+    "causal": {"causal": "top_left"},
+    "bottom_right": {"causal": "bottom_right", "lengths": (130, 300)},
+    "window": {"window": (100, 20), "lengths": (300, 300)},
+    "general": {"softcap": 5.0, "causal": "top_left"},
+}
+
+
+@pytest.mark.parametrize("feature", MEASURED)
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    # One of each layout of tiles: rows of 64, 128, 192 and 256 bytes and more, and fp32's.
+    [("bf16", 32), ("bf16", 64), ("f16", 96), ("bf16", 128), ("bf16", 256), ("f32", 64)],
+)
+def test_attention_kernel_traffic(dtype, dim, feature):
+    """Q, K, V and the output move once per needed tile; others are skipped; no bank conflicts."""
+    settings = {"lengths": (256, 256), "heads": (2, 2), "batch": 1} | MEASURED[feature]
+    if dtype == "f32" or dim == 256:  # slow to emulate
+        settings |= {"heads": (1, 1), "lengths": tuple(n // 2 for n in settings["lengths"])}
+    case = Case(dtype=dtype, dim=dim, **settings)
+    plan, counters = forward(case)
+    (heads, _), (rows, keys) = case.heads, case.lengths
+    row = dim * SIZE[dtype] // SECTOR  # sectors
+    tiles = list(needed_tiles(case, plan))
+    read = sum(min(stop * plan.tile_keys, keys) - start * plan.tile_keys for start, stop in tiles)
+    assert plan.tile_rows < rows or feature == "full"  # more than one block
+    assert counters.loads["q"].sectors == heads * rows * row
+    assert counters.loads["k"].sectors == heads * read * row
+    assert counters.loads["v"].sectors == heads * read * row
+    assert counters.stores["out"].sectors == heads * rows * row
+    # Eight rows at a time, which lie in two sectors where the head's first row is within one.
+    assert counters.stores["lse"].sectors <= heads * 2 * (rows // 8 + 1)
+    assert counters.bank_conflict_ratio <= (1.05 if dtype == "f32" else 1.0)
+    if dtype != "f32":
+        tile = 2 * (plan.tile_rows // 16) * (plan.tile_keys // 8) * (plan.tile_dim // 16)
+        assert counters.mma == heads * tile * sum(stop - start for start, stop in tiles)
+
+
+@pytest.mark.parametrize(
+    ("case", "dim", "general"),
+    [
+        (Case(dtype="bf16", dim=64), 64, False),
+        (Case(dtype="f16", dim=8, causal="bottom_right", window=(5, 3)), 32, False),
+        (Case(dtype="bf16", dim=40), 64, False),
+        (Case(dtype="bf16", dim=80), 96, False),
+        (Case(dtype="bf16", dim=104, dim_v=64), 128, False),
+        (Case(dtype="bf16", dim=64, dim_v=136), 192, False),
+        (Case(dtype="f16", dim=256), 256, False),
+        (Case(dtype="f32", dim=4), 32, False),
+        (Case(dtype="f32", dim=96), 128, False),
+        (Case(dtype="f32", dim=192), 256, False),
+        (Case(dtype="bf16", dim=33), 64, True),  # rows that are not 16-byte aligned
+        (Case(dtype="bf16", dim=64, layout="nan"), 64, True),
+        (Case(dtype="bf16", dim=64, softcap=1.0), 64, True),
+        (Case(dtype="bf16", dim=64, alibi="H"), 64, True),
+        (Case(dtype="bf16", dim=64, mask="bool:QK"), 64, True),
+        (Case(dtype="bf16", dim=64, dropout=0.5), 64, True),
+    ],
+    ids=str,
+)
+def test_attention_kernel_choice(case, dim, general):
+    inputs = build(case)
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call.args.out = call.view(inputs.dout, "out")
+    plan = call.plan()
+    assert (plan.tile_dim, bool(plan.general)) == (dim, general)
+    assert plan.blocks == -(-case.lengths[0] // plan.tile_rows) * case.heads[0] * case.batch
+    assert plan.shared <= 99 * 1024  # what every GPU from sm_80 on can give a block
+
+
+def test_attention_kernel_grid_that_does_not_exist():
+    case = Case(dtype="bf16", dim=64)
+    inputs = build(case)
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call.args.batch = call.args.heads_q = 1 << 16
+    plan = attention_ptx.Plan()
+    library = attention_ptx.host().library
+    error = library.attention_fwd_plan(ctypes.byref(call.args), ctypes.byref(plan)).decode()
+    assert "65536 sequences of 65536 heads and up to 19 rows take more blocks" in error
+
+
+def test_attention_kernel_failed_launch_is_named():
+    """The emulator says what is wrong, the launcher which kernel and grid."""
+    case = Case(dtype="bf16", dim=64)
+    inputs = build(case)
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    short = torch.empty_like(inputs.q)[:, :, :-1]
+    call.args.out, call.args.lse = (
+        call.view(short, "out"),
+        call.view_lse(torch.empty(2, 4, 19), "lse"),
+    )
+    library = attention_ptx.host().library
+    with (
+        pytest.raises(ptx.OutOfBounds, match="'out'"),
+        attention_ptx.host().running(call.memory),
+    ):
+        error = library.attention_fwd_run(ctypes.byref(call.args)).decode()
+    assert "launching CUDA kernel attention_fwd_kernel<bf16> with grid (8, 1, 1)" in error
+
+
+@pytest.mark.parametrize(
+    "bounds", [(-5, 3, 40), (0, 30, 10), (0, 1 << 30, 1 << 31 - 1), (7, 7, 7)], ids=str
+)
+def test_attention_kernel_wrong_cu_seqlens(bounds):
+    """Bounds on the device cannot be checked before the launch; they reach no other memory."""
+    q, k, v = (torch.randn(20, 2, 64).bfloat16() for _ in range(3))
+    cu = torch.tensor(bounds, dtype=torch.int64).clamp(-(2**31), 2**31 - 1).int()
+    rest = (None, None, None, cu, cu, 20, 20, 0.125, True, False, -1, -1, 0.0, 0.0)
+    out, _ = attention_ptx.attention_fwd(q, k, v, *rest)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_attention_kernel_offsets_of_64_bits(dtype):
+    """Heads and rows more than 2^31 elements apart. The memory between is never touched."""
+    rows, dim, far = 3, 32, (1 << 31) + 8
+    room = torch.empty(far * 2 + rows * dim, dtype=DTYPES[dtype])
+    x = room.as_strided((1, 2, rows, dim), (0, far, dim, 1))
+    x.copy_(torch.randn(1, 2, rows, dim))
+    rest = (None, None, None, None, None, rows, rows, 0.2, False, False, -1, -1, 0.0, 0.0)
+    out, lse = attention_ptx.attention_fwd(x, x, x, *rest)
+    near = x.clone(memory_format=torch.contiguous_format)
+    same, same_lse = attention_ptx.attention_fwd(near, near, near, *rest)
+    assert torch.equal(out, same)
+    assert torch.equal(lse, same_lse)
