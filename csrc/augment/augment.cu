@@ -12,11 +12,6 @@
 // layout. The sums for the means are whole numbers, so they are exact and in any order the same: of
 // grey itself in whole-number mode, else of its multiples of 2^-24 (of 2^-16 for uint8 sources).
 // Beyond 2^53 of these they round, in an order that is fixed too.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-
 #include "augment/cuda.h"
 #include "augment/cuda_color.h"
 #include "augment/cuda_sample.h"
@@ -26,8 +21,7 @@ namespace bigkernel {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 1024;
-constexpr int64_t kMostBlocks = 1024;  // for one image: as many sums are added up by each block
+constexpr int kTile = kAugmentTile;
 constexpr int kSegment = 4 * kTile + 16;
 
 struct DeviceCall {
@@ -50,23 +44,19 @@ struct DeviceCall {
 
 // Where the tile's unit lies: pixel (x, y), and its channel where a unit is one element.
 struct Place {
-  uint32_t x, y;
-  int64_t c;
+  uint32_t x, y, c;
 };
 
 template <int kChannels>
-__device__ Place place_of(const DeviceCall& call, int64_t first, uint32_t unit) {
-  const uint32_t w = call.out_w, h = call.out_h;
-  if (kChannels == 3 || call.channels_last) {
-    const int64_t channels = kChannels == 3 ? 1 : call.channels;
-    const int64_t pixel = first / channels;
-    const uint64_t element = uint64_t(first % channels) + unit;
-    const uint32_t x = uint32_t(pixel % w) + uint32_t(element / channels);
-    return {x % w, uint32_t(pixel / w) + x / w, int64_t(element % channels)};
+__device__ Place place_of(const DeviceCall& call, uint32_t unit) {
+  const uint32_t w = call.out_w;
+  if (kChannels == 3) return {unit % w, unit / w, 0};
+  if (call.channels_last) {
+    const uint32_t pixel = unit / uint32_t(call.channels);
+    return {pixel % w, pixel / w, unit - pixel * uint32_t(call.channels)};
   }
-  const uint32_t x = uint32_t(first % w) + unit;
-  const int64_t line = first / w + x / w;
-  return {x % w, uint32_t(line % h), line / h};
+  const uint32_t line = unit / w;
+  return {unit - line * w, line % call.out_h, line / call.out_h};
 }
 
 __device__ float read_element(const void* p, DType type, int64_t i) {
@@ -153,7 +143,7 @@ __device__ void augment_tiles(const DeviceCall& call) {
   const int32_t image = kSampling ? int32_t(number) : call.which[number];
   const AugmentSample& sample = call.samples[image];
   const int64_t plane = int64_t(call.out_w) * call.out_h, elements = call.channels * plane;
-  const int64_t units = kChannels == 3 ? plane : elements;
+  const uint32_t units = uint32_t(kChannels == 3 ? plane : elements);
   const Stretch stretch(call.colors + sample.first_color, sample.color_count, call.pass);
   const bool stops = stretch.stops(), whole = stops && stretch.colors[stretch.last].whole;
   const float* fill = call.fill + image * call.fill_stride;
@@ -177,17 +167,16 @@ __device__ void augment_tiles(const DeviceCall& call) {
   }
 
   double greys = 0;
-  for (int64_t first = int64_t(block) * kTile; first < units;
-       first += int64_t(call.blocks) * kTile) {
-    const int count = int(units - first < kTile ? units - first : kTile);
+  for (uint32_t first = block * kTile; first < units; first += call.blocks * kTile) {
+    const int count = int(min(units - first, uint32_t(kTile)));
     // Segment c holds what goes to one contiguous piece of the output.
     const bool planes = kChannels == 3 && !call.channels_last;
     const int segments = planes ? 3 : 1, each = kChannels == 3 && !planes ? 3 : 1;
     const int64_t step = planes ? plane * to_size : 0;  // bytes between the segments
-    unsigned char* const target = to + first * each * to_size;
+    unsigned char* const target = to + int64_t(first) * each * to_size;
     for (int unit = threadIdx.x; unit < count; unit += kThreads) {
       float v[kChannels];
-      const Place at = place_of<kChannels>(call, first, unit);
+      const Place at = place_of<kChannels>(call, first + unit);
       if constexpr (kSampling) {
         sample_pixel<In>(sample, fill + at.c, call.nearest, call.out_w, call.out_h, at.x, at.y,
                          at.c, v);
@@ -205,7 +194,7 @@ __device__ void augment_tiles(const DeviceCall& call) {
       }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        const int64_t channel = kChannels == 3 ? c : at.c;
+        const uint32_t channel = kChannels == 3 ? c : at.c;
         if (stops)
           v[c] = beside || !whole ? v[c] : to_byte(v[c]);
         else
@@ -227,8 +216,9 @@ __device__ void augment_tiles(const DeviceCall& call) {
   }
 }
 
+// Three blocks: 80 registers, for ptxas spills some to reach 64.
 template <class In, int kChannels>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     augment_sample_kernel(const __grid_constant__ DeviceCall call) {
   augment_tiles<In, kChannels, true>(call);
 }
@@ -237,44 +227,6 @@ template <int kChannels>
 __global__ void __launch_bounds__(kThreads)
     augment_finish_kernel(const __grid_constant__ DeviceCall call) {
   augment_tiles<float, kChannels, false>(call);
-}
-
-[[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error("bigkernel.augment: " + what);
-}
-
-int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
-// In the output between launches, and exact there: fp32, or bytes of whole-number mode.
-bool held_in_output(const AugmentArgs& args, const AugmentChain& chain) {
-  return args.out_type == DType::kFloat32 ||
-         std::all_of(chain.contrasts.begin(), chain.contrasts.end(),
-                     [&](int32_t k) { return chain.colors[k].whole; });
-}
-
-AugmentSample describe(const AugmentInput& input, int64_t i) {
-  const AugmentArgs& args = input.args;
-  const AugmentImage& image = input.images[i];
-  AugmentSample s{};
-  s.geometry = read_geometry(input.geometry + i * 16, image.width, image.height, args.out_w,
-                             args.out_h, input.antialias && !args.nearest);
-  s.data = image.data;
-  s.stride_c = image.stride_c;
-  s.stride_y = image.stride_y;
-  s.stride_x = image.stride_x;
-  const double* m = s.geometry.map;
-  const auto rule = [&](double step, double origin) {
-    const bool usable = m[1] == 0 && m[3] == 0 && std::abs(step) >= 1 / kAugmentFar &&
-                        std::abs(step) <= kAugmentFar && std::abs(origin) <= kAugmentFar;
-    const bool resize = s.geometry.rule == AugmentNearest::kResize;
-    return resize && !usable ? AugmentNearest::kFloor : s.geometry.rule;
-  };
-  s.rule_x = rule(m[0], s.geometry.origin_x);
-  s.rule_y = rule(m[4], s.geometry.origin_y);
-  s.per_scale_x = 1.0 / std::abs(m[0]);
-  s.per_scale_y = 1.0 / std::abs(m[4]);
-  s.held_out = true;
-  return s;
 }
 
 template <class F>
@@ -290,79 +242,6 @@ void with_source(DType type, F&& f) {
 }
 
 }  // namespace
-
-AugmentLaunch plan_augment(const AugmentInput& input) {
-  const AugmentArgs& args = input.args;
-  constexpr int64_t kMostGrid = std::numeric_limits<int32_t>::max();
-  if (input.n > kMostGrid) fail("a batch must have fewer than 2^31 images for the GPU");
-  if (args.out_w >= kMostGrid - kTile || args.out_h >= kMostGrid)
-    fail("out_h and out_w must be below 2^31 for the GPU");
-  AugmentLaunch launch{};
-  int64_t colors = 0, beside = 0, contrasts = 0;
-  for (int64_t i = 0; i < input.n; ++i) {
-    launch.chains.push_back(read_chain(input.color + i * input.k * 2, input.k, args.channels,
-                                       args.in_type == DType::kUInt8));
-    const AugmentChain& chain = launch.chains.back();
-    colors += int64_t(chain.colors.size());
-    contrasts += !chain.contrasts.empty();
-    beside += !held_in_output(args, chain);
-    launch.later.resize(std::max(launch.later.size(), chain.contrasts.size()));
-    for (size_t pass = 0; pass < chain.contrasts.size(); ++pass)
-      launch.later[pass].push_back(int32_t(i));
-  }
-  int64_t later = 0;
-  for (const auto& images : launch.later) later += int64_t(images.size());
-
-  const int64_t plane = args.out_h * args.out_w;
-  const int64_t units = args.channels == 3 ? plane : args.channels * plane;
-  const int64_t most = std::min(kMostBlocks, kMostGrid / std::max<int64_t>(input.n, 1));
-  launch.blocks = uint32_t(std::clamp<int64_t>((units + kTile - 1) / kTile, 1, most));
-  launch.samples_at = 0;
-  launch.colors_at = round_up(input.n * int64_t(sizeof(AugmentSample)));
-  launch.fill_at = launch.colors_at + round_up(colors * int64_t(sizeof(AugmentColor)));
-  launch.gain_at = launch.fill_at + round_up(input.fill_rows * args.channels * 4);
-  launch.later_at = launch.gain_at + round_up(2 * args.channels * 4);
-  launch.table_bytes = launch.later_at + round_up(later * 4);
-  launch.sums_bytes = contrasts * launch.blocks * 8;
-  launch.scratch_bytes = 2 * launch.sums_bytes + beside * round_up(args.channels * plane * 4);
-  return launch;
-}
-
-void write_augment_tables(const AugmentInput& input, const AugmentLaunch& launch, void* scratch,
-                          void* tables) {
-  const AugmentArgs& args = input.args;
-  char* const base = static_cast<char*>(tables);
-  const auto put = [&](int64_t& at, const auto* values, int64_t count) {
-    if (count > 0) std::memcpy(base + at, values, size_t(count) * sizeof(*values));
-    at += count * int64_t(sizeof(*values));
-  };
-  const int64_t image_bytes = round_up(args.channels * args.out_h * args.out_w * 4);
-  char* held = static_cast<char*>(scratch) + 2 * launch.sums_bytes;
-  int64_t samples_at = launch.samples_at, colors_at = launch.colors_at;
-  int32_t contrasts = 0, first_color = 0;
-  for (int64_t i = 0; i < input.n; ++i) {
-    const AugmentChain& chain = launch.chains[i];
-    AugmentSample sample = describe(input, i);
-    sample.first_color = first_color;
-    sample.color_count = int32_t(chain.colors.size());
-    if (!chain.contrasts.empty()) sample.sums = contrasts++;
-    if (!held_in_output(args, chain)) {
-      sample.held_out = false;
-      sample.held = reinterpret_cast<float*>(held);
-      held += image_bytes;
-    }
-    first_color += sample.color_count;
-    put(samples_at, &sample, 1);
-    put(colors_at, chain.colors.data(), sample.color_count);
-  }
-  int64_t at = launch.fill_at;
-  put(at, input.fill, input.fill_rows * args.channels);
-  at = launch.gain_at;
-  put(at, args.gain, args.channels);
-  put(at, args.offset, args.channels);
-  at = launch.later_at;
-  for (const auto& images : launch.later) put(at, images.data(), int64_t(images.size()));
-}
 
 void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, const void* tables,
                     void* scratch, int device, void* stream_) {

@@ -3,7 +3,7 @@
 // nothing here waits for the GPU; only tables that are on the GPU already cost a synchronisation,
 // for the colours in them decide what is launched.
 #include "augment/binding.h"
-#include "augment/cuda.h"
+#include "augment/cuda_plan.h"
 #include "cuda/stream.h"
 
 namespace bigkernel {

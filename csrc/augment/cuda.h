@@ -8,6 +8,9 @@
 
 namespace bigkernel {
 
+constexpr int kAugmentTile = 1024;            // output pixels that a block makes at a time
+constexpr int64_t kAugmentMostBlocks = 1024;  // for one image: each adds up as many sums
+
 // One call. Everything lies on the host but the images' pixels and args.out.
 struct AugmentInput {
   AugmentArgs args;
@@ -17,6 +20,20 @@ struct AugmentInput {
   const float* fill;           // [fill_rows, channels]
   int64_t n, k, fill_rows;     // fill_rows: n or 1
   bool antialias;
+};
+
+// One image, as the kernels see it.
+struct AugmentSample {
+  AugmentGeometry geometry;
+  const void* data;                      // source
+  int64_t stride_c, stride_y, stride_x;  // in elements
+  AugmentNearest rule_x, rule_y;
+  double per_scale_x, per_scale_y;  // kResize: output pixels a source pixel
+  double per_reach_x, per_reach_y;  // 1 / half-width of the filter
+  int32_t first_color, color_count;
+  int32_t sums;   // place among the images that have a contrast
+  bool held_out;  // between launches the image lies in the output, else in `held`
+  float* held;    // [channels, out_h, out_w] in the output's order
 };
 
 // How a call is run: the first launch samples every image and carries its colours as far as its
@@ -30,12 +47,6 @@ struct AugmentLaunch {
   int64_t table_bytes;
   int64_t sums_bytes, scratch_bytes;  // scratch: [sums | images between launches, in fp32]
 };
-
-AugmentLaunch plan_augment(const AugmentInput& input);
-
-// Fills `tables` (table_bytes, on the host); `scratch` is an address on the device.
-void write_augment_tables(const AugmentInput& input, const AugmentLaunch& launch, void* scratch,
-                          void* tables);
 
 // `tables` and `scratch` on the device. All launches go to `stream` (a cudaStream_t) of `device`
 // and return at once. Throws std::runtime_error, naming the kernel, the grid and CUDA's message.

@@ -12,14 +12,15 @@ __device__ __forceinline__ float clamp_to(float v, float bound) {
 }
 __device__ __forceinline__ float to_byte(float v) { return rintf(clamp_to(v, 255.0f)); }
 
+// Sums are fused where PyTorch's are: the last bit decides which whole number a value is cut to.
 __device__ __forceinline__ float grey_of(const float (&v)[3]) {
-  return fmaf(v[2], 0.114f, fmaf(v[1], 0.587f, v[0] * 0.2989f));
+  return __fmaf_rn(v[2], 0.114f, __fmaf_rn(v[1], 0.587f, __fmul_rn(v[0], 0.2989f)));
 }
 
 // See _turn_hue in reference/augment.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
 __device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
   const float high = fmaxf(v[0], fmaxf(v[1], v[2])), low = fminf(v[0], fminf(v[1], v[2]));
-  const float chroma = high - low, inverse = 1.0f / (chroma == 0.0f ? 1.0f : chroma);
+  const float chroma = high - low, inverse = __fdividef(1.0f, chroma == 0.0f ? 1.0f : chroma);
   const float sector = high == v[0]   ? (v[1] - v[2]) * inverse
                        : high == v[1] ? (v[2] - v[0]) * inverse + 2.0f
                                       : (v[0] - v[1]) * inverse + 4.0f;
@@ -38,7 +39,7 @@ __device__ __forceinline__ void recolor(float (&v)[kChannels], const AugmentColo
                                         float bound, float mean_grey) {
   const bool whole = color.whole;
   const float factor = color.factor;
-  float constant = 0.0f;
+  float grey = mean_grey;
   if (whole) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) v[c] = to_byte(v[c]);
@@ -52,19 +53,18 @@ __device__ __forceinline__ void recolor(float (&v)[kChannels], const AugmentColo
       }
       return;
     }
-    if (color.op == AugmentOp::kSaturation || color.op == AugmentOp::kGreyscale) {
-      const float grey = whole ? truncf(grey_of(v)) : grey_of(v);
-      if (color.op == AugmentOp::kGreyscale) {
-        v[0] = v[1] = v[2] = grey;
-        return;
-      }
-      constant = grey * (1.0f - factor);
+    if (color.op == AugmentOp::kSaturation || color.op == AugmentOp::kGreyscale)
+      grey = whole ? truncf(grey_of(v)) : grey_of(v);
+    if (color.op == AugmentOp::kGreyscale) {
+      v[0] = v[1] = v[2] = grey;
+      return;
     }
   }
-  if (color.op == AugmentOp::kContrast) constant = (1.0f - factor) * mean_grey;
+  const bool bright = color.op == AugmentOp::kBrightness;
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    v[c] = clamp_to(fmaf(v[c], factor, constant), bound);
+    const float scaled = __fmul_rn(v[c], factor);
+    v[c] = clamp_to(bright ? scaled : __fmaf_rn(grey, 1.0f - factor, scaled), bound);
     if (whole) v[c] = truncf(v[c]);
   }
 }

@@ -1,23 +1,10 @@
 // One output pixel from the source: positions in double precision, weights and sums in fp32. Reads
 // nothing outside the source box.
 #pragma once
-#include "augment/augment.h"
+#include "augment/cuda.h"
 #include "cuda/convert.h"
 
 namespace bigkernel {
-
-// One image, as the kernels see it.
-struct AugmentSample {
-  AugmentGeometry geometry;
-  const void* data;                      // source
-  int64_t stride_c, stride_y, stride_x;  // in elements
-  AugmentNearest rule_x, rule_y;
-  double per_scale_x, per_scale_y;  // kResize: output pixels a source pixel
-  int32_t first_color, color_count;
-  int32_t sums;   // place among the images that have a contrast
-  bool held_out;  // between launches the image lies in the output, else in `held`
-  float* held;    // [channels, out_h, out_w] in the output's order
-};
 
 // The taps along one axis that lie inside the box: `count` from `first`, weights a triangle around
 // `centre`, counted from `first`.
@@ -33,20 +20,21 @@ struct AugmentWindow {
 };
 
 // Sum of the triangle filter over all whole pixels; see _window_sum in reference/augment.py.
-__device__ __forceinline__ double window_sum(double s, double reach) {
+__device__ __forceinline__ double window_sum(double s, double reach, double per_reach) {
   const double right = ceil(s - 0.5) + 0.5 - s;
   double total = 0;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const double distance = side ? 1.0 - right : right;
     const double n = fmax(ceil(reach - distance), 0.0);
-    total += n - (n * distance + n * (n - 1.0) / 2.0) / reach;
+    total += n - (n * distance + n * (n - 1.0) * 0.5) * per_reach;
   }
   return total;
 }
 
-__device__ __forceinline__ AugmentWindow window_at(double s, double reach, int32_t begin,
-                                                   int32_t end, AugmentBorder border) {
+__device__ __forceinline__ AugmentWindow window_at(double s, double reach, double per_reach,
+                                                   int32_t begin, int32_t end,
+                                                   AugmentBorder border) {
   AugmentWindow w;
   const bool narrow = reach == 1.0, clamped = border == AugmentBorder::kClamp;
   // Between the edge pixels' centres two taps inside do what clamped taps do.
@@ -62,12 +50,12 @@ __device__ __forceinline__ AugmentWindow window_at(double s, double reach, int32
     w.cover = w.count == 2 ? 1.0f : w.count == 1 ? w.weight(0) : 0.0f;
     return w;
   }
-  w.narrowness = float(1.0 / reach);
+  w.narrowness = float(per_reach);
   float inside = 0;
   for (int t = 0; t < w.count; ++t) inside += w.weight(t);
   const bool all = clamped || w.count == high - low;
-  const float total = all ? inside : float(window_sum(s, reach));
-  w.scale = total > 0.0f ? 1.0f / total : 0.0f;
+  const float total = all ? inside : float(window_sum(s, reach, per_reach));
+  w.scale = total > 0.0f ? __fdividef(1.0f, total) : 0.0f;
   w.cover = !(inside > 0.0f) ? 0.0f : all ? 1.0f : inside * w.scale;
   return w;
 }
@@ -145,8 +133,8 @@ __device__ __forceinline__ void sample_pixel(const AugmentSample& s, const float
     return;
   }
 
-  const AugmentWindow wx = window_at(sx, g.reach_x, box[0], box[2], g.border);
-  const AugmentWindow wy = window_at(sy, g.reach_y, box[1], box[3], g.border);
+  const AugmentWindow wx = window_at(sx, g.reach_x, s.per_reach_x, box[0], box[2], g.border);
+  const AugmentWindow wy = window_at(sy, g.reach_y, s.per_reach_y, box[1], box[3], g.border);
   if (wx.cover == 0.0f || wy.cover == 0.0f) return;
   const In* row = base + wy.first * s.stride_y + wx.first * s.stride_x;
   float sum[kChannels] = {};

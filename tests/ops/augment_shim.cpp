@@ -3,7 +3,7 @@
 #include <exception>
 #include <string>
 
-#include "augment/cuda.h"
+#include "augment/cuda_plan.h"
 
 using namespace bigkernel;
 

@@ -115,7 +115,8 @@ def test_augment_kernel_reads():
 def test_augment_kernel_means_are_exact(out):
     """In whole numbers the mean is the CPU's to the bit, and so is what follows from it."""
     images, size = picture(2, 3, 40, 52), (40, 52)
-    color = torch.tensor([[[18.0, 0.7], [17.0, 1.1], [18.0, 1.6]]]).expand(2, 3, 2)
+    pairs = [("contrast", 0.7), ("brightness", 1.1), ("saturation", 0.6), ("contrast", 1.6)]
+    color = tables.chain(*pairs, whole=True).expand(2, 4, 2)
     arguments = (images, identity(size).expand(2, 16), color)
     options = {"size": size, "dtype": DTYPES[out]}
     actual, _ = emulate(*arguments, **options)
@@ -160,7 +161,7 @@ def test_augment_kernel_refuses():
         call(images, geometry, torch.tensor([[[6.0, 1.0]]])).run()
     wide = call(images, geometry)
     wide.input.args.out_w = 2**31
-    with pytest.raises(RuntimeError, match=r"augment: out_h and out_w must be below 2\^31"):
+    with pytest.raises(RuntimeError, match=r"an output image must have fewer than 2\^31 elements"):
         wide.plan()
 
 
