@@ -124,8 +124,8 @@ def augment(
     images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C] with
         ``channels_last_in``); uint8 in 0..255, or float32, bfloat16, float16, float64 in 0..1.
     geometry: float64 [N, 16] and color: float32 [N, K, 2], the tables described at the top of this
-        module; without ``color`` nothing is recoloured. Best on the CPU: what is launched depends on
-        them, so tables on the GPU are brought back, which waits for it.
+        module; without ``color`` nothing is recoloured. Best on the CPU: they decide what is
+        launched, so tables on the GPU are brought back first, which waits for it.
     size: (height, width) of the output.
     fill: for output pixels that come from no source pixel: a number, C numbers, or a tensor [C],
         [1, C] or [N, C]; in the units of the input.
