@@ -192,7 +192,7 @@ class BlockWriter(Writer):
             keep = wanted is not None and not (isinstance(wanted, Sym) and wanted.name == "_")
             call = [*head, repr(operation), repr(i.type), str(keep), *values]
             results = [(wanted, f"b{8 * size}")] if wanted is not None and keep else []
-            self.effect(i, guard, "M.atomic", call, results)
+            self.effect(i, guard, "atomics.update", call, results)
 
     op_red = op_atom
 
@@ -233,7 +233,7 @@ class BlockWriter(Writer):
         results = list(zip(targets, ("b32", "pred"), strict=False))
         if isinstance(targets[0], Sym) and targets[0].name == "_":
             raise unknown(i)
-        self.effect(i, guard, "M.shfl", [str(k), repr(i.mods[1]), value, *rest], results)
+        self.effect(i, guard, "warp.shfl", [str(k), repr(i.mods[1]), value, *rest], results)
 
     def op_vote(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: vote.sync"."""
@@ -242,7 +242,7 @@ class BlockWriter(Writer):
         predicate = self.array(i.operands[1], "pred")
         mask = self.read(i.operands[2], "u32")
         call = [str(k), repr(i.mods[1]), predicate, mask]
-        self.effect(i, guard, "M.vote", call, [(i.operands[0], i.type)])
+        self.effect(i, guard, "warp.vote", call, [(i.operands[0], i.type)])
 
     def op_match(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: match.sync"."""
@@ -251,7 +251,7 @@ class BlockWriter(Writer):
         value = self.array(i.operands[1], i.type)
         call = [str(k), repr(i.mods[0]), value, self.read(i.operands[2], "u32")]
         results = list(zip(targets, ("b32", "pred"), strict=False))
-        self.effect(i, guard, "M.match", call, results)
+        self.effect(i, guard, "warp.match", call, results)
 
     def op_redux(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: redux.sync" on integers."""
@@ -259,20 +259,20 @@ class BlockWriter(Writer):
             raise unknown(i)
         value = self.array(i.operands[1], i.type)
         call = [str(k), repr(i.mods[1]), value, self.read(i.operands[2], "u32")]
-        self.effect(i, guard, "M.redux", call, [(i.operands[0], i.type)])
+        self.effect(i, guard, "warp.redux", call, [(i.operands[0], i.type)])
 
     def op_activemask(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: activemask"."""
-        self.effect(i, guard, "M.activemask", [], [(i.operands[0], "b32")])
+        self.effect(i, guard, "warp.active", [], [(i.operands[0], "b32")])
 
     def op_elect(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: elect.sync": the lowest lane here."""
         items = i.operands[0].items if isinstance(i.operands[0], Vec) else ()
-        self.effect(i, guard, "M.elect", [], list(zip(items, ("b32", "pred"), strict=True)))
+        self.effect(i, guard, "warp.elect", [], list(zip(items, ("b32", "pred"), strict=True)))
 
     def op_bar(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "bar.warp.sync"; the block's barriers end a basic block."""
-        self.effect(i, guard, "M.bar_warp", [str(k), self.read(i.operands[0], "u32")], [])
+        self.effect(i, guard, "warp.barrier", [str(k), self.read(i.operands[0], "u32")], [])
 
     def op_ldmatrix(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Warp-Level Matrix Instructions: ldmatrix"."""
@@ -280,7 +280,7 @@ class BlockWriter(Writer):
         where = self.address(i, i.operands[1], "shared")
         call = [str(k), *where, str(count), str("trans" in i.mods)]
         items = i.operands[0].items if isinstance(i.operands[0], Vec) else (i.operands[0],)
-        self.effect(i, guard, "M.ldmatrix", call, [(item, "b32") for item in items])
+        self.effect(i, guard, "warp.ldmatrix", call, [(item, "b32") for item in items])
 
     def op_stmatrix(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Warp-Level Matrix Instructions: stmatrix"."""
@@ -290,7 +290,7 @@ class BlockWriter(Writer):
         items = source.items if isinstance(source, Vec) else (source,)
         values = [self.array(item, "b32") for item in items]
         call = [str(k), *where, str("trans" in i.mods), *values]
-        self.effect(i, guard, "M.stmatrix", call, [])
+        self.effect(i, guard, "warp.stmatrix", call, [])
 
     def op_mma(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Warp-Level Matrix Instructions: mma"."""

@@ -21,11 +21,10 @@ from bigkernel.testing.ptx.lanes import Layout
 from bigkernel.testing.ptx.machine import Job, Machine
 from bigkernel.testing.ptx.memory import Memory
 from bigkernel.testing.ptx.parser import Function, Program, Variable, parse
-from bigkernel.testing.ptx.program import Flat, flatten
+from bigkernel.testing.ptx.program import Flat, Piece, flatten
 from bigkernel.testing.ptx.scheduler import Scheduler
 from bigkernel.testing.ptx.shared import Shared
 from bigkernel.testing.ptx.translate import translate
-from bigkernel.testing.ptx.writer import Piece
 
 _LANES = 8192  # threads that run together; more would leave the cache
 _TRACKING = 64 << 20  # bytes that shared memory and its bookkeeping may take together

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bigkernel.testing.ptx.alu import unknown
 from bigkernel.testing.ptx.errors import PtxError, UnknownInstruction
@@ -49,6 +50,16 @@ class Flat:
     shared_bytes: int  # static
     local_bytes: int
     granule: int  # shortest access that may touch shared memory
+
+
+@dataclass(slots=True)
+class Piece:
+    """A translated basic block."""
+
+    run: Callable[..., Any]
+    inputs: list[str]
+    outputs: list[str]
+    source: str
 
 
 def flatten(program: Program, function: Function) -> Flat:

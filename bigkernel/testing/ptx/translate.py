@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bigkernel.testing.ptx.instructions import BlockWriter
-from bigkernel.testing.ptx.program import Flat, successors
-from bigkernel.testing.ptx.writer import Piece, Scope
+from bigkernel.testing.ptx.program import Flat, Piece, successors
+from bigkernel.testing.ptx.writer import Scope
 
 
 def translate(flat: Flat) -> list[Piece]:

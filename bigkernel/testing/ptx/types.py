@@ -52,3 +52,8 @@ def size_of(type_: str) -> int:
 def bits_dtype(type_: str) -> DType:
     """The dtype in which a register of this type is kept."""
     return BOOL if type_ == "pred" else BITS[max(2, size_of(type_))]
+
+
+def canonical(type_: str) -> DType:
+    """The dtype in which the register file keeps a register declared with this type."""
+    return DTYPES[type_] if type_ in ("f32", "f64") else bits_dtype(type_)

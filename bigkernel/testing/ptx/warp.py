@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from bigkernel.testing.ptx.errors import BarrierError
 from bigkernel.testing.ptx.lanes import WARP, Lanes
+from bigkernel.testing.ptx.machine import Machine
 from bigkernel.testing.ptx.numerics import bf16_to_f32
 from bigkernel.testing.ptx.types import F16, F32, U32, Array
-
-if TYPE_CHECKING:
-    from bigkernel.testing.ptx.machine import Machine
 
 _ALL = np.uint64(0xFFFFFFFF)
 
@@ -45,9 +43,22 @@ def _ballot(m: Machine, lanes: Lanes, predicate: Array) -> Array:
     return sums[lanes.index // WARP]
 
 
-def active(m: Machine, lanes: Lanes) -> Array:
-    """The bits of the warp's lanes that are here."""
-    return _ballot(m, lanes, np.ones(lanes.n, bool)).astype(U32)
+def active(m: Machine, lanes: Lanes) -> list[Array]:
+    """PTX ISA, "activemask": the bits of the warp's lanes that are here."""
+    return [_ballot(m, lanes, np.ones(lanes.n, bool)).astype(U32)]
+
+
+def elect(m: Machine, lanes: Lanes) -> list[Array]:
+    """PTX ISA, "elect.sync": the lowest lane here, and whether it is this one."""
+    bits = active(m, lanes)[0].astype(np.int64)
+    leader = np.bitwise_count((bits & -bits) - 1).astype(U32)
+    return [leader, leader == lanes.index % WARP]
+
+
+def barrier(m: Machine, lanes: Lanes, k: int, mask: Any) -> None:
+    """PTX ISA, "bar.warp.sync", which orders memory among the warp's threads."""
+    check_members(m, lanes, k, mask)
+    m.shared.advance(lanes.block, lanes.warp)
 
 
 def shfl(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, b: Array, c: Array,
@@ -85,16 +96,17 @@ def shfl(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, b: Array, c:
     return everywhere[source], np.broadcast_to(inside, (lanes.n,))
 
 
-def vote(m: Machine, lanes: Lanes, k: int, mode: str, predicate: Array, mask: Array) -> Array:
+def vote(m: Machine, lanes: Lanes, k: int, mode: str, predicate: Array,
+         mask: Array) -> list[Array]:  # fmt: skip
     """PTX ISA, "Parallel Synchronization: vote.sync": ballot bits, or a predicate."""
     check_members(m, lanes, k, mask)
     predicate = np.broadcast_to(predicate, (lanes.n,))
     members = np.asarray(mask).astype(np.uint64)
     yes = _ballot(m, lanes, predicate) & members
     if mode == "ballot":
-        return yes.astype(U32)
+        return [yes.astype(U32)]
     no = _ballot(m, lanes, ~predicate) & members
-    return {"any": yes != 0, "all": no == 0, "uni": (yes == 0) | (no == 0)}[mode]
+    return [{"any": yes != 0, "all": no == 0, "uni": (yes == 0) | (no == 0)}[mode]]
 
 
 def match(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, mask: Array) -> list[Array]:
@@ -114,7 +126,7 @@ def match(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, mask: Array
     return [np.where(every, found, 0).astype(U32), every]
 
 
-def redux(m: Machine, lanes: Lanes, k: int, op: str, value: Array, mask: Array) -> Array:
+def redux(m: Machine, lanes: Lanes, k: int, op: str, value: Array, mask: Array) -> list[Array]:
     """PTX ISA, "Parallel Synchronization: redux.sync"."""
     check_members(m, lanes, k, mask)
     ufunc = {
@@ -131,7 +143,7 @@ def redux(m: Machine, lanes: Lanes, k: int, op: str, value: Array, mask: Array) 
         rows[lanes.index[chosen]] = value[chosen]
         sums = ufunc.reduce(rows.reshape(-1, WARP), axis=1, dtype=value.dtype)
         out[chosen] = sums[lanes.index[chosen] // WARP]
-    return out
+    return [out]
 
 
 def _whole(m: Machine, lanes: Lanes, k: int) -> int:
@@ -184,12 +196,13 @@ def mma(m: Machine, lanes: Lanes, k: int, a: Array, b: Array, c: tuple[Array, ..
     return [flat[:, j] + c[j] for j in range(4)]
 
 
-def ldmatrix(m: Machine, lanes: Lanes, k: int, at: Array, count: int, trans: bool) -> list[Array]:
+def ldmatrix(m: Machine, lanes: Lanes, k: int, base: Any, offset: int, count: int,
+             trans: bool) -> list[Array]:  # fmt: skip
     """PTX ISA, "ldmatrix.sync.m8n8.x{count}{.trans}"; lane 8j + i gives row i of matrix j."""
     warps = _whole(m, lanes, k)
     givers = lanes.where(lanes.index % WARP < 8 * count)
     assert givers is not None
-    where = givers.take(at)
+    where = givers.take(m.address(lanes, base, offset))
     words = m.shared.load(givers, k, where, 4, 4)
     m.counters.count_shared(m.line(k), givers, where, 16)
     tiles = np.stack(words, axis=1).view(np.uint16).reshape(warps, count, 8, 8)
@@ -199,7 +212,8 @@ def ldmatrix(m: Machine, lanes: Lanes, k: int, at: Array, count: int, trans: boo
     return [np.ascontiguousarray(rows[:, j]).reshape(-1) for j in range(count)]
 
 
-def stmatrix(m: Machine, lanes: Lanes, k: int, at: Array, trans: bool, values: list[Array]) -> None:
+def stmatrix(m: Machine, lanes: Lanes, k: int, base: Any, offset: int, trans: bool,
+             *values: Array) -> None:  # fmt: skip
     """PTX ISA, "stmatrix.sync.aligned.m8n8.x{n}{.trans}.b16", ldmatrix the other way round."""
     warps, count = _whole(m, lanes, k), len(values)
     givers = lanes.where(lanes.index % WARP < 8 * count)
@@ -209,6 +223,6 @@ def stmatrix(m: Machine, lanes: Lanes, k: int, at: Array, trans: bool, values: l
     if trans:
         tiles = np.ascontiguousarray(tiles.transpose(0, 1, 3, 2))
     words = tiles.view(U32).reshape(-1, 4)
-    where = givers.take(at)
+    where = givers.take(m.address(lanes, base, offset))
     m.shared.store(givers, k, where, 4, [words[:, j] for j in range(4)])
     m.counters.count_shared(m.line(k), givers, where, 16)

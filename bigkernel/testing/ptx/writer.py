@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bigkernel.testing.ptx import warp
+from bigkernel.testing.ptx import atomics, warp
 from bigkernel.testing.ptx.errors import UnknownInstruction
 from bigkernel.testing.ptx.memory import LOCAL_BASE
 from bigkernel.testing.ptx.numerics import HELPERS
 from bigkernel.testing.ptx.parser import Imm, Instruction, Operand, Reg, Sym
-from bigkernel.testing.ptx.program import Flat
+from bigkernel.testing.ptx.program import Flat, Piece
 from bigkernel.testing.ptx.types import (
     BITS,
     BOOL,
@@ -22,19 +21,9 @@ from bigkernel.testing.ptx.types import (
     SIGNED,
     U32,
     U64,
-    bits_dtype,
+    canonical,
     size_of,
 )
-
-
-@dataclass(slots=True)
-class Piece:
-    """A translated basic block."""
-
-    run: Callable[..., Any]
-    inputs: list[str]
-    outputs: list[str]
-    source: str
 
 
 @dataclass(slots=True)
@@ -46,18 +35,13 @@ class _Value:
     constant: bool = False
 
 
-def canonical(type_: str) -> np.dtype[Any]:
-    """The dtype in which the register file keeps a register declared with this type."""
-    return DTYPES[type_] if type_ in ("f32", "f64") else bits_dtype(type_)
-
-
 class Scope:
     """What all blocks of a kernel share: its registers, and the names that their code uses."""
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
-        self.namespace: dict[str, Any] = {**HELPERS, "warp": warp, "fill": _fill, "pack": _pack}
-        self.namespace["unpack"] = _unpack
+        self.namespace: dict[str, Any] = {**HELPERS, "warp": warp, "atomics": atomics}
+        self.namespace |= {"fill": _fill, "pack": _pack, "unpack": _unpack}
         flat.registers["%cc"] = "pred"  # the carry flag
         self.constants: dict[tuple[str, bytes], str] = {}
 
@@ -198,9 +182,10 @@ class Writer:
     def effect(self, i: Instruction, guard: str | None, call: str, arguments: list[str],
                results: list[tuple[Operand, str]]) -> None:  # fmt: skip
         """A call that acts at the guarded lanes only, and gives its results to registers."""
+        machine = [] if call.startswith("M.") else ["M"]
         results = [(o, t) for o, t in results if not (isinstance(o, Sym) and o.name == "_")]
         if guard is None:
-            out = self.let(f"{call}({', '.join(['L', *arguments])})")
+            out = self.let(f"{call}({', '.join([*machine, 'L', *arguments])})")
             for j, (operand, type_) in enumerate(results):
                 self.write(operand, f"{out}[{j}]", type_, None)
             return
@@ -214,7 +199,7 @@ class Writer:
         self.lines.append(f"{lanes} = L.where({guard})")
         self.lines.append(f"if {lanes} is not None:")
         taken = [f"{lanes}.take({a})" if _is_variable(a) else a for a in arguments]
-        self.lines.append(f"    {out} = {call}({', '.join([lanes, *taken])})")
+        self.lines.append(f"    {out} = {call}({', '.join([*machine, lanes, *taken])})")
         for j, (operand, type_) in enumerate(results):
             assert isinstance(operand, Reg | Sym)
             value = _convert(f"{out}[{j}]", type_, self.want(operand.name))
