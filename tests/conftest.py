@@ -10,7 +10,8 @@ import bigkernel
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
     # A shell starts background jobs with Ctrl-C ignored, and children would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,6 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # One process runs all that is emulated, so that each kernel is compiled once.
+        if "ptx" in item.nodeid or "kernel" in item.path.name:
+            item.add_marker(pytest.mark.xdist_group("emulator"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
