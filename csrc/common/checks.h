@@ -4,19 +4,32 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "common/dtypes.h"
 
-// BK_CHECK(condition, "attention_fwd", "k must have ", n, " heads, got ", m)
-#define BK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "bigkernel.", op, ": ", __VA_ARGS__)
+// BK_CHECK(condition, "attention_fwd", "k must have ", n, " heads, got ", m). Torch's own macro
+// puts the place in the source before the sentence, which says nothing to the caller.
+#define BK_CHECK(condition, op, ...)                          \
+  do {                                                        \
+    if (!(condition)) [[unlikely]]                            \
+      ::bigkernel::fail("bigkernel.", op, ": ", __VA_ARGS__); \
+  } while (0)
 
 namespace bigkernel {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn, gnu::noinline, gnu::cold]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
 
 inline DType dtype_of(const Tensor& t, const char* op, const char* argument) {
   switch (t.scalar_type()) {
