@@ -202,4 +202,29 @@ inline std::vector<AdamTensor> gather(const AdamCall& call, Staging& staging) {
   return entries;
 }
 
+// The op as the dispatcher calls it, for a device's kRun.
+template <Tensor (*kRun)(const AdamCall&)>
+Tensor adam_step(std::vector<Tensor> params, std::vector<Tensor> grads,
+                 std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                 std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
+                 std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
+                 std::vector<int64_t> flags, std::vector<double> lrs,
+                 std::vector<Tensor> lr_tensors, std::vector<double> beta1s,
+                 std::vector<double> beta2s, std::vector<double> epss,
+                 std::vector<double> weight_decays, std::optional<double> max_norm,
+                 std::optional<Tensor> total_norm, std::optional<Tensor> grad_scale,
+                 std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
+  BK_CHECK(!params.empty(), kAdamOp, "params must not be empty");
+  return kRun({std::move(params),          std::move(grads),
+               std::move(exp_avgs),        std::move(exp_avg_sqs),
+               std::move(max_exp_avg_sqs), std::move(masters),
+               std::move(steps),           std::move(group_sizes),
+               std::move(flags),           std::move(lrs),
+               std::move(lr_tensors),      std::move(beta1s),
+               std::move(beta2s),          std::move(epss),
+               std::move(weight_decays),   max_norm,
+               std::move(total_norm),      std::move(grad_scale),
+               std::move(found_inf),       std::move(seed)});
+}
+
 }  // namespace bigkernel

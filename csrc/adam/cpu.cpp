@@ -121,27 +121,7 @@ AdamScalars scalars_of(const AdamGroup& group, double step, double factor) {
   return s;
 }
 
-Tensor adam_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
-                     std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                     std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
-                     std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
-                     std::vector<int64_t> flags, std::vector<double> lrs,
-                     std::vector<Tensor> lr_tensors, std::vector<double> beta1s,
-                     std::vector<double> beta2s, std::vector<double> epss,
-                     std::vector<double> weight_decays, std::optional<double> max_norm,
-                     std::optional<Tensor> total_norm, std::optional<Tensor> grad_scale,
-                     std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
-  BK_CHECK(!params.empty(), kAdamOp, "params must not be empty");
-  const AdamCall call{std::move(params),          std::move(grads),
-                      std::move(exp_avgs),        std::move(exp_avg_sqs),
-                      std::move(max_exp_avg_sqs), std::move(masters),
-                      std::move(steps),           std::move(group_sizes),
-                      std::move(flags),           std::move(lrs),
-                      std::move(lr_tensors),      std::move(beta1s),
-                      std::move(beta2s),          std::move(epss),
-                      std::move(weight_decays),   max_norm,
-                      std::move(total_norm),      std::move(grad_scale),
-                      std::move(found_inf),       std::move(seed)};
+Tensor adam_step_cpu(const AdamCall& call) {
   Staging staging;
   const std::vector<AdamTensor> tensors = gather(call, staging);
 
@@ -225,7 +205,7 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
     });
   };
   auto at = [](uintptr_t array, int64_t first) { return reinterpret_cast<float*>(array) + first; };
-  static volatile float sink;
+  [[maybe_unused]] static volatile float sink;
   static volatile float zero = 0;
   if (norm)
     sweep([&](size_t i, int64_t first, int64_t n) {
@@ -241,5 +221,5 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
   m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cpu));
-  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step_cpu));
+  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cpu>));
 }

@@ -4,6 +4,7 @@
 // The loop is bound by memory: fp32 arrays are updated where they lie, 16-bit ones pass through
 // buffers of one unit (2 KB each) in the first-level cache, so there is one loop for all dtypes.
 #include "adam/adam.h"
+#include "cpu/philox_vec.h"
 
 namespace bigkernel::BK_ISA {
 namespace adam {
@@ -40,48 +41,17 @@ inline void narrow(void* base, DType type, int64_t offset, int64_t n, const floa
     convert(static_cast<fp16*>(base));
 }
 
-// High and low words of x * m, lane by lane.
-BK_INLINE void multiply(VecU x, uint32_t m, VecU* high, VecU* low) {
-#ifdef BK_MM
-  typedef unsigned long long Wide __attribute__((vector_size(4 * BK_LANES)));
-  typedef long long Register __attribute__((vector_size(4 * BK_LANES)));  // __m512i and the like
-  const Register factor = (Register)set1u(m);
-  const Wide even = (Wide)BK_MM(mul_epu32)((Register)x, factor);
-  const Wide odd = (Wide)BK_MM(mul_epu32)((Register)((Wide)x >> 32), factor);
-  *low = (VecU)((even & 0xffffffffull) | (odd << 32));
-  *high = (VecU)((even >> 32) | (odd & 0xffffffff00000000ull));
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = uint64_t(x[i]) * m;
-    (*high)[i] = uint32_t(product >> 32);
-    (*low)[i] = uint32_t(product);
-  }
-#endif
-}
-
 // Sixteen random bits for each of the 8 * kLanes elements from `offset` on (a multiple of that
 // many): philox4x32 of common/philox.h for kLanes consecutive counters at once.
 inline void noise(const AdamScalars& s, uint32_t index, int64_t offset, uint16_t* out) {
   const uint64_t block = uint64_t(offset) / 8;
-  VecU c0 = set1u(uint32_t(block)) + (VecU)lane_index();
-  VecU c1 = set1u(uint32_t(block >> 32)), c2 = set1u(index), c3 = set1u(s.step);
-  uint32_t k0 = uint32_t(s.seed), k1 = uint32_t(s.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    VecU a_high, a_low, b_high, b_low;
-    multiply(c0, 0xD2511F53u, &a_high, &a_low);
-    multiply(c2, 0xCD9E8D57u, &b_high, &b_low);
-    c0 = b_high ^ c1 ^ k0;
-    c1 = b_low;
-    c2 = a_high ^ c3 ^ k1;
-    c3 = a_low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+  VecU word[4];
+  philox4x32(s.seed, uint32_t(block) + (VecU)lane_index(), uint32_t(block >> 32), index, s.step,
+             word);
   for (int lane = 0; lane < kLanes; ++lane) {
-    const uint32_t words[4] = {c0[lane], c1[lane], c2[lane], c3[lane]};
     for (int w = 0; w < 4; ++w) {
-      out[lane * 8 + 2 * w] = uint16_t(words[w]);
-      out[lane * 8 + 2 * w + 1] = uint16_t(words[w] >> 16);
+      out[lane * 8 + 2 * w] = uint16_t(word[w][lane]);
+      out[lane * 8 + 2 * w + 1] = uint16_t(word[w][lane] >> 16);
     }
   }
 }

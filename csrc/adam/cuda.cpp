@@ -71,27 +71,7 @@ Tensor adam_norm_cuda(std::vector<Tensor> grads, std::optional<Tensor> grad_scal
   return norm;
 }
 
-Tensor adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads,
-                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                      std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
-                      std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
-                      std::vector<int64_t> flags, std::vector<double> lrs,
-                      std::vector<Tensor> lr_tensors, std::vector<double> beta1s,
-                      std::vector<double> beta2s, std::vector<double> epss,
-                      std::vector<double> weight_decays, std::optional<double> max_norm,
-                      std::optional<Tensor> total_norm, std::optional<Tensor> grad_scale,
-                      std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
-  BK_CHECK(!params.empty(), kAdamOp, "params must not be empty");
-  const AdamCall lists{std::move(params),          std::move(grads),
-                       std::move(exp_avgs),        std::move(exp_avg_sqs),
-                       std::move(max_exp_avg_sqs), std::move(masters),
-                       std::move(steps),           std::move(group_sizes),
-                       std::move(flags),           std::move(lrs),
-                       std::move(lr_tensors),      std::move(beta1s),
-                       std::move(beta2s),          std::move(epss),
-                       std::move(weight_decays),   max_norm,
-                       std::move(total_norm),      std::move(grad_scale),
-                       std::move(found_inf),       std::move(seed)};
+Tensor adam_step_cuda(const AdamCall& lists) {
   const Tensor& first = lists.params[0];
   const int device = first.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
@@ -143,5 +123,5 @@ Tensor adam_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads,
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
   m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cuda));
-  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step_cuda));
+  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cuda>));
 }

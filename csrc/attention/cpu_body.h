@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "cpu/philox_vec.h"
 #include "attention/cpu_gemm.h"
 #include "attention/cpu_pack.h"
 #include "attention/cpu_tiling.h"
