@@ -61,15 +61,14 @@ def find_toolkit() -> tuple[str, str] | str:
     return os.path.realpath(top.group(1).strip()), release.group(1)
 
 
-def choose_cuda() -> tuple[str, str] | None:
-    """The toolkit to build the CUDA kernels with, or None; says in one line why there is none."""
+def choose_cuda(toolkit: tuple[str, str] | str) -> tuple[str, str] | None:
+    """What ``find_toolkit`` found if the CUDA kernels are built, or None; says in one line why not."""
     import torch
 
     wanted = flag("BIGKERNEL_CUDA")
     if wanted is False:
         print("bigkernel: building for the CPU only (BIGKERNEL_CUDA=0)")
         return None
-    toolkit = find_toolkit()
     if isinstance(toolkit, str):
         missing = toolkit
     elif torch.version.cuda is None and not wanted:
@@ -189,8 +188,8 @@ def extension() -> Extension:
         ]
         link += sanitize
     archs = ""
-    toolkit = choose_cuda()
     found = find_toolkit()
+    toolkit = choose_cuda(found)
     if not isinstance(found, str):
         # On the include path even of a CPU-only build: every file is then compiled with the same
         # flags, and turning CUDA on later compiles the CUDA files alone.

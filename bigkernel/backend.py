@@ -8,7 +8,8 @@ goes to PyTorch with one warning that names the reason; ``BIGKERNEL_STRICT=1`` m
 import os
 import sys
 import warnings
-from types import TracebackType
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -36,51 +37,37 @@ _forced: str | None = _valid(os.environ.get("BIGKERNEL_BACKEND") or None, "BIGKE
 _warned: set[tuple[str, str]] = set()
 
 
-class use_backend:
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+
+
+def _until_exit(undo: Callable[[Any], None], previous: Any) -> AbstractContextManager[Any]:
+    """Calls ``undo(previous)`` at the end of a ``with`` block, or never without one."""
+    stack = ExitStack()
+    stack.callback(undo, previous)
+    return stack
+
+
+def use_backend(name: str | None) -> AbstractContextManager[Any]:
     """Use one backend for every op from now on, or inside a ``with`` block.
 
     ``name`` is "cuda", "cpu", "torch" or None for the automatic choice. A named native backend
     that cannot run a call raises RuntimeError instead of falling back. Holds for the process.
     """
-
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        self._previous = _forced
-        _forced = _valid(name, "use_backend(name)")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        global _forced
-        _forced = self._previous
+    previous = _forced
+    _force(_valid(name, "use_backend(name)"))
+    return _until_exit(_force, previous)
 
 
-class use_cpu_isa:
+def use_cpu_isa(name: str) -> AbstractContextManager[Any]:
     """Use one CPU instruction set from now on, or inside a ``with`` block; see ``cpu_isas``."""
-
-    def __init__(self, name: str) -> None:
-        if _library.native is None:
-            raise RuntimeError(f"No instruction set to choose: {_library.native_error}.")
-        self._previous = _library.native.cpu_isa()
-        _library.native.set_cpu_isa(name)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert _library.native is not None
-        _library.native.set_cpu_isa(self._previous)
+    native = _library.native
+    if native is None:
+        raise RuntimeError(f"No instruction set to choose: {_library.native_error}.")
+    previous = native.cpu_isa()
+    native.set_cpu_isa(name)
+    return _until_exit(native.set_cpu_isa, previous)
 
 
 def cpu_isas() -> list[str]:
