@@ -8,7 +8,6 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
-    MulticlassAUROC,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
     MulticlassPrecision,
@@ -77,7 +76,11 @@ class RocCurve:
 
 
 class ImageMetrics:
-    """Accuracy, macro precision, recall, F1 and ROC-AUC, a confusion matrix and ROC curves."""
+    """Accuracy, macro precision, recall, F1 and ROC-AUC, a confusion matrix and ROC curves.
+
+    ROC-AUC is the mean over the classes that have a curve: those with images of their own and of
+    others. Where some have none, ``classes_with_roc_auc`` says over how many the mean was taken.
+    """
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -87,7 +90,6 @@ class ImageMetrics:
                 "precision": MulticlassPrecision(num_classes, average="macro"),
                 "recall": MulticlassRecall(num_classes, average="macro"),
                 "f1": MulticlassF1Score(num_classes, average="macro"),
-                "roc_auc": MulticlassAUROC(num_classes, average="macro"),
             },
             # Groups are found by comparing values after the first batch; a wrong guess would give
             # one metric's figure for another, and there is little to save here.
@@ -115,6 +117,11 @@ class ImageMetrics:
         if self._count == 0:
             raise ValueError("there is no image to measure.")
         figures = {name: float(value) for name, value in self.scores.compute().items()}
+        areas = [curve.area for curve in self.roc_curves() if curve is not None]
+        if areas:
+            figures["roc_auc"] = sum(areas) / len(areas)
+        if len(areas) < self.num_classes:
+            figures["classes_with_roc_auc"] = len(areas)
         return {"loss": self._loss / self._count, **figures, "images": self._count}
 
     def confusion_matrix(self) -> Tensor:
