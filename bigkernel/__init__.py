@@ -6,7 +6,12 @@ What needs transformers is imported at first use, so that `import bigkernel` sta
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bigkernel import ops, optim, transforms
+from bigkernel import (
+    _command,  # noqa: F401  first: see there
+    ops,
+    optim,
+    transforms,
+)
 from bigkernel.backend import cpu_isas, explain, use_backend, use_cpu_isa
 from bigkernel.ops._sdpa import scaled_dot_product_attention
 

@@ -4,12 +4,13 @@ Feature -> test: train text -> test_text_run_leaves_everything; train images ->
 test_image_run_leaves_everything; generate -> test_generate_*; evaluate -> test_evaluate_*;
 env -> test_env_*; python -m bigkernel -> test_module_is_the_command; --config ->
 test_config_repeats_the_run; --force, --out -> test_a_run_is_not_overwritten; --init-from ->
-test_init_from_*; bad input -> test_bad_usage, test_bad_data. Resuming and Ctrl-C are in
-test_cli_resume.py, settings and augmentation files in test_cli_settings.py.
+test_init_from_*; bad input -> test_bad_usage, test_bad_text, test_bad_images. Resuming and Ctrl-C
+are in test_cli_resume.py, settings and augmentation files in test_cli_settings.py.
 """
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -396,6 +397,11 @@ def test_missing_model_offline(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "images", "--init-from", "vit-nowhere"]) == 1
     assert "vit-nowhere" in sentence_of(capsys.readouterr().err)
+    for missing in (str(tmp_path / "missing"), "llama-nowhere"):
+        assert main(["train", "text", "--init-from", missing]) == 1
+        said = sentence_of(capsys.readouterr().err)
+        assert missing in said
+        assert "tokenizer" not in said
 
 
 def test_bad_images(
@@ -509,3 +515,28 @@ def test_surprises_are_one_sentence_too(
     monkeypatch.setenv("BIGKERNEL_TRACEBACK", "1")
     with pytest.raises(KeyError):
         main(["env"])
+
+
+def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path: Path) -> None:
+    """The command is interrupted at its first import of torch, before it could catch anything."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    for code in ("-m bigkernel env", "bigkernel env"):
+        command = [sys.executable, *code.split()]
+        if code.startswith("bigkernel"):  # as the console script that pip makes
+            script = tmp_path / "bigkernel"
+            script.write_text("import sys\nfrom bigkernel.cli import main\nsys.exit(main())\n")
+            command = [sys.executable, str(script), "env"]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 130, done.stderr
+        assert done.stderr.strip() == "Interrupted."

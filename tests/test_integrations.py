@@ -545,6 +545,12 @@ def test_accelerate_leaves_a_model_with_attention_of_its_own(capsys):
     assert model.config._attn_implementation == restore(model).config._attn_implementation
 
 
+@pytest.mark.parametrize("function", [accelerate, restore])
+def test_accelerate_wants_a_module(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        function(None)
+
+
 def test_accelerate_a_model_without_attention(capsys):
     restore(accelerate(nn.Linear(2, 2)))
     assert "found no attention to replace" in capsys.readouterr().out

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 import typer
 
-OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+from bigkernel import _command
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, _command.INTERRUPTED
 TRACEBACK = "BIGKERNEL_TRACEBACK"
 
 
@@ -60,6 +62,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        _command.ready()
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as error:

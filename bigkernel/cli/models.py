@@ -19,6 +19,7 @@ from transformers import (
 from bigkernel import presets
 from bigkernel.cli.errors import Failure, UsageError
 from bigkernel.cli.settings import Model
+from bigkernel.data.tokenizer import hub_is_reachable
 from bigkernel.integrations import accelerate
 
 
@@ -135,6 +136,8 @@ def load(kind: str, name: str, **arguments: Any) -> PreTrainedModel:
     auto = AutoModelForCausalLM if kind == presets.TEXT else AutoModelForImageClassification
     local = Path(name).expanduser()
     where = str(local) if local.exists() else name
+    if not local.exists() and not hub_is_reachable():
+        arguments["local_files_only"] = True
     try:
         return auto.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **arguments)
     except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had

@@ -36,10 +36,11 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
     check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
     train_part, held_part = split_corpus(corpus.documents, settings.validation)
     spec = settings.tokenizer or settings.init_from or "bytes"
+    start = settings.init_from and models.load(presets.TEXT, settings.init_from)
     # Trained on what the model is trained on: the held-back part stays unseen.
     tokenizer = build_tokenizer(spec, train_part, settings.vocab_size)
-    if settings.init_from is not None:
-        model = models.load(presets.TEXT, settings.init_from)
+    if start:
+        model = start
         if len(tokenizer) > int(model.config.vocab_size):
             model.resize_token_embeddings(len(tokenizer))
         longest = getattr(model.config, "max_position_embeddings", None)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from bigkernel.errors import check
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _UNDO = "_bigkernel_undo"
 
@@ -41,6 +43,14 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
     Returns:
         the same model.
     """
+    check(
+        isinstance(model, nn.Module),
+        "accelerate",
+        "model",
+        "a torch.nn.Module",
+        type(model).__name__,
+        cls=TypeError,
+    )
     if getattr(model, _UNDO, None) is None:
         result, undo = _switch(model)
         # Through __dict__: nn.Module would take a module in the list for a child.
@@ -52,6 +62,14 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
 
 def restore(model: ModelT) -> ModelT:
     """Undo :func:`accelerate` exactly; a model that was not accelerated is left as it is."""
+    check(
+        isinstance(model, nn.Module),
+        "restore",
+        "model",
+        "a torch.nn.Module",
+        type(model).__name__,
+        cls=TypeError,
+    )
     _, undo = model.__dict__.pop(_UNDO, (None, []))
     for config, implementation in undo:
         config._attn_implementation_internal = implementation
