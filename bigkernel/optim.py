@@ -435,12 +435,13 @@ class _Work:
                 grad = grad.redistribute(param.device_mesh, param.placements)
             cut = tuple(i for i, where in enumerate(param.placements) if not where.is_replicate())
             piece = grad.to_local()
+            piece = torch.view_as_real(piece) if piece.is_complex() else piece
             if cut:
                 self.sharded.setdefault((param.device_mesh, cut), []).append(piece)
             tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
             tensors[1] = piece
         if param.is_complex():
-            tensors = [torch.view_as_real(t) for t in tensors]
+            tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         return tensors
 
     def total_norm(self, grad_scale: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from bigkernel.optim import AdamW
 
@@ -134,6 +134,21 @@ def check_bf16_masters() -> None:
     torch.testing.assert_close(whole(ours.grad_norm), theirs.grad_norm)
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
         assert torch.equal(whole(p), q.detach())
+
+
+def check_complex_pieces() -> None:
+    mesh, rank = init_device_mesh("cpu", (WORLD,)), dist.get_rank()
+    generator = torch.Generator().manual_seed(4)
+    value, gradient = (torch.randn(5, 3, dtype=torch.complex64, generator=generator) for _ in "pg")
+    pieces = [DTensor.from_local(t.chunk(WORLD)[rank].clone(), mesh, [Shard(0)], shape=t.shape,
+                                 stride=t.stride()) for t in (value, gradient)]  # fmt: skip
+    p, q = nn.Parameter(pieces[0]), nn.Parameter(value.clone())
+    p.grad, q.grad = pieces[1], gradient
+    ours, theirs = (AdamW([x], max_grad_norm=LIMIT) for x in (p, q))
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(whole(ours.grad_norm), theirs.grad_norm)
+    torch.testing.assert_close(p.to_local().detach(), q.detach().chunk(WORLD)[rank])
 
 
 CHECKS: dict[str, Callable[[], None]] = {
