@@ -1,5 +1,7 @@
-"""Every op has the same rooms: a new op that lacks one fails here."""
+"""Every op has the same rooms, every feature its test: what lacks one fails here."""
 
+import fnmatch
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,12 @@ def test_kernels_include_no_torch_header(pattern):
         if path.parent.name in ("common", "cpu", "cuda"):
             continue
         assert "#include <torch" not in path.read_text(), f"{path} includes a torch header"
+
+
+def test_every_test_that_the_documentation_names_exists():
+    """CONTRIBUTING.md lists features with the names of their tests."""
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    named = re.findall(r"`(test_[\w*]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 50
+    assert not [name for name in named if not fnmatch.filter(tests, name)]
