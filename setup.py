@@ -62,7 +62,7 @@ def find_toolkit() -> tuple[str, str] | str:
 
 
 def choose_cuda(toolkit: tuple[str, str] | str) -> tuple[str, str] | None:
-    """What ``find_toolkit`` found if the CUDA kernels are built, or None; says in one line why not."""
+    """What ``find_toolkit`` found if CUDA kernels are to be built; None, and a line saying why."""
     import torch
 
     wanted = flag("BIGKERNEL_CUDA")
