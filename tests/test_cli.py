@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from bigkernel.cli import main
+from bigkernel.cli.errors import guarded
 
 TINY_TEXT = {
     "model_type": "llama",
@@ -540,3 +542,15 @@ def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path: Path) -> None:
         )
         assert done.returncode == 130, done.stderr
         assert done.stderr.strip() == "Interrupted."
+
+
+def test_warnings_are_one_sentence_without_source() -> None:
+    usual, seen = warnings.formatwarning, []
+
+    @guarded
+    def command() -> None:
+        seen.append(warnings.formatwarning("1 of 25 images\n left out", UserWarning, "a.py", 3))
+
+    command()
+    assert seen == ["Warning: 1 of 25 images left out\n"]
+    assert warnings.formatwarning is usual

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -63,6 +64,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         _command.ready()
+        usual, warnings.formatwarning = warnings.formatwarning, _sentence_of_warning
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as error:
@@ -80,5 +82,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(FAILURE) from None
         except Exception as error:
             fail(error, FAILURE)
+        finally:
+            warnings.formatwarning = usual
 
     return run
+
+
+def _sentence_of_warning(message: Warning | str, *_: Any) -> str:
+    """Without the line of source that warned, which says nothing to who typed a command."""
+    return f"Warning: {' '.join(str(message).split())}\n"
