@@ -101,9 +101,65 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
+    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
+    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
+    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p,
+    bool needs_dmask) {
+  constexpr const char* op = "attention_bwd";
+  Call call = prepare(op, q, k, v,
+                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
+                       left, right, softcap, dropout_p});
+  torch::stable::accelerator::DeviceGuard guard(call.device);
+  const AttentionProblem& p = call.problem;
+  AttentionCudaArgs& a = call.args;
+  check_rows(op, "out", out, q);
+  check_sizes(op, "out", out, p.out_sizes);
+  check_sizes(op, "dout", dout, p.out_sizes);
+  check_lse(op, "lse", lse, q, p.lse_sizes);
+  // The gradient of a sum has stride 0.
+  const Tensor dout_rows =
+      dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
+  check_rows(op, "dout", dout_rows, q);
+  if (dlse.has_value()) {
+    check_lse(op, "dlse", *dlse, q, p.lse_sizes);
+    a.dlse = view_lse(*dlse, p.packed);
+  }
+  BK_CHECK(!needs_dmask || (mask.has_value() && a.mask.kind != MaskKind::kBool), op,
+           "only a floating point mask has a gradient");
+  Tensor dq = empty_like_layout(q, p.dim);
+  Tensor dk = empty_like_layout(k, p.dim);
+  Tensor dv = empty_like_layout(v, p.dim_v);
+  if (p.packed)  // rows that no sequence has are not written
+    for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
+  a.out = view(out, p.packed);
+  a.dout = view(dout_rows, p.packed);
+  a.lse = view_lse(lse, p.packed);
+  a.dq = view(dq, p.packed);
+  a.dk = view(dk, p.packed);
+  a.dv = view(dv, p.packed);
+  // Two planes of lse's shape. torch's allocator reuses scratch in stream order, so it may go
+  // before the kernels end.
+  std::vector<int64_t> delta_sizes = p.lse_sizes;
+  delta_sizes.front() *= 2;
+  Tensor delta = torch::stable::new_empty(q, delta_sizes, ScalarType::Float);
+  a.delta = view_lse(delta, p.packed);
+  Tensor dmask = torch::stable::new_empty(q, std::vector<int64_t>{0});
+  if (needs_dmask) {
+    const std::vector<int64_t> sizes(mask->sizes().begin(), mask->sizes().end());
+    dmask = torch::stable::new_empty(*mask, sizes);
+    a.dmask = view_mask(op, dmask, q, sizes);
+  }
+  launch_attention_bwd(a, call.device, current_cuda_stream(call.device));
+  return {dq, dk, dv, dmask};
+}
+
 }  // namespace
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&bigkernel::attention_fwd_cuda));
+  m.impl("attention_bwd", TORCH_BOX(&bigkernel::attention_bwd_cuda));
 }
