@@ -15,6 +15,7 @@ namespace bigkernel {
 // Widest vector of any instruction set; scratch lines are padded to it.
 constexpr int64_t kAugmentPad = 16;
 constexpr int64_t kAugmentPackedTaps = 8;  // widest filter over packed pixels
+constexpr int64_t kAugmentKeptRows = 4;    // source rows kept where columns are sampled first
 constexpr double kAugmentFar = 1048576.0;  // points beyond this many pixels are fill
 
 enum class AugmentBorder : int32_t { kFillBlend = 0, kClamp = 1, kFillOver = 2 };
@@ -74,6 +75,7 @@ struct AugmentPlan : AugmentGeometry {
   AugmentImage image;
   AugmentTaps columns, rows;           // kLines
   int64_t first_column, used_columns;  // kLines: source columns that any output column needs
+  bool columns_first;                  // kLines: the order of the axes
   bool covered;                        // kLines: no output pixel holds fill
   bool packed;                         // kMap: the box is copied to 32-bit pixels first
   const float* fill;                   // [channels]
@@ -97,10 +99,10 @@ struct AugmentTask {
   const AugmentPlan* plan;
   int64_t sample, begin, end;
   int32_t first_color, last_color;
-  float mean_grey;    // for a contrast at first_color
-  bool sampling;      // else the lines come from `held`
-  bool storing;       // else they go to `held`, and their grey sums to line_sums
-  float* held;        // [channels, out_h, out_w], or null
+  float mean_grey;  // for a contrast at first_color
+  bool sampling;    // else the lines come from `held`
+  bool storing;     // else they go to `held`, and their grey sums to line_sums
+  void* held;       // [channels, out_h, pitch] of bytes or fp32, as the contrast takes it, or null
   double* line_sums;  // [out_h]
   float* scratch;     // augment_scratch_size(...) floats
 };
@@ -112,14 +114,35 @@ inline int64_t augment_pitch(int64_t size) {
 inline int64_t augment_line_pitch(const AugmentPlan& plan) {
   return augment_pitch(plan.used_columns + plan.columns.most);
 }
-// Pixels of the packed copy of the source box.
+// The packed copy of the source box: rows of `pitch` words, with a frame as wide as the filter's
+// taps, of which an even number is read along x.
+struct AugmentFrame {
+  int32_t taps_x, taps_y, left, top;
+  int64_t pitch, rows;
+};
+inline AugmentFrame augment_frame(const AugmentPlan& plan) {
+  AugmentFrame f{};
+  f.taps_x = plan.reach_x == 1.0 ? 2 : int32_t(2 * plan.reach_x) + 1;
+  f.taps_y = plan.reach_y == 1.0 ? 2 : int32_t(2 * plan.reach_y) + 1;
+  f.left = f.taps_x + f.taps_x % 2;
+  f.top = f.taps_y;
+  f.pitch = plan.box[2] - plan.box[0] + 2 * int64_t(f.left);
+  f.rows = plan.box[3] - plan.box[1] + 2 * int64_t(f.top);
+  return f;
+}
 inline int64_t augment_packed_size(const AugmentPlan& plan) {
-  return plan.packed ? int64_t(plan.box[2] - plan.box[0]) * (plan.box[3] - plan.box[1]) : 0;
+  return plan.packed ? augment_frame(plan).pitch * augment_frame(plan).rows : 0;
+}
+// Floats that sampling line by line needs: source lines by plane and interleaved, and kept rows.
+inline int64_t augment_line_scratch(const AugmentArgs& args, const AugmentPlan& plan) {
+  if (plan.path != AugmentPath::kLines) return 0;
+  const int64_t kept = plan.columns_first ? kAugmentKeptRows * augment_pitch(args.out_w) : 0;
+  return args.channels * (2 * augment_line_pitch(plan) + kept);
 }
 inline int64_t augment_scratch_size(const AugmentArgs& args, const AugmentPlan& plan) {
-  const int64_t line = plan.path == AugmentPath::kLines ? augment_line_pitch(plan) : 0;
-  // Output lines, their converted copy, source lines by plane, and interleaved; the packed copy.
-  return args.channels * 2 * (augment_pitch(args.out_w) + line) + augment_packed_size(plan);
+  // Output lines and their converted copy; then what sampling needs.
+  return args.channels * 2 * augment_pitch(args.out_w) + augment_line_scratch(args, plan) +
+         augment_packed_size(plan);
 }
 
 BK_DECLARE_PER_ISA(void augment_lines(const AugmentTask& task))

@@ -7,6 +7,7 @@
 #include "augment/augment.h"
 #include "augment/tables.h"
 #include "common/checks.h"
+#include "cpu/results.h"
 
 namespace bigkernel {
 
@@ -138,7 +139,9 @@ struct AugmentCall {
     args.offset = offset.data();
     std::vector<int64_t> shape = {n, args.channels, out_h, out_w};
     if (channels_last_out) shape = {n, out_h, out_w, args.channels};
-    out = torch::stable::new_empty(like, shape, scalar_type_of(args.out_type));
+    const ScalarType type = scalar_type_of(args.out_type);
+    out = like.is_cpu() ? Results::empty(like, shape, type)
+                        : torch::stable::new_empty(like, shape, type);
     args.out = out.mutable_data_ptr();
   }
   AugmentCall(const AugmentCall&) = delete;  // args points into it

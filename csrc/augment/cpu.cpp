@@ -1,4 +1,5 @@
 // CPU binding of augment: checks, the split into tasks, the passes that contrast asks for.
+#include <atomic>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -7,23 +8,9 @@
 #include "augment/binding.h"
 #include "augment/cpu_plan.h"
 #include "cpu/parallel.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace bigkernel {
 namespace {
-
-// A fresh batch of tens of megabytes is written once: with 4 KiB pages, the page faults take longer
-// than the pixels. A hint, no more.
-void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 class Augmentation {
  public:
@@ -35,9 +22,11 @@ class Augmentation {
   void run() {
     const int64_t threads = thread_count();
     if (threads == 1 || n_ >= 4 * threads) {
-      parallel_for(n_, 1, [&](int64_t begin, int64_t end) {
+      // One after another, not in equal shares: some samples take several times as long.
+      std::atomic<int64_t> next{0};
+      parallel_for(threads, 1, [&](int64_t, int64_t) {
         Worker worker;
-        for (int64_t i = begin; i < end; ++i) whole_sample(worker, i);
+        for (int64_t i; (i = next.fetch_add(1)) < n_;) whole_sample(worker, i);
       });
     } else {
       split_samples(threads);
@@ -51,8 +40,14 @@ class Augmentation {
     std::vector<double> line_sums;
   };
 
+  // In floats: bytes will do where every contrast works in whole numbers.
   int64_t held_size(int64_t i) const {
-    return chains_[i].contrasts.empty() ? 0 : args_.channels * args_.out_h * args_.out_w;
+    const AugmentChain& chain = chains_[i];
+    if (chain.contrasts.empty()) return 0;
+    const int64_t pixels = args_.channels * args_.out_h * augment_pitch(args_.out_w);
+    for (const int32_t at : chain.contrasts)
+      if (!chain.colors[at].whole) return pixels;
+    return pixels / 4;
   }
   int32_t passes(int64_t i) const { return int32_t(chains_[i].contrasts.size()) + 1; }
 
@@ -65,7 +60,7 @@ class Augmentation {
   }
 
   void pass(Worker& worker, int64_t i, int32_t number, int64_t begin, int64_t end, float mean,
-            float* held, double* line_sums) const {
+            void* held, double* line_sums) const {
     const AugmentChain& chain = chains_[i];
     const AugmentPlan& plan =
         worker.planner.plan(args_, (*call_.batch)[i], call_.geometry_row(i), call_.fill_row(i),
@@ -139,7 +134,6 @@ Tensor augment_cpu(std::vector<Tensor> images, Tensor geometry, Tensor color, Te
   const AugmentCall call(images, geometry, color, fill, mean, std_, out_h, out_w, channels_last_in,
                          channels_last_out, interpolation, antialias, in_scale, out_dtype,
                          geometry);
-  ask_for_huge_pages(call.args.out, size_t(call.out.numel()) * call.out.element_size());
   if (call.out.numel() > 0) Augmentation(call).run();
   return call.out;
 }

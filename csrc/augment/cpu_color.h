@@ -1,5 +1,6 @@
-// The colour chain on one line of the output, in fp32. Whole-number operations first round to what
-// a uint8 image would hold and cut their result, as torchvision does.
+// The colour chain on one line of the output, in fp32, each vector of pixels through all of it.
+// Whole-number operations first round to what a uint8 image would hold and cut their result, as
+// torchvision does.
 namespace bigkernel::BK_ISA {
 
 // Clamps that let NaN through (vmax and vmin give the second operand where either is NaN).
@@ -25,133 +26,133 @@ struct Line {
   float bound;
 };
 
-// Applies f(r, g, b) to whole vectors of three channels.
-template <class F>
-BK_INLINE void each_rgb(const Line& line, const F& f) {
-  float *red = line.p, *green = red + line.pitch, *blue = green + line.pitch;
+// One vector of pixels, all three channels of RGB or a single one.
+template <int kChannels>
+struct Pixels {
+  VecF v[kChannels];
+
+  template <class F>
+  BK_INLINE void each(const F& f) {
+    for (int c = 0; c < kChannels; ++c) v[c] = f(v[c]);
+  }
+  BK_INLINE void clamp_and_cut(float bound, bool whole) {
+    each([=](VecF x) { return clamp_to(x, bound); });
+    if (whole) each([](VecF x) { return cut(x); });
+  }
+};
+
+BK_INLINE VecF grey_of(const Pixels<3>& p, bool whole) {
+  const VecF grey = grey_of(p.v[0], p.v[1], p.v[2]);
+  return whole ? cut(grey) : grey;
+}
+
+template <bool kWhole, int kChannels>
+BK_INLINE void brighten(Pixels<kChannels>& p, float factor, float bound) {
+  p.each([=](VecF x) { return x * factor; });
+  p.clamp_and_cut(bound, kWhole);
+}
+
+template <bool kWhole, int kChannels>
+BK_INLINE void blend_all(Pixels<kChannels>& p, float factor, VecF grey, float bound) {
+  p.each([=](VecF x) { return blend(x, factor, grey); });
+  p.clamp_and_cut(bound, kWhole);
+}
+
+// With the hue h in 0..6, red is v - (max - min) * clamp(2 - |h - 3|, 0, 1), green the same of
+// |h - 2| - 1 and blue of |h - 4| - 1: _turn_hue in reference/augment.py, unrolled.
+template <bool kWhole>
+BK_INLINE void turn_hue(Pixels<3>& p, float factor) {
+  const float turn = 6.0f * (factor - __builtin_floorf(factor));
+  const VecF r = p.v[0], g = p.v[1], b = p.v[2];
+  const VecF high = vmax(r, vmax(g, b)), low = vmin(r, vmin(g, b));
+  const VecF chroma = high - low;
+  const VecF inverse = 1.0f / (chroma == 0.0f ? set1(1.0f) : chroma);
+  const VecI reddest = high == r, greenest = high == g;
+  const VecF across = reddest ? g - b : (greenest ? b - r : r - g);
+  const VecF base = reddest ? set1(turn) : (greenest ? set1(turn + 2.0f) : set1(turn + 4.0f));
+  VecF hue = across * inverse + base;  // -1..11
+  hue = hue < 0.0f ? hue + 6.0f : hue;
+  hue = hue >= 6.0f ? hue - 6.0f : hue;
+  const auto share = [=](VecF x) { return high - chroma * vmin(set1(1.0f), vmax(VecF{}, x)); };
+  p.v[0] = share(2.0f - vabs(hue - 3.0f));
+  p.v[1] = share(vabs(hue - 2.0f) - 1.0f);
+  p.v[2] = share(vabs(hue - 4.0f) - 1.0f);
+  if constexpr (kWhole) {  // torchvision's conversion back to uint8
+    constexpr float kScale = 255.999f / 255.0f;
+    p.each([](VecF x) { return cut(x * kScale); });
+  }
+}
+
+template <bool kWhole, int kChannels>
+BK_INLINE void recolor(Pixels<kChannels>& p, const AugmentColor& color, float mean_grey,
+                       float bound) {
+  if (color.op == AugmentOp::kBrightness) return brighten<kWhole>(p, color.factor, bound);
+  if (color.op == AugmentOp::kContrast)
+    return blend_all<kWhole>(p, color.factor, set1(mean_grey), bound);
+  if constexpr (kChannels == 3) {
+    if (color.op == AugmentOp::kSaturation)
+      blend_all<kWhole>(p, color.factor, grey_of(p, kWhole), bound);
+    else if (color.op == AugmentOp::kHue)
+      turn_hue<kWhole>(p, color.factor);
+    else
+      p.v[0] = p.v[1] = p.v[2] = grey_of(p, kWhole);
+  }
+}
+
+// Colours first..last of the chain, each vector of pixels through all of them. `whole`: the line
+// holds whole numbers already.
+template <int kChannels>
+inline void recolor_planes(const Line& line, float* planes, const AugmentColor* first,
+                           const AugmentColor* last, float mean_grey, bool whole) {
   for (int64_t x = 0; x < line.width; x += kLanes) {
-    VecF r = load(red + x), g = load(green + x), b = load(blue + x);
-    f(r, g, b);
-    store<float>(red + x, r);
-    store<float>(green + x, g);
-    store<float>(blue + x, b);
-  }
-}
-
-template <class F>
-BK_INLINE void each_channel(const Line& line, const F& f) {
-  for (int64_t c = 0; c < line.channels; ++c) {
-    float* p = line.p + c * line.pitch;
-    for (int64_t x = 0; x < line.width; x += kLanes) store<float>(p + x, f(load(p + x)));
-  }
-}
-
-template <bool kWhole>
-BK_INLINE void brighten_line(const Line& line, float factor) {
-  const float bound = line.bound;
-  each_channel(line, [=](VecF v) {
-    if constexpr (kWhole) v = to_byte(v);
-    v = clamp_to(v * factor, bound);
-    return kWhole ? cut(v) : v;
-  });
-}
-
-template <bool kWhole>
-BK_INLINE void contrast_line(const Line& line, float factor, float mean_grey) {
-  const float bound = line.bound;
-  const VecF grey = set1(mean_grey);
-  each_channel(line, [=](VecF v) {
-    if constexpr (kWhole) v = to_byte(v);
-    v = clamp_to(blend(v, factor, grey), bound);
-    return kWhole ? cut(v) : v;
-  });
-}
-
-template <bool kWhole>
-BK_INLINE void saturate_line(const Line& line, float factor) {
-  const float bound = line.bound;
-  each_rgb(line, [=](VecF& r, VecF& g, VecF& b) {
-    if constexpr (kWhole) r = to_byte(r), g = to_byte(g), b = to_byte(b);
-    VecF grey = grey_of(r, g, b);
-    if constexpr (kWhole) grey = cut(grey);
-    r = clamp_to(blend(r, factor, grey), bound);
-    g = clamp_to(blend(g, factor, grey), bound);
-    b = clamp_to(blend(b, factor, grey), bound);
-    if constexpr (kWhole) r = cut(r), g = cut(g), b = cut(b);
-  });
-}
-
-template <bool kWhole>
-BK_INLINE void grey_line(const Line& line) {
-  each_rgb(line, [](VecF& r, VecF& g, VecF& b) {
-    if constexpr (kWhole) r = to_byte(r), g = to_byte(g), b = to_byte(b);
-    VecF grey = grey_of(r, g, b);
-    if constexpr (kWhole) grey = cut(grey);
-    r = g = b = grey;
-  });
-}
-
-// See _turn_hue in reference/augment.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
-template <bool kWhole>
-BK_INLINE void turn_line(const Line& line, float factor) {
-  const float turn = 6.0f * (factor - __builtin_floorf(factor));  // 0..6, so every k is positive
-  each_rgb(line, [=](VecF& r, VecF& g, VecF& b) {
-    if constexpr (kWhole) r = to_byte(r), g = to_byte(g), b = to_byte(b);
-    const VecF high = vmax(r, vmax(g, b)), low = vmin(r, vmin(g, b));
-    const VecF chroma = high - low;
-    const VecF inverse = 1.0f / (chroma == 0.0f ? set1(1.0f) : chroma);
-    const VecF sector = high == r   ? (g - b) * inverse
-                        : high == g ? (b - r) * inverse + 2.0f
-                                    : (r - g) * inverse + 4.0f;
-    const VecF hue = sector + turn;
-    const auto channel = [=](float offset) {
-      VecF k = hue + offset;
-      k -= 6.0f * cut(k * (1.0f / 6.0f));
-      const VecF down = vmin(k, 4.0f - k);
-      return high - chroma * vmin(set1(1.0f), vmax(VecF{}, down));
-    };
-    r = channel(5.0f), g = channel(3.0f), b = channel(1.0f);
-    if constexpr (kWhole) {  // torchvision's conversion back to uint8
-      constexpr float kScale = 255.999f / 255.0f;
-      r = cut(r * kScale), g = cut(g * kScale), b = cut(b * kScale);
+    Pixels<kChannels> p;
+    for (int c = 0; c < kChannels; ++c) p.v[c] = load(planes + c * line.pitch + x);
+    bool rounded = whole;
+    for (const AugmentColor* color = first; color != last; ++color) {
+      if (color->whole && !rounded) p.each([](VecF v) { return to_byte(v); });
+      rounded = color->whole;
+      if (rounded)
+        recolor<true>(p, *color, mean_grey, line.bound);
+      else
+        recolor<false>(p, *color, mean_grey, line.bound);
     }
-  });
-}
-
-template <bool kWhole>
-inline void color_line(const Line& line, const AugmentColor& color, float mean_grey) {
-  switch (color.op) {
-    case AugmentOp::kBrightness:
-      return brighten_line<kWhole>(line, color.factor);
-    case AugmentOp::kContrast:
-      return contrast_line<kWhole>(line, color.factor, mean_grey);
-    case AugmentOp::kSaturation:
-      return saturate_line<kWhole>(line, color.factor);
-    case AugmentOp::kHue:
-      return turn_line<kWhole>(line, color.factor);
-    case AugmentOp::kGreyscale:
-      return grey_line<kWhole>(line);
+    for (int c = 0; c < kChannels; ++c) store<float>(planes + c * line.pitch + x, p.v[c]);
   }
 }
+inline void recolor_line(const Line& line, const AugmentColor* first, const AugmentColor* last,
+                         float mean_grey, bool whole) {
+  if (first == last) return;
+  if (line.channels == 3) return recolor_planes<3>(line, line.p, first, last, mean_grey, whole);
+  for (int64_t c = 0; c < line.channels; ++c)
+    recolor_planes<1>(line, line.p + c * line.pitch, first, last, mean_grey, whole);
+}
 
-// Sum of the grey values of a line, as contrast takes their mean: over all channels where there are
-// not three.
+// Keeps a line for the contrast that comes next, as bytes if that works in whole numbers, and
+// returns the sum of its grey values: over all channels where there are not three.
 template <bool kWhole>
-inline double grey_sum(const Line& line) {
-  const bool rgb = line.channels == 3;
-  VecF sum = {};
+inline double hold_line(const Line& line, void* to, int64_t plane) {
   double total = 0;
+  const bool rgb = line.channels == 3;
   const int64_t rounds = rgb ? 1 : line.channels;
-  for (int64_t c = 0; c < rounds; ++c) {
-    const float* p = line.p + c * line.pitch;
+  for (int64_t round = 0; round < rounds; ++round) {
+    VecF sum = {};
     for (int64_t x = 0; x < line.width; x += kLanes) {
-      const auto at = [&](int64_t channel) {
-        const VecF v = load(p + channel * line.pitch + x);
-        return kWhole ? to_byte(v) : v;
+      const auto keep = [&](int64_t c) {
+        VecF v = load(line.p + c * line.pitch + x);
+        if constexpr (kWhole) {
+          v = to_byte(v);
+          store_bytes(static_cast<uint8_t*>(to) + c * plane + x, v);
+        } else {
+          store<float>(static_cast<float*>(to) + c * plane + x, v);
+        }
+        return v;
       };
-      VecF grey = at(0);
-      if (rgb) grey = grey_of(grey, at(1), at(2));
-      if (kWhole && rgb) grey = cut(grey);
+      VecF grey = keep(round);
+      if (rgb) {
+        const VecF green = keep(1), blue = keep(2);
+        grey = grey_of(grey, green, blue);
+        if constexpr (kWhole) grey = cut(grey);
+      }
       const int64_t rest = line.width - x;
       sum += rest >= kLanes ? grey : (lane_index() < int32_t(rest) ? grey : VecF{});
     }
@@ -159,9 +160,16 @@ inline double grey_sum(const Line& line) {
     float lanes[kLanes];
     store<float>(lanes, sum);
     for (int i = 0; i < kLanes; ++i) total += lanes[i];
-    sum = VecF{};
   }
   return total;
+}
+// T: uint8_t or float.
+template <class T>
+inline void load_held(const Line& line, const void* from, int64_t plane) {
+  for (int64_t c = 0; c < line.channels; ++c)
+    for (int64_t x = 0; x < line.width; x += kLanes)
+      store<float>(line.p + c * line.pitch + x,
+                   load_pixels(static_cast<const T*>(from) + c * plane + x));
 }
 
 }  // namespace bigkernel::BK_ISA

@@ -108,17 +108,12 @@ struct MapSampler {
   int64_t channels, width, height;  // of the output
   float* lines;                     // [channels, pitch]
   int64_t pitch;
-  const uint32_t* packed;  // the source box, if plan.packed
+  const PackedSampler& packed;  // ready if plan.packed
 
   // Taps that all lie inside: two gathers of neighbours a channel in planes, four of all colours in
   // interleaved RGB.
   BK_INLINE void inner_bilinear(int64_t x, VecI column, VecI line, VecF fx, VecF fy) const {
     const AugmentImage& image = plan.image;
-    if (std::is_same_v<T, uint8_t> && plan.packed) {
-      const int32_t width = plan.box[2] - plan.box[0];
-      const VecI index = (line - plan.box[1]) * width + (column - plan.box[0]);
-      return mix_packed(packed, width, index, fx, fy, lines + x, pitch);
-    }
     const VecI stride_y = set1i(int32_t(image.stride_y));
     const VecI stride_x = set1i(int32_t(image.stride_x));
     const VecI above = line * stride_y + column * stride_x;
@@ -165,21 +160,6 @@ struct MapSampler {
       v = weigh<T>(1.0f - fy, top) + weigh<T>(fy, bottom);
     }
     store<float>(lines + c * pitch + x, v);
-  }
-
-  // Several taps an axis, all inside, from packed pixels.
-  BK_INLINE void inner_filtered(int64_t x, VecD sx, VecD sy) const {
-    const int32_t* box = plan.box;
-    const Window wx = window(sx, plan.reach_x, box[0], box[2], plan.border);
-    const Window wy = window(sy, plan.reach_y, box[1], box[3], plan.border);
-    float weight_x[kAugmentPackedTaps * kLanes], weight_y[kAugmentPackedTaps * kLanes];
-    for (int64_t t = 0; t < wx.count; ++t)
-      store<float>(weight_x + t * kLanes, wx.triangle(t) * wx.scale);
-    for (int64_t t = 0; t < wy.count; ++t)
-      store<float>(weight_y + t * kLanes, wy.triangle(t) * wy.scale);
-    const int32_t width = box[2] - box[0];
-    const VecI index = (wy.first - box[1]) * width + (wx.first - box[0]);
-    filter_packed(packed, width, index, weight_x, wx.count, weight_y, wy.count, lines + x, pitch);
   }
 
   // Any number of taps, any of them outside.
@@ -252,13 +232,10 @@ struct MapSampler {
     const double shift_y = m[4] * (double(y) + 0.5) + m[5];
     const int32_t* box = plan.box;
     const bool narrow_filter = plan.reach_x == 1.0 && plan.reach_y == 1.0;
-    const bool inner = !is_nearest && (narrow_filter || plan.packed);
-    // Inside these bounds all taps of an axis lie in the box, with room for rounding.
-    const double low = narrow_filter ? 0.5 + 1e-6 : 0.5, high = narrow_filter ? 0.5 : 1.5;
-    const double margin_x = narrow_filter ? 0 : plan.reach_x;
-    const double margin_y = narrow_filter ? 0 : plan.reach_y;
-    const double x_low = box[0] + margin_x + low, x_high = box[2] - margin_x - high - 1e-6;
-    const double y_low = box[1] + margin_y + low, y_high = box[3] - margin_y - high - 1e-6;
+    const bool inner = !is_nearest && narrow_filter;
+    // Inside these bounds all taps lie in the box, with room for rounding.
+    const double x_low = box[0] + 0.5 + 1e-6, x_high = box[2] - 0.5 - 1e-6;
+    const double y_low = box[1] + 0.5 + 1e-6, y_high = box[3] - 0.5 - 1e-6;
     const VecD lane = __builtin_convertvector(lane_index(), VecD) + 0.5;
     const auto within = [](double start, double step, double low, double high) {
       const double stop = start + step * (kLanes - 1);
@@ -266,14 +243,11 @@ struct MapSampler {
     };
     for (int64_t x = plan.out_box[0]; x < plan.out_box[2]; x += kLanes) {
       const double first = double(x) + 0.5;
+      if (plan.packed && packed.sample(x, first * m[0] + shift_x, first * m[3] + shift_y)) continue;
       VecD sx = (lane + double(x)) * m[0] + shift_x;
       VecD sy = (lane + double(x)) * m[3] + shift_y;
       if (inner && within(first * m[0] + shift_x, m[0], x_low, x_high) &&
           within(first * m[3] + shift_y, m[3], y_low, y_high)) {
-        if (!narrow_filter) {
-          inner_filtered(x, sx, sy);
-          continue;
-        }
         sx -= 0.5;  // and still positive: cutting is the floor
         sy -= 0.5;
         const VecI column = __builtin_convertvector(sx, VecI);

@@ -33,6 +33,10 @@ class AugmentPlanner {
     p.packed = args.in_type == DType::kUInt8 && args.channels == 3 && !args.nearest &&
                2 * std::max(p.reach_x, p.reach_y) + 1 <= kAugmentPackedTaps &&
                double(area) <= 4 * p.reach_x * p.reach_y * double(args.out_h * args.out_w);
+    // Clamped along one axis and renormalised along the other: the general sampler's.
+    if (p.border == AugmentBorder::kClamp && (p.reach_x == 1.0) != (p.reach_y == 1.0))
+      p.packed = false;
+    for (const int i : {0, 1, 3, 4}) p.packed = p.packed && std::abs(row[i]) < kAugmentFar;
     if (row[1] != 0 || row[3] != 0 || (args.nearest && p.rule == AugmentNearest::kWarp)) return p;
 
     const int64_t w = args.out_w, h = args.out_h;
@@ -58,6 +62,7 @@ class AugmentPlanner {
                 p.box[3], p.out_box[1], p.out_box[3], h, false);
     p.columns = columns_.taps();
     p.rows = rows_.taps();
+    p.columns_first = columns_first(p, args);
     p.covered = columns_.covered(w) && rows_.covered(h);
     p.path = AugmentPath::kLines;
     return p;
@@ -65,6 +70,21 @@ class AugmentPlanner {
 
  private:
   static constexpr double kLargestTable = 1 << 24;
+
+  // Vectors of multiply-adds either way.
+  static bool columns_first(const AugmentPlan& p, const AugmentArgs& args) {
+    if (p.rows.most > kAugmentKeptRows) return false;
+    int32_t first = p.box[3], last = p.box[1];
+    for (int64_t y = 0; y < args.out_h; ++y) {
+      if (p.rows.count[y] == 0) continue;
+      first = std::min(first, p.rows.start[y]);
+      last = std::max(last, p.rows.start[y] + p.rows.count[y]);
+    }
+    const double w = double(args.out_w), h = double(args.out_h), used = double(p.used_columns);
+    const double along_x = double(p.columns.most) * w;
+    return double(last - first) * (along_x + used) + double(p.rows.most) * h * w <
+           h * (along_x + double(p.rows.most) * used);
+  }
 
   static double taps(double reach, int64_t side) {
     return reach == 1.0 ? 2.0 : std::min(std::floor(2 * reach) + 1, double(side));

@@ -11,21 +11,54 @@ BK_INLINE VecI clampi(VecI a, int32_t low, int32_t high) {
 
 // ---- consecutive pixels ----
 
+BK_INLINE VecI load_bytes(const uint8_t* p) {
+#if defined(BK_AVX512)
+  return (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(BK_AVX2)
+  return (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+// Of whole numbers in 0..255.
+BK_INLINE void store_bytes(uint8_t* p, VecF v) {
+  typedef uint8_t VecB __attribute__((vector_size(BK_LANES)));
+  const VecB bytes = __builtin_convertvector(to_int(v), VecB);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+
 template <class T>
 BK_INLINE VecF load_pixels(const T* p) {
   return load<T>(p);
 }
 template <>
 BK_INLINE VecF load_pixels(const uint8_t* p) {
-#if defined(BK_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(BK_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  VecI v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return to_float(v);
-#endif
+  return to_float(load_bytes(p));
+}
+
+// Between planes and interleaved RGB, kLanes pixels a call.
+template <size_t... I>
+BK_INLINE void interleave(VecF r, VecF g, VecF b, VecF* out, std::index_sequence<I...>) {
+  // Element i of output vector v is colour (v * kLanes + i) % 3 of pixel (v * kLanes + i) / 3.
+  constexpr int n = kLanes;
+  const auto place = [](int k) constexpr { return k % 3 == 1 ? n + k / 3 : k / 3; };
+  const auto blue = [](int k, int i) constexpr { return k % 3 == 2 ? n + k / 3 : i; };
+  const VecF rg0 = __builtin_shufflevector(r, g, place(int(I))...);
+  const VecF rg1 = __builtin_shufflevector(r, g, place(n + int(I))...);
+  const VecF rg2 = __builtin_shufflevector(r, g, place(2 * n + int(I))...);
+  out[0] = __builtin_shufflevector(rg0, b, blue(int(I), int(I))...);
+  out[1] = __builtin_shufflevector(rg1, b, blue(n + int(I), int(I))...);
+  out[2] = __builtin_shufflevector(rg2, b, blue(2 * n + int(I), int(I))...);
+}
+template <int kFirst, size_t... I>
+BK_INLINE VecF every_third(VecF a, VecF b, VecF c, std::index_sequence<I...>) {
+  constexpr int n = kLanes;
+  const auto early = [](int i) constexpr { return kFirst + 3 * i < 2 * n ? kFirst + 3 * i : 0; };
+  const auto late = [](int i) constexpr { return kFirst + 3 * i < 2 * n ? i : kFirst + 3 * i - n; };
+  const VecF ab = __builtin_shufflevector(a, b, early(int(I))...);
+  return __builtin_shufflevector(ab, c, late(int(I))...);
 }
 
 // ---- scattered pixels ----
