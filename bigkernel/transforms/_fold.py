@@ -51,7 +51,8 @@ class _OpenGroup:
 
     def advance(self, step: steps.Step) -> list[_OpenGroup]:
         """The group past the step, or its two parts before it."""
-        part = step.take(self.members)
+        everyone = len(self.members) == len(step.active)  # members are ascending
+        part = step if everyone else step.take(self.members)
         if isinstance(part, (steps.Normalize, steps.ToDtype)) and not part.active.all():
             # A table has one normalisation: samples with and without it go apart.
             if part.active.any():
