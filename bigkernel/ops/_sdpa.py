@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bigkernel.errors import check
 from bigkernel.ops._attention_checks import autocast, check_plain
@@ -89,8 +90,15 @@ def scaled_dot_product_attention(
         mask = _lift(mask, max(rank, 4))
         mask = mask.flatten(0, -4) if mask.shape[:-3].numel() == 1 else _one_batch(mask, lead)
     q, k, v = (_one_batch(x, lead) for x in (q, k, v))
+    width = v.shape[-1]
+    # torch takes head dims of 0: a column of zeros leaves scores and sums what they are.
+    if q.shape[-1] == k.shape[-1] == 0:
+        q, k = (functional.pad(x, (0, 1)) for x in (q, k))
+    if width == 0:
+        v = functional.pad(v, (0, 1))
     out = attention(q, k, v, mask=mask, causal=is_causal, dropout_p=dropout_p, scale=scale)
-    return out.reshape((*lead, *out.shape[1:])[-rank:])
+    out = out.reshape((*lead, *out.shape[1:])[-rank:])
+    return out if width else out[..., :0]
 
 
 def _lift(x: Tensor, rank: int) -> Tensor:

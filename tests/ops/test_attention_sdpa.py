@@ -146,6 +146,19 @@ def test_sdpa_half_is_as_accurate_as_torchs_fused_kernel(backend, dtype):
             assert_as_accurate(a, e, s)
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(0, 4), (8, 0), (0, 0)])
+def test_sdpa_head_dim_zero_as_in_torch(width, value_width):
+    shapes = ((2, 3, 5, width), (2, 3, 7, width), (2, 3, 7, value_width))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    results = []
+    for function in (sdpa, functional.scaled_dot_product_attention):
+        out = function(*inputs, is_causal=True)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs, allow_unused=True)))
+    for ours, theirs in zip(*results, strict=True):
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_sdpa_fully_masked_row_is_zero(backend):
     q, k, v = draw(*SHAPES["4d"], device=device_of(backend))
     mask = torch.ones(17, 23, dtype=torch.bool, device=q.device)
