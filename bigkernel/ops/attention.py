@@ -285,7 +285,8 @@ def attention_varlen(
     Args:
         q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]. Contiguous last dimension, any strides.
         cu_seqlens_q: int32 [B + 1] on q's device: 0, then the running total of the lengths, up to
-            Tq. Lengths of 0 are fine.
+            Tq. Lengths of 0 are fine. On a GPU its values are not checked, which would wait for the
+            device: wrong ones reach no other memory, but rows outside them are not defined.
         cu_seqlens_k: the same for k and v, up to Tk.
         max_seqlen_q: an upper bound of the lengths, if you know one (None: Tq), for kernels that
             size their launch by it.

@@ -1,8 +1,8 @@
 // CUDA binding of attention: checks, allocation, the current stream. Nothing is read back from the
-// device: bounds of packed sequences that do not fit are cut to the tensors by the kernels.
+// device: bounds of packed sequences that do not fit are cut to the tensors by the kernels, and rows
+// of no sequence are left as they were allocated.
 #include "attention/cuda.h"
 
-#include <limits>
 #include <tuple>
 
 #include "attention/binding.h"
@@ -90,11 +90,6 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(
   const bool packed = call.problem.packed;
   Tensor out = empty_like_layout(q, call.problem.dim_v);
   Tensor lse = torch::stable::new_empty(q, call.problem.lse_sizes, ScalarType::Float);
-  // Rows that no sequence has are not written.
-  if (packed) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  }
   call.args.out = view(out, packed);
   call.args.lse = view_lse(lse, packed);
   launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));

@@ -277,26 +277,38 @@ struct Forward {
     }
   }
 
+  // f(score, row, key) of all scores.
+  template <class F>
+  __device__ __forceinline__ void for_each(Scores& s, int first_key, F&& f) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int n = 0; n < kKeyGroups; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            f(s[i][n][2 * e + c], row_of(i, e), first_key + 8 * n + lane % 4 * 2 + c);
+  }
+
+  // Products into scores, one step for all of them at a time: what a call lacks then costs a branch
+  // a tile and not one for each score.
   __device__ __forceinline__ void score(Scores& s, const DeviceScores& rule, int first_key) const {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int row = row_of(i, e);
-        // Rows past the end see what the mask says of the last one.
-        const int lo = reach.lo(row), hi = row < sequence.rows ? reach.hi(row) : 0;
-#pragma unroll
-        for (int n = 0; n < kKeyGroups; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int key = first_key + 8 * n + lane % 4 * 2 + c;
-            float& x = s[i][n][2 * e + c];
-            float unused;
-            x = key >= lo && key < hi ? rule(x, row, key, unused) : -BK_INFINITY;
-          }
-        }
-      }
-    }
+    for_each(s, first_key, [&](float& x, int, int) { x = rule.scaled(x); });
+    if (rule.softcap > 0)
+      for_each(s, first_key, [&](float& x, int, int) {
+        float unused;
+        x = rule.capped(x, unused);
+      });
+    if (rule.slope != 0)
+      for_each(s, first_key, [&](float& x, int row, int key) { x = rule.biased(x, row, key); });
+    rule.with_mask([&](auto tag) {
+      for_each(s, first_key, [&](float& x, int row, int key) {
+        if (row < sequence.rows && key < sequence.keys)
+          x = rule.template masked<decltype(tag)>(x, row, key);
+      });
+    });
+    hide(s, first_key);
   }
 
   __device__ __forceinline__ void drop(Scores& p, const DeviceDropout& dropout,
@@ -494,7 +506,7 @@ struct Forward {
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     attention_fwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
-  extern __shared__ uint4 attention_shared[];
+  extern __shared__ __align__(128) uint4 attention_shared[];
   // The tiles of a head side by side, so that its keys stay in the cache; the last rows, which
   // under a causal mask see most, first.
   const uint32_t tiles = (args.max_q + Shape::kRows - 1) / Shape::kRows;

@@ -102,41 +102,62 @@ struct DeviceScores {
     return kind == MaskKind::kFloat32 ? 4 : 2;
   }
 
-  // The mask of a key that the row can reach, as a summand. There has to be a mask.
-  __device__ __forceinline__ float summand(int row, int key) const {
-    const char* p = mask + (row * mask_row + key * mask_col) * mask_size(kind);
+  // The steps from a product to a score in natural logarithms, each to be left out where the call
+  // has nothing of the kind: scaled; capped if softcap > 0; biased if slope != 0; masked if there
+  // is a mask, through with_mask. Products are rounded before they are added to, so that forward
+  // and backward see the same score.
+  __device__ __forceinline__ float scaled(float product) const { return __fmul_rn(product, scale); }
+  // And the derivative of softcap: 1 - tanh^2, without the cancellation where tanh is near 1.
+  __device__ __forceinline__ float capped(float s, float& slope_of_cap) const {
+    const float x = s * inverse_softcap;
+    const float r = 1.0f / (exp2f(fabsf(x) * (2.0f * kLog2E)) + 1.0f);
+    slope_of_cap = 4.0f * r * (1.0f - r);
+    return __fmul_rn(tanhf(x), softcap);
+  }
+  __device__ __forceinline__ float biased(float s, int row, int key) const {
+    return s - __fmul_rn(slope, fabsf(float(row + off - key)));
+  }
+  // M: the type of the mask's elements, uint8_t for a boolean one. The row must reach the key.
+  template <class M>
+  __device__ __forceinline__ float masked(float s, int row, int key) const {
+    const M element = reinterpret_cast<const M*>(mask)[row * mask_row + int64_t(key) * mask_col];
+    if constexpr (sizeof(M) == 1) {
+      return element != 0 ? s : -BK_INFINITY;
+    } else {
+      float m;
+      if constexpr (sizeof(M) == 8)
+        m = float(element);
+      else
+        m = to_float(element);
+      return m == -BK_INFINITY ? m : s + m;  // a closed key stays closed, whatever its score
+    }
+  }
+  template <class F>
+  __device__ __forceinline__ void with_mask(F&& f) const {
     switch (kind) {
+      case MaskKind::kNone:
+        return;
       case MaskKind::kBool:
-        return *reinterpret_cast<const uint8_t*>(p) != 0 ? 0.0f : -BK_INFINITY;
+        return f(uint8_t{});
       case MaskKind::kBFloat16:
-        return to_float(*reinterpret_cast<const bf16*>(p));
+        return f(bf16{});
       case MaskKind::kFloat16:
-        return to_float(*reinterpret_cast<const fp16*>(p));
+        return f(fp16{});
       case MaskKind::kFloat64:
-        return float(*reinterpret_cast<const double*>(p));
-      default:
-        return *reinterpret_cast<const float*>(p);
+        return f(double{});
+      case MaskKind::kFloat32:
+        return f(float{});
     }
   }
 
-  // The score in natural logarithms, and its derivative by scale * product: 1 without softcap. Each
-  // product is rounded before it is added to, so that forward and backward see the same score.
+  // All of them, and the derivative by scale * product.
   __device__ __forceinline__ float operator()(float product, int row, int key,
                                               float& slope_of_cap) const {
-    float s = __fmul_rn(product, scale);
+    float s = scaled(product);
     slope_of_cap = 1.0f;
-    if (softcap > 0) {
-      const float x = s * inverse_softcap;
-      s = __fmul_rn(tanhf(x), softcap);
-      // 1 - tanh^2 without the cancellation where tanh is near 1.
-      const float r = 1.0f / (exp2f(fabsf(x) * (2.0f * kLog2E)) + 1.0f);
-      slope_of_cap = 4.0f * r * (1.0f - r);
-    }
-    if (slope != 0) s -= __fmul_rn(slope, fabsf(float(row + off - key)));
-    if (mask != nullptr) {
-      const float m = summand(row, key);
-      s = m == -BK_INFINITY ? m : s + m;  // a closed key stays closed, whatever its score
-    }
+    if (softcap > 0) s = capped(s, slope_of_cap);
+    if (slope != 0) s = biased(s, row, key);
+    with_mask([&](auto tag) { s = masked<decltype(tag)>(s, row, key); });
     return s;
   }
 };
