@@ -1,6 +1,6 @@
 // CUDA binding of attention: checks, allocation, the current stream. Nothing is read back from the
-// device: bounds of packed sequences that do not fit are cut to the tensors by the kernels, and rows
-// of no sequence are left as they were allocated.
+// device: bounds of packed sequences that do not fit are cut to the tensors by the kernels, and
+// rows of no sequence are left as they were allocated.
 #include "attention/cuda.h"
 
 #include <tuple>
