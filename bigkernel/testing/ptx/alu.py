@@ -1,4 +1,4 @@
-"""Arithmetic, comparison, logic and conversion: instruction -> a numpy expression.
+"""Arithmetic, comparison and logic: instruction -> a numpy expression.
 
 Each ``@rule`` names the section of the PTX ISA ("Instruction Set") whose semantics it gives. A rule
 returns the expression with ``{0}`` .. for its operands, the operands' types and the result's.
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bigkernel.testing.ptx.errors import UnknownInstruction
-from bigkernel.testing.ptx.parser import Imm, Instruction
-from bigkernel.testing.ptx.types import DTYPES, FLOATS, HALF_MAX, PACKED, size_of
+from bigkernel.testing.ptx.syntax import Imm, Instruction
+from bigkernel.testing.ptx.types import DTYPES, FLOATS, PACKED, size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _floating(i: Instruction, template: str, count: int, *allowed: str) -> Rule:
     return Rule(out, t, (t,) * count)
 
 
-def _rounded(i: Instruction) -> str:
+def rounding(i: Instruction) -> str:
     """The rounding modifier, "rn" where there is none."""
     return next((m for m in i.mods if m in ROUNDINGS), "rn")
 
@@ -92,12 +92,12 @@ def _add(i: Instruction) -> Rule:
         if "sat" in modifiers(i, "sat"):
             return Rule(f"saturating({{0}}.astype(np.int64) {sign} {{1}})", t, (t, t))
         return Rule(f"{{0}} {sign} {{1}}", t, (t, t))
-    if _rounded(i) == "rn":
+    if rounding(i) == "rn":
         return _floating(i, f"({{}} {sign} {{}})", 2, "rn", "ftz", "sat", "noftz")
     if t != "f32":
         raise unknown(i, "rounding mode")
     exact = f"odd_sum({{}}.astype(np.float64), np.asarray({sign}{{}}, np.float64))"
-    return _floating(i, f"round_to({exact}, 'f32', '{_rounded(i)}')", 2, *ROUNDINGS, "ftz", "sat")
+    return _floating(i, f"round_to({exact}, 'f32', '{rounding(i)}')", 2, *ROUNDINGS, "ftz", "sat")
 
 
 @rule("mul")
@@ -105,18 +105,18 @@ def _mul(i: Instruction) -> Rule:
     """PTX ISA, "Integer Arithmetic: mul", "Floating Point: mul"."""
     t = i.type
     if t in FLOATS:
-        if _rounded(i) == "rn":
+        if rounding(i) == "rn":
             return _floating(i, "({} * {})", 2, "rn", "ftz", "sat")
         if t != "f32":
             raise unknown(i, "rounding mode")
         exact = "np.multiply({}, {}, dtype=np.float64)"
         return _floating(
-            i, f"round_to({exact}, 'f32', '{_rounded(i)}')", 2, *ROUNDINGS, "ftz", "sat"
+            i, f"round_to({exact}, 'f32', '{rounding(i)}')", 2, *ROUNDINGS, "ftz", "sat"
         )
     mods = modifiers(i, "lo", "hi", "wide")
     if "wide" in mods:
         wide = f"{t[0]}{16 * size_of(t)}"
-        return Rule(f"np.multiply({{0}}, {{1}}, dtype=np.{_name(wide)})", wide, (t, t))
+        return Rule(f"np.multiply({{0}}, {{1}}, dtype=np.{name_of(wide)})", wide, (t, t))
     return Rule("mul_hi({0}, {1})" if "hi" in mods else "{0} * {1}", t, (t, t))
 
 
@@ -128,7 +128,7 @@ def _mad(i: Instruction) -> Rule:
         modifiers(i, "rn", "rz", "rm", "rp", "ftz", "sat", "relu")
         kind, flush = t.removesuffix("x2"), "ftz" in i.mods and t == "f32"
         names = [f"ftz({{{k}}})" if flush else f"{{{k}}}" for k in range(3)]
-        out = f"fma({', '.join(names)}, '{kind}', '{_rounded(i)}')"
+        out = f"fma({', '.join(names)}, '{kind}', '{rounding(i)}')"
         out = f"ftz({out})" if flush else out
         if "relu" in i.mods or "sat" in i.mods:
             if kind == "bf16":
@@ -139,7 +139,7 @@ def _mad(i: Instruction) -> Rule:
     mods = modifiers(i, "lo", "hi", "wide")
     if "wide" in mods:
         wide = f"{t[0]}{16 * size_of(t)}"
-        product = f"np.multiply({{0}}, {{1}}, dtype=np.{_name(wide)})"
+        product = f"np.multiply({{0}}, {{1}}, dtype=np.{name_of(wide)})"
         return Rule(f"{product} + {{2}}", wide, (t, t, wide))
     return Rule("mul_hi({0}, {1}) + {2}" if "hi" in mods else "{0} * {1} + {2}", t, (t, t, t))
 
@@ -149,10 +149,10 @@ def _div(i: Instruction) -> Rule:
     """PTX ISA, "Integer Arithmetic: div", "Floating Point: div"; .approx and .full are exact."""
     t = i.type
     if t in FLOATS:
-        if _rounded(i) == "rn":
+        if rounding(i) == "rn":
             return _floating(i, "({} / {})", 2, "rn", "approx", "full", "ftz")
         exact = "({}.astype(np.float64) / {})"
-        return _floating(i, f"round_to({exact}, 'f32', '{_rounded(i)}')", 2, *ROUNDINGS, "ftz")
+        return _floating(i, f"round_to({exact}, 'f32', '{rounding(i)}')", 2, *ROUNDINGS, "ftz")
     modifiers(i)
     return Rule("int_div({0}, {1})", t, (t, t))
 
@@ -184,7 +184,7 @@ def _function(i: Instruction) -> Rule:
         "ex2": "np.exp2({})",
         "tanh": "np.tanh({})",
     }[i.op]
-    mode = _rounded(i)
+    mode = rounding(i)
     if mode != "rn":
         if i.op not in ("rcp", "sqrt") or i.type != "f32":
             raise unknown(i, "rounding mode")
@@ -330,7 +330,7 @@ def _shift(i: Instruction) -> Rule:
     bits = 8 * size_of(t)
     sign = "<<" if i.op == "shl" else ">>"
     if isinstance(amount, Imm) and amount.value < bits:
-        return Rule(f"{{0}} {sign} np.{_name(t)}({amount.value})", t, (t, "u32"))
+        return Rule(f"{{0}} {sign} np.{name_of(t)}({amount.value})", t, (t, "u32"))
     if t[0] == "s" and i.op == "shr":
         return Rule(f"{{0}} >> np.minimum({{1}}, {bits - 1}).astype({{0}}.dtype)", t, (t, "u32"))
     shifted = f"{{0}} {sign} ({{1}} & {bits - 1}).astype({{0}}.dtype)"
@@ -381,72 +381,6 @@ def _bits(i: Instruction) -> Rule:
     raise unknown(i)
 
 
-@rule("cvt")
-def _cvt(i: Instruction) -> Rule:
-    """PTX ISA, "Data Movement and Conversion: cvt"."""
-    mods = set(i.mods[:-2])
-    to, of = i.mods[-2:]
-    if i.mods[0] == "pack":
-        return _cvt_pack(i)
-    if to not in DTYPES or of not in DTYPES or mods - _CVT_MODS:
-        raise unknown(i)
-    mode = _rounded(i)
-    integral = next((m for m in i.mods if m in ("rni", "rzi", "rmi", "rpi")), None)
-    if to in PACKED:
-        if of != "f32" or to not in ("f16x2", "bf16x2"):
-            raise unknown(i)
-        kind, relu = to.removesuffix("x2"), "relu" in mods
-        return Rule(f"cvt_pair({{0}}, {{1}}, '{kind}', '{mode}', {relu})", to, ("f32", "f32"))
-    if to == "tf32":
-        if "rna" not in mods:
-            raise unknown(i, "rounding mode")
-        return Rule("cvt_tf32({0})", "f32", ("f32",))
-    if to not in FLOATS and of not in FLOATS:
-        if "sat" in mods:
-            return Rule(f"cvt_clip({{0}}, '{to}')", to, (of,))
-        return Rule(f"{{0}}.astype(np.{_name(to)})", to, (of,))
-    if of not in FLOATS:
-        if mode == "rn" and to != "bf16":
-            return Rule(f"{{0}}.astype(np.{_name(to)})", to, (of,))
-        if size_of(of) == 8:
-            raise unknown(i, "rounding mode")
-        return Rule(f"round_to({{0}}.astype(np.float64), '{to}', '{mode}')", to, (of,))
-    value = "bf16_to_f32({0})" if of == "bf16" else "{0}"
-    if "ftz" in mods and of == "f32":
-        value = f"ftz({value})"
-    if to not in FLOATS:
-        return Rule(f"to_integer({value}, '{to}', '{integral or 'rzi'}')", to, (of,))
-    if integral:
-        call = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}[integral]
-        value = f"np.{call}({value})"
-    if "relu" in mods:
-        value = f"relu({value})"
-    if "satfinite" in mods:
-        value = f"np.clip({value}, -{HALF_MAX[to]}, {HALF_MAX[to]})"
-    widened = size_of(to) >= size_of(of) and to != "bf16" and not integral
-    if to == "bf16" or (not widened and to != of):
-        value = f"round_to({value}, '{to}', '{mode}')"
-    elif to != of:
-        value = f"{value}.astype(np.{_name(to)})"
-    if "sat" in mods:
-        value = f"saturate({value})"
-    if "ftz" in mods and to == "f32":
-        value = f"ftz({value})"
-    return Rule(value, to, (of,))
-
-
-_CVT_MODS = {*ROUNDINGS, "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "satfinite", "relu"}
-
-
-def _cvt_pack(i: Instruction) -> Rule:
-    """PTX ISA, "Data Movement and Conversion: cvt.pack" to 8 and 16 bits."""
-    _, sat, to, of, *rest = i.mods
-    if sat != "sat" or of != "s32" or to not in ("u8", "s8", "u16", "s16"):
-        raise unknown(i)
-    sources = ("s32", "s32", "b32") if rest else ("s32", "s32")
-    return Rule(f"cvt_pack('{to}', {', '.join(f'{{{k}}}' for k in range(len(sources)))})", "b32",
-                sources)  # fmt: skip
-
-
-def _name(type_: str) -> str:
+def name_of(type_: str) -> str:
+    """numpy's name of a type."""
     return str(DTYPES[type_].name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bigkernel.testing.ptx import conversions  # noqa: F401 - adds its rules
 from bigkernel.testing.ptx.alu import RULES, comparison, modifiers, unknown
 from bigkernel.testing.ptx.memory import SHARED_BASE
-from bigkernel.testing.ptx.parser import Addr, Imm, Instruction, Operand, Reg, Sym, Vec
+from bigkernel.testing.ptx.syntax import Addr, Imm, Instruction, Operand, Reg, Sym, Vec
 from bigkernel.testing.ptx.types import BITS, DTYPES, PACKED, size_of
 from bigkernel.testing.ptx.writer import Scope, Writer
 

@@ -20,10 +20,11 @@ from bigkernel.testing.ptx.errors import PtxError
 from bigkernel.testing.ptx.lanes import Layout
 from bigkernel.testing.ptx.machine import Job, Machine
 from bigkernel.testing.ptx.memory import Memory
-from bigkernel.testing.ptx.parser import Function, Program, Variable, parse
+from bigkernel.testing.ptx.parser import parse
 from bigkernel.testing.ptx.program import Flat, Piece, flatten
 from bigkernel.testing.ptx.scheduler import Scheduler
 from bigkernel.testing.ptx.shared import Shared
+from bigkernel.testing.ptx.syntax import Function, Program, Variable
 from bigkernel.testing.ptx.translate import translate
 
 _LANES = 8192  # threads that run together; more would leave the cache

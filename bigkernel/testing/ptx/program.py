@@ -8,7 +8,7 @@ from typing import Any
 
 from bigkernel.testing.ptx.alu import unknown
 from bigkernel.testing.ptx.errors import PtxError, UnknownInstruction
-from bigkernel.testing.ptx.parser import (
+from bigkernel.testing.ptx.syntax import (
     Addr,
     Function,
     Imm,

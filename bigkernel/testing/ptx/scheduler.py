@@ -15,8 +15,8 @@ from bigkernel.testing.ptx.alu import unknown
 from bigkernel.testing.ptx.errors import BarrierError, NoProgress, Trap
 from bigkernel.testing.ptx.lanes import Lanes
 from bigkernel.testing.ptx.machine import Machine
-from bigkernel.testing.ptx.parser import Instruction
 from bigkernel.testing.ptx.program import branch_targets, target
+from bigkernel.testing.ptx.syntax import Instruction
 from bigkernel.testing.ptx.types import Array
 
 

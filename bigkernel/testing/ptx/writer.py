@@ -11,8 +11,8 @@ from bigkernel.testing.ptx import atomics, warp
 from bigkernel.testing.ptx.errors import UnknownInstruction
 from bigkernel.testing.ptx.memory import LOCAL_BASE
 from bigkernel.testing.ptx.numerics import HELPERS
-from bigkernel.testing.ptx.parser import Imm, Instruction, Operand, Reg, Sym
 from bigkernel.testing.ptx.program import Flat, Piece
+from bigkernel.testing.ptx.syntax import Imm, Instruction, Operand, Reg, Sym
 from bigkernel.testing.ptx.types import (
     BITS,
     BOOL,
