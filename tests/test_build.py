@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def test_nonsense_in_a_switch_is_refused(variable):
     done = setup_py("--name", **{variable: "yes"})
     assert done.returncode != 0
     assert f"{variable} must be 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+@pytest.mark.parametrize(
+    ("wanted", "compiled"),
+    [
+        ("all", "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, PTX for sm_120"),
+        ("8.6;9.0+PTX", "sm_86, sm_90, PTX for sm_90"),
+    ],
+)
+def test_architectures_are_chosen_and_named(wanted, compiled):
+    done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
+    assert done.returncode == 0, done.stderr
+    assert f"; {compiled})" in done.stdout
 
 
 def test_contradicting_switches_are_refused():
