@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,19 @@ def test_environment_chooses_the_instruction_set():
         pytest.skip("the native module is not built")
     code = "import bigkernel; print(bigkernel._library.native.cpu_isa())"
     assert _python(code, BIGKERNEL_CPU_ISA="portable").stdout.strip() == "portable"
+
+
+def test_slow_dot_products_are_left_alone():
+    """The default is the last set that the CPU has, but for bf16 on Intel cores with AMX."""
+    cpu = Path("/proc/cpuinfo")
+    if _library.native is None or not cpu.exists():
+        pytest.skip("needs the native module and /proc/cpuinfo")
+    slow = all(word in cpu.read_text() for word in ("GenuineIntel", "avx512_fp16"))
+    env = {name: value for name, value in os.environ.items() if name != "BIGKERNEL_CPU_ISA"}
+    code = "import bigkernel; print(bigkernel._library.native.cpu_isa())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    expected = [x for x in bigkernel.cpu_isas() if not (slow and x == "avx512_bf16")][-1]
+    assert done.stdout.strip() == expected
 
 
 def test_package_works_without_the_native_module():

@@ -43,7 +43,7 @@ struct AttentionSequence {
 struct AttentionUnit {
   int64_t sequence, kv_head;
   int64_t first_tile;  // where its tiles of packed keys and values start
-  int64_t first_row;   // where its packed query rows start: [group, rows]
+  int64_t first_row;   // where its packed query rows start: [group, rows, to even]
 };
 
 struct AttentionArgs {
@@ -67,8 +67,10 @@ struct AttentionArgs {
 
   // Scratch of one round of units, laid out by AttentionPlan.
   float* packed_kv;  // [tiles, plan.tile_floats], null: keys and values are packed as they are used
-  float* packed_q;   // [rows, plan.ld_q]    backward
+  float* packed_q;   // [rows, plan.ld_q]    backward: words along a row
   float* packed_do;  // [rows, plan.ld_v]    backward
+  float* paired_q;   // [rows / plan.pack, plan.ld_q]: words down a column; packed_q if pack is 1
+  float* paired_do;  // [rows / plan.pack, plan.ld_v]
   float* delta;      // [rows]               backward: <dout, out>
   float* partial_dq;  // [plan.chunks, rows, plan.ld_q]
   int64_t round_rows;
@@ -77,6 +79,7 @@ struct AttentionArgs {
 // Tile sizes and scratch, which depend on the number of lanes.
 struct AttentionPlan {
   int64_t block_q, block_k;     // rows and keys of a tile
+  int64_t pack;                 // elements in a word of the operands
   int64_t ld_q, ld_v;           // floats between rows of q (k) and v (out)
   int64_t tile_floats;          // packed keys and values of a tile
   int64_t scratch_floats;       // of one worker
@@ -99,7 +102,8 @@ struct AttentionMaskTile {
   int64_t batch, head, row, col;  // row, col: the first of the tile
 };
 
-BK_DECLARE_PER_ISA(AttentionPlan attention_plan(int64_t dim, int64_t dim_v, bool backward))
+BK_DECLARE_PER_ISA(AttentionPlan attention_plan(DType dtype, int64_t dim, int64_t dim_v,
+                                                bool backward))
 BK_DECLARE_PER_ISA(void attention_pack(const AttentionArgs& args, int64_t unit, int64_t tile))
 BK_DECLARE_PER_ISA(void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
                                             float* scratch))

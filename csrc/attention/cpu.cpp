@@ -16,9 +16,12 @@
 namespace bigkernel {
 namespace {
 
-constexpr int64_t kRoundFloats = int64_t{64} << 20;  // packed copies of one round: 256 MB
-constexpr int64_t kWantedChunks = 32;                // work items of backward, where shapes allow
-constexpr int64_t kMostChunks = 8;                   // copies of dq
+// Packed copies of one round. Forward: 2 MB a thread, so that they are still in its L2 cache when
+// they are used. Backward holds more per row, and needs many units to balance: 256 MB.
+constexpr int64_t kForwardFloatsPerThread = int64_t{512} << 10;
+constexpr int64_t kBackwardFloats = int64_t{64} << 20;
+constexpr int64_t kWantedChunks = 32;  // work items of backward, where shapes allow
+constexpr int64_t kMostChunks = 8;     // copies of dq
 
 // Cache-line aligned, never initialised.
 class Scratch {
@@ -145,8 +148,8 @@ struct Round {
 };
 
 // Every key head of every sequence that has rows or keys, the longest first, so that short work is
-// left for the end; cut into rounds whose packed copies take about kRoundFloats.
-std::vector<Round> plan_rounds(Call& call, int64_t block_k, int64_t floats_per_tile,
+// left for the end; cut into rounds whose packed copies take about so many floats.
+std::vector<Round> plan_rounds(Call& call, int64_t block_k, int64_t floats, int64_t floats_per_tile,
                                int64_t floats_per_row) {
   const AttentionArgs& a = call.args;
   std::vector<int64_t> order(call.sequences.size());
@@ -159,12 +162,13 @@ std::vector<Round> plan_rounds(Call& call, int64_t block_k, int64_t floats_per_t
   for (const int64_t s : order) {
     const AttentionSequence& seq = call.sequences[size_t(s)];
     if (seq.rows == 0 && seq.keys == 0) continue;
-    const int64_t tiles = (seq.keys + block_k - 1) / block_k, rows = a.group * seq.rows;
+    const int64_t tiles = (seq.keys + block_k - 1) / block_k;
+    const int64_t rows = a.group * ((seq.rows + 1) / 2 * 2);  // a pair of rows is of one head
     for (int64_t h = 0; h < a.heads_kv; ++h) {
       const int64_t used = rounds.empty() ? 0
                                           : rounds.back().tiles * floats_per_tile +
                                                 rounds.back().rows * floats_per_row;
-      if (rounds.empty() || used + tiles * floats_per_tile + rows * floats_per_row > kRoundFloats)
+      if (rounds.empty() || used + tiles * floats_per_tile + rows * floats_per_row > floats)
         rounds.push_back({int64_t(call.units.size()), int64_t(call.units.size()), 0, 0});
       Round& round = rounds.back();
       call.units.push_back({s, h, round.tiles, round.rows});
@@ -204,15 +208,17 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
   a.out = view(out, call.packed);
   a.lse = view_lse(lse, call.packed);
 
-  const AttentionPlan plan = BK_CALL(attention_plan)(a.dim, a.dim_v, false);
-  const std::vector<Round> rounds = plan_rounds(call, plan.block_k, plan.tile_floats, 0);
+  const AttentionPlan plan = BK_CALL(attention_plan)(a.dtype, a.dim, a.dim_v, false);
+  // Where each head has a single block, its tiles are used once, and packed by who uses them.
+  bool reused = a.group > 1;
+  for (const AttentionSequence& seq : call.sequences) reused |= seq.rows > plan.block_q;
+  const std::vector<Round> rounds =
+      plan_rounds(call, plan.block_k, thread_count() * kForwardFloatsPerThread,
+                  reused ? plan.tile_floats : 0, 0);
   settle(call);
   const Scratch scratch(thread_count() * plan.scratch_floats);
   int64_t most_tiles = 0;
   for (const Round& round : rounds) most_tiles = std::max(most_tiles, round.tiles);
-  // Where each head has a single block, its tiles are used once, and packed by who uses them.
-  bool reused = a.group > 1;
-  for (const AttentionSequence& seq : call.sequences) reused |= seq.rows > plan.block_q;
   const Scratch packed(reused ? most_tiles * plan.tile_floats : 0);
   a.packed_kv = packed.get();
   for (const Round& round : rounds) {
@@ -295,23 +301,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   a.dk = view(dk, call.packed);
   a.dv = view(dv, call.packed);
 
-  const AttentionPlan plan = BK_CALL(attention_plan)(a.dim, a.dim_v, true);
+  const AttentionPlan plan = BK_CALL(attention_plan)(a.dtype, a.dim, a.dim_v, true);
   int64_t tiles_of_longest = 0;
   for (const AttentionSequence& seq : call.sequences)
     tiles_of_longest = std::max(tiles_of_longest, (seq.keys + plan.block_k - 1) / plan.block_k);
   const int64_t heads = std::max<int64_t>(1, a.batch * a.heads_kv);
   const int64_t chunks = std::max<int64_t>(
       1, std::min({kMostChunks, (kWantedChunks + heads - 1) / heads, tiles_of_longest / 2}));
-  const std::vector<Round> rounds =
-      plan_rounds(call, plan.block_k, 0, (1 + chunks) * plan.ld_q + plan.ld_v + 1);
+  const std::vector<Round> rounds = plan_rounds(call, plan.block_k, kBackwardFloats, 0,
+                                                (2 + chunks) * plan.ld_q + 2 * plan.ld_v + 1);
   settle(call);
   int64_t most_rows = 0;
   for (const Round& round : rounds) most_rows = std::max(most_rows, round.rows);
   const Scratch scratch(thread_count() * plan.scratch_floats);
   const Scratch packed_q(most_rows * plan.ld_q), packed_do(most_rows * plan.ld_v);
+  const int64_t pairs = plan.pack == 1 ? 0 : most_rows / plan.pack;
+  const Scratch paired_q(pairs * plan.ld_q), paired_do(pairs * plan.ld_v);
   const Scratch delta(most_rows), partial_dq(most_rows * plan.ld_q * chunks);
   a.packed_q = packed_q.get();
   a.packed_do = packed_do.get();
+  a.paired_q = pairs == 0 ? a.packed_q : paired_q.get();
+  a.paired_do = pairs == 0 ? a.packed_do : paired_do.get();
   a.delta = delta.get();
   a.partial_dq = partial_dq.get();
   for (const Round& round : rounds) {

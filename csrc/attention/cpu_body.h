@@ -1,13 +1,15 @@
 // The attention kernels of the CPU, written once and compiled for each instruction set.
 //
-// All arithmetic is fp32; bf16 and fp16 are converted when a tile is packed. A score tile is a
-// product of two small matrices that fit the L1 and L2 caches (cpu_tiling.h), computed by
-// register-blocked kernels (cpu_gemm.h). Tiles that causality, window or mask close are skipped; of
-// those they cut, only the vectors that some row sees are computed.
+// Sums are fp32. What is multiplied is fp32 too, bf16 and fp16 converted when a tile is packed;
+// with AVX-512 BF16, bf16 pairs (cpu_words.h). A score tile is a product of two small matrices that
+// fit the L1 and L2 caches (cpu_tiling.h), computed by register-blocked kernels (cpu_gemm.h). Tiles
+// that causality, window or mask close are skipped; of those they cut, only the vectors that some
+// row sees are computed.
 #pragma once
 
 #include "attention/attention.h"
 #include "cpu/philox_vec.h"
+#include "attention/cpu_words.h"
 #include "attention/cpu_gemm.h"
 #include "attention/cpu_pack.h"
 #include "attention/cpu_tiling.h"
@@ -18,24 +20,32 @@
 
 namespace bigkernel::BK_ISA {
 
-AttentionPlan attention_plan(int64_t dim, int64_t dim_v, bool backward) {
-  const Tiling t = tiling(dim, dim_v, backward);
+template <class Words>
+AttentionPlan plan_of(int64_t dim, int64_t dim_v, bool backward) {
+  const Tiling t = tiling<Words>(dim, dim_v, backward);
   AttentionPlan plan{};
+  plan.pack = Words::kPack;
   plan.block_q = t.block_q;
   plan.block_k = t.block_k;
   plan.ld_q = t.ld_q;
   plan.ld_v = t.ld_v;
   Arena arena{nullptr};
   if (backward) {
-    backward_scratch(arena, t);
+    backward_scratch<Words>(arena, t);
     Arena mask_arena{nullptr};
-    mask_gradient_scratch(mask_arena, t);
+    mask_gradient_scratch<Words>(mask_arena, t);
     plan.scratch_floats_mask = mask_arena.used;
   } else {
-    plan.tile_floats = t.width_q * t.ld_s + t.block_k * t.ld_v;
-    forward_scratch(arena, t);
+    plan.tile_floats = packed_tile_floats<Words>(t);
+    forward_scratch<Words>(arena, t);
   }
   plan.scratch_floats = arena.used;
+  return plan;
+}
+
+AttentionPlan attention_plan(DType dtype, int64_t dim, int64_t dim_v, bool backward) {
+  AttentionPlan plan{};
+  with_words(dtype, [&](auto kind) { plan = plan_of<decltype(kind)>(dim, dim_v, backward); });
   return plan;
 }
 

@@ -5,42 +5,54 @@
 
 namespace bigkernel::BK_ISA {
 
+// Floats of a tile of packed keys and values.
+template <class Words>
+BK_INLINE int64_t packed_tile_floats(const Tiling& t) {
+  return t.words_q * t.ld_s + t.block_k / Words::kPack * t.ld_v;
+}
+
 struct ForwardScratch {
   float *q, *scores, *out, *mask, *drop, *top, *base, *sum, *factor, *lanes, *tile;
 };
 
+template <class Words>
 BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
   ForwardScratch s;
-  s.q = arena.take(t.block_q * t.ld_q);         // [block_q, dim]
+  s.q = arena.take(t.block_q * t.ld_q);         // [block_q, words of dim]
   s.scores = arena.take(t.block_q * t.ld_s);    // [block_q, block_k]
   s.out = arena.take(t.block_q * t.ld_v);       // [block_q, dim_v], not yet divided by sum
   s.mask = arena.take(t.block_q * t.ld_s);      // [block_q, block_k]
   s.drop = arena.take(t.block_k + 4 * kLanes);  // [block_k]
-  s.top = arena.take(t.block_q);                // [block_q], the highest score so far
-  s.base = arena.take(t.block_q);               // [block_q], the same, or 0 for -inf
-  s.sum = arena.take(t.block_q);                // [block_q], of exp(score - base)
-  s.factor = arena.take(t.block_q);             // [block_q], exp(base before - base)
-  s.lanes = arena.take(t.block_q * kLanes);     // [block_q, kLanes], rows not yet reduced
-  s.tile = arena.take(t.width_q * t.ld_s + t.block_k * t.ld_v);  // keys, values
+  s.top = arena.take(t.block_q);             // [block_q], the highest score so far, not yet scaled
+  s.base = arena.take(t.block_q);            // [block_q], the same, or 0 for -inf
+  s.sum = arena.take(t.block_q);             // [block_q], of exp(scale * (score - base))
+  s.factor = arena.take(t.block_q);          // [block_q], exp(scale * (base before - base))
+  s.lanes = arena.take(t.block_q * kLanes);  // [block_q, kLanes], rows not yet reduced
+  s.tile = arena.take(packed_tile_floats<Words>(t));  // keys, values
   return s;
 }
 
-// Keys transposed [dim, block_k], then values [block_k, dim_v].
-BK_INLINE void pack_tile(float* dst, const Tiling& t, const AttentionArgs& args,
-                         const AttentionSequence& seq, int64_t head, int64_t tile) {
+// Keys transposed [words of dim, block_k], then values [words of block_k, dim_v].
+template <class Words>
+void pack_tile(float* dst, const Tiling& t, const AttentionArgs& args, const AttentionSequence& seq,
+               int64_t head, int64_t tile) {
   const int64_t key = tile * t.block_k;
   const int64_t n = seq.keys - key < t.block_k ? seq.keys - key : t.block_k;
-  transpose_tile(dst, t.ld_s, args.k, args.dtype, seq.index, head, seq.first_k + key, n, args.dim);
-  unpack_tile(dst + t.width_q * t.ld_s, t.ld_v, args.v, args.dtype, seq.index, head,
-              seq.first_k + key, n, args.dim_v);
+  transposed_tile<Words>(dst, t.ld_s, args.k, args.dtype, seq.index, head, seq.first_k + key, n,
+                         args.dim);
+  column_tile<Words>(dst + t.words_q * t.ld_s, t.ld_v, args.v, args.dtype, seq.index, head,
+                     seq.first_k + key, n, args.dim_v);
 }
 
 void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile) {
-  const Tiling t = tiling(args.dim, args.dim_v, false);
   const AttentionUnit& unit = args.units[unit_index];
-  const int64_t floats = t.width_q * t.ld_s + t.block_k * t.ld_v;
-  pack_tile(args.packed_kv + (unit.first_tile + tile) * floats, t, args,
-            args.sequences[unit.sequence], unit.kv_head, tile);
+  with_words(args.dtype, [&](auto kind) {
+    using Words = decltype(kind);
+    const Tiling t = tiling<Words>(args.dim, args.dim_v, false);
+    const int64_t floats = packed_tile_floats<Words>(t);
+    pack_tile<Words>(args.packed_kv + (unit.first_tile + tile) * floats, t, args,
+                     args.sequences[unit.sequence], unit.kv_head, tile);
+  });
 }
 
 // What a row sees of a tile, rounded to whole vectors for all kMr rows of its group.
@@ -65,16 +77,17 @@ BK_INLINE VecF close_and_maximum(float* s, const RowSpan& span) {
   return most;
 }
 
-// s = exp(scale * s - base) in place; returns the sum, still a vector.
+// s = exp(scale * (s - base)) in place; returns the sum, still a vector.
 BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float base) {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 4;
+  const float factor = scale * kLog2E;
   VecF total{};
   int64_t c = span.from;
   for (; c + kAtOnce * kLanes <= span.to; c += kAtOnce * kLanes) {
     VecF p[kAtOnce];
 #pragma GCC unroll 8
-    for (int n = 0; n < kAtOnce; ++n) p[n] = rounded(load(s + c + n * kLanes) * scale) - base;
-    exp_softmax(p);
+    for (int n = 0; n < kAtOnce; ++n) p[n] = load(s + c + n * kLanes) - base;
+    exp_softmax(p, factor);
 #pragma GCC unroll 8
     for (int n = 0; n < kAtOnce; ++n) {
       total += p[n];
@@ -82,7 +95,7 @@ BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float ba
     }
   }
   for (; c < span.to; c += kLanes) {
-    const VecF p = exp_softmax(rounded(load(s + c) * scale) - base);
+    const VecF p = exp_softmax(load(s + c) - base, factor);
     total += p;
     store(s + c, p);
   }
@@ -99,13 +112,13 @@ inline void softmax_tile(const ForwardScratch& w, const Tiling& t, const Spans& 
     store(w.lanes + r * kLanes, close_and_maximum(w.scores + r * t.ld_s, row_span(spans, r, rows)));
   for (int64_t r = 0; r < rows; r += kLanes) {
     const VecF previous = load(w.top + r);
-    const VecF highest = maximum_of_rows(w.lanes + r * kLanes) * scale;
+    const VecF highest = maximum_of_rows(w.lanes + r * kLanes);
     const VecF top = highest > previous ? highest : previous;
     // A row that has met no open key yet: exp of -inf, not of -inf + inf.
     const VecF base = top == -kInf ? VecF{} : top;
     store(w.top + r, top);
     store(w.base + r, base);
-    store(w.factor + r, exp_softmax(previous - base));
+    store(w.factor + r, exp_softmax(previous - base, scale * kLog2E));
   }
   for (int64_t r = 0; r < rows; ++r)
     store(w.lanes + r * kLanes,
@@ -143,10 +156,11 @@ inline void drop_tile(const ForwardScratch& w, const Tiling& t, const AttentionA
   }
 }
 
-void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
-  const Tiling t = tiling(args.dim, args.dim_v, false);
+template <class Words>
+void forward_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
+  const Tiling t = tiling<Words>(args.dim, args.dim_v, false);
   Arena arena{memory};
-  const ForwardScratch w = forward_scratch(arena, t);
+  const ForwardScratch w = forward_scratch<Words>(arena, t);
   const AttentionUnit& unit = args.units[block.unit];
   const AttentionSequence& seq = args.sequences[unit.sequence];
   const int64_t head = unit.kv_head * args.group + block.member;
@@ -156,8 +170,8 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
   const bool plain = plain_scores(args);
   const float scale = plain ? args.scale : 1.0f;  // else the scores are finished first
 
-  unpack_tile(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
-              args.dim);
+  row_tile<Words>(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
+                  args.dim);
   fill(w.top, 0, t.block_q, -kInf);
   fill(w.sum, 0, t.block_q, 0.0f);
   fill(w.lanes, 0, t.block_q * kLanes, 0.0f);
@@ -173,11 +187,10 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
       continue;
     const float* packed = w.tile;
     if (args.packed_kv != nullptr)
-      packed =
-          args.packed_kv + (unit.first_tile + tile) * (t.width_q * t.ld_s + t.block_k * t.ld_v);
+      packed = args.packed_kv + (unit.first_tile + tile) * packed_tile_floats<Words>(t);
     else
-      pack_tile(w.tile, t, args, seq, unit.kv_head, tile);
-    const float* values = packed + t.width_q * t.ld_s;
+      pack_tile<Words>(w.tile, t, args, seq, unit.kv_head, tile);
+    const float* values = packed + t.words_q * t.ld_s;
     Spans spans;
     spans.set(reach, block.begin, rows, key, keys);
 
@@ -188,20 +201,24 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
       const int64_t from = spans.lo[r] / kLanes * kLanes;
       const int64_t to = round_up(spans.hi[r + n - 1], kLanes);
       if (from >= to) continue;
-      multiply<false>({w.q + r * t.ld_q, t.ld_q, packed + from, t.ld_s,
-                       w.scores + r * t.ld_s + from, t.ld_s, args.dim, Start::kZero, nullptr},
-                      n, (to - from) / kLanes);
+      multiply<Words, false>(
+          {w.q + r * t.ld_q, t.ld_q, packed + from, t.ld_s, w.scores + r * t.ld_s + from, t.ld_s,
+           t.depth_q, Start::kZero, nullptr},
+          n, (to - from) / kLanes);
     }
     if (!plain) finish_scores(w, t, args, seq, reach, mask, spans, head, block.begin, rows, key);
     softmax_tile(w, t, spans, rows, scale);
     if (args.dropout_p > 0) drop_tile(w, t, args, seq, spans, head, block.begin, rows, key);
     for (int64_t r = 0; r < rows; r += kMr) {
       const int64_t n = rows - r < kMr ? rows - r : kMr;
-      const int64_t from = spans.lo[r], to = spans.hi[r + n - 1];
-      if (from >= to) continue;
-      multiply<false>({w.scores + r * t.ld_s + from, t.ld_s, values + from * t.ld_v, t.ld_v,
-                       w.out + r * t.ld_v, t.ld_v, to - from, Start::kScaled, w.factor + r},
-                      n, vectors_v);
+      const int64_t lo = spans.lo[r], hi = spans.hi[r + n - 1];
+      if (lo >= hi) continue;
+      for (int64_t m = r; m < r + n; ++m)
+        pack_in_place<Words>(w.scores + m * t.ld_s, lo / kLanes * kLanes, round_up(hi, kLanes));
+      const int64_t from = lo / Words::kPack, to = words<Words>(hi);
+      multiply<Words, false>({w.scores + r * t.ld_s + from, t.ld_s, values + from * t.ld_v, t.ld_v,
+                              w.out + r * t.ld_v, t.ld_v, to - from, Start::kScaled, w.factor + r},
+                             n, vectors_v);
     }
   }
 
@@ -212,8 +229,12 @@ void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block,
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     static_cast<float*>(args.lse.data)[offset_of(args.lse, seq.index, head, i)] =
-        dead ? -kInf : float(double(w.top[r]) + __builtin_log(double(sum)));
+        dead ? -kInf : float(double(w.top[r] * scale) + __builtin_log(double(sum)));
   }
+}
+
+void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
+  with_words(args.dtype, [&](auto kind) { forward_block<decltype(kind)>(args, block, memory); });
 }
 
 }  // namespace bigkernel::BK_ISA

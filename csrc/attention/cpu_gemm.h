@@ -1,4 +1,5 @@
-// Register-blocked products of small fp32 tiles: C[m, n] (+)= sum_k A[m, k] * B[k, n].
+// Register-blocked products of small tiles of words (cpu_words.h) into fp32:
+//   C[m, n] (+)= sum_k A[m, k] * B[k, n]
 //
 // kMr rows of A are broadcast against kNr vectors of B; the kMr x kNr accumulators, one row of B
 // and the broadcast value fill the register file. B and C are row-major with n contiguous and n
@@ -23,13 +24,14 @@ struct Product {
   int64_t ldb;
   float* c;
   int64_t ldc;
-  int64_t k;
+  int64_t k;  // words
   Start start;
   const float* factor;  // [m], for kScaled
 };
 
-template <int M, int N, bool kTransposed>
-void micro_kernel(const Product& p) {
+template <class Words, int M, int N, bool kTransposed>
+void micro_kernel(const Product& product) {
+  const Product p = product;  // a copy that stores to C cannot change
   VecF acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -44,50 +46,60 @@ void micro_kernel(const Product& p) {
     for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const VecF value = set1(kTransposed ? a[m] : a[m * lda]);
+      const VecF value = broadcast(a + (kTransposed ? m : m * lda));
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(value, row[n], acc[m][n]);
+      for (int n = 0; n < N; ++n) acc[m][n] = Words::dot(value, row[n], acc[m][n]);
     }
     a += kTransposed ? lda : 1;
     b += ldb;
   }
   // C joins last: summing up a tile before adding it to a long sum keeps rounding errors small.
+  float* c = p.c;
+  const auto finish = [&](const auto& value) {
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const VecF factor = set1(p.start == Start::kScaled ? p.factor[m] : 1.0f);
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      float* c = p.c + m * p.ldc + n * kLanes;
-      store(c, p.start == Start::kZero ? acc[m][n] : fma(load(c), factor, acc[m][n]));
-    }
+      for (int n = 0; n < N; ++n) {
+        float* at = c + m * p.ldc + n * kLanes;
+        store(at, value(acc[m][n], at, m));
+      }
+  };
+  switch (p.start) {
+    case Start::kZero:
+      return finish([](VecF sum, const float*, int) { return sum; });
+    case Start::kAdd:
+      return finish([](VecF sum, const float* at, int) { return load(at) + sum; });
+    case Start::kScaled:
+      return finish(
+          [&](VecF sum, const float* at, int m) { return fma(load(at), set1(p.factor[m]), sum); });
   }
 }
 
-template <int M, bool kTransposed>
+template <class Words, int M, bool kTransposed>
 void micro_row(Product p, int64_t vectors) {
   while (vectors >= kNr) {
-    micro_kernel<M, kNr, kTransposed>(p);
+    micro_kernel<Words, M, kNr, kTransposed>(p);
     p.b += kNr * kLanes;
     p.c += kNr * kLanes;
     vectors -= kNr;
   }
   if constexpr (kNr > 2) {
-    if (vectors == 3) micro_kernel<M, 3, kTransposed>(p);
-    if (vectors == 2) micro_kernel<M, 2, kTransposed>(p);
+    if (vectors == 3) micro_kernel<Words, M, 3, kTransposed>(p);
+    if (vectors == 2) micro_kernel<Words, M, 2, kTransposed>(p);
   }
-  if (vectors == 1) micro_kernel<M, 1, kTransposed>(p);
+  if (vectors == 1) micro_kernel<Words, M, 1, kTransposed>(p);
 }
 
 // Longer sums are cut, for the same reason that C joins last.
 constexpr int64_t kLongestSum = 128;
 
 // C[rows, vectors * kLanes] from A[rows, k] and B[k, vectors * kLanes].
-template <bool kTransposed>
+template <class Words, bool kTransposed>
 void multiply(Product p, int64_t rows, int64_t vectors) {
   while (p.k > kLongestSum) {
     Product part = p;
     part.k = kLongestSum / 2;
-    multiply<kTransposed>(part, rows, vectors);
+    multiply<Words, kTransposed>(part, rows, vectors);
     p.a += part.k * (kTransposed ? p.lda : 1);
     p.b += part.k * p.ldb;
     p.k -= part.k;
@@ -96,16 +108,16 @@ void multiply(Product p, int64_t rows, int64_t vectors) {
   while (rows > 0) {
     int64_t done;
     if (rows >= kMr) {
-      micro_row<kMr, kTransposed>(p, vectors);
+      micro_row<Words, kMr, kTransposed>(p, vectors);
       done = kMr;
     } else if (rows >= 4) {
-      micro_row<4, kTransposed>(p, vectors);
+      micro_row<Words, 4, kTransposed>(p, vectors);
       done = 4;
     } else if (rows >= 2) {
-      micro_row<2, kTransposed>(p, vectors);
+      micro_row<Words, 2, kTransposed>(p, vectors);
       done = 2;
     } else {
-      micro_row<1, kTransposed>(p, vectors);
+      micro_row<Words, 1, kTransposed>(p, vectors);
       done = 1;
     }
     rows -= done;

@@ -17,9 +17,10 @@ struct MaskGradientScratch {
   double* sum;  // [block_q, block_k]
 };
 
+template <class Words>
 BK_INLINE MaskGradientScratch mask_gradient_scratch(Arena& arena, const Tiling& t) {
   MaskGradientScratch s;
-  s.tile = backward_scratch(arena, t);
+  s.tile = backward_scratch<Words>(arena, t);
   s.q = arena.take(t.block_q * t.ld_q);
   s.dout = arena.take(t.block_q * t.ld_v);
   s.delta = arena.take(t.block_q);
@@ -66,10 +67,11 @@ BK_INLINE void add_dlse(double* sum, const Tiling& t, const AttentionArgs& args,
   }
 }
 
-void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& out, float* memory) {
-  const Tiling t = tiling(args.dim, args.dim_v, true);
+template <class Words>
+void mask_gradient(const AttentionArgs& args, const AttentionMaskTile& out, float* memory) {
+  const Tiling t = tiling<Words>(args.dim, args.dim_v, true);
   Arena arena{memory};
-  const MaskGradientScratch w = mask_gradient_scratch(arena, t);
+  const MaskGradientScratch w = mask_gradient_scratch<Words>(arena, t);
   const bool by_row = out.row >= 0, by_col = out.col >= 0;
   // Masks belong to dense batches, whose sequences all have one length.
   const int64_t rows_all = args.sequences[0].rows, keys_all = args.sequences[0].keys;
@@ -84,7 +86,7 @@ void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& out,
     for (int64_t h = out.head < 0 ? 0 : out.head; h < head_end; ++h) {
       const int64_t key = by_col ? out.col : 0;
       const int64_t keys = keys_all - key < t.block_k ? keys_all - key : t.block_k;
-      if (by_col) pack_tile_backward(w.tile, t, args, seq, h / args.group, key, keys);
+      if (by_col) pack_tile_backward<Words>(w.tile, t, args, seq, h / args.group, key, keys);
       for (int64_t begin = by_row ? out.row : 0; begin < row_end; begin += t.block_q) {
         const int64_t rows = rows_all - begin < t.block_q ? rows_all - begin : t.block_q;
         if (!by_col) {
@@ -92,11 +94,11 @@ void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& out,
           continue;
         }
         if (reach.hi(begin + rows - 1) <= key || reach.lo(begin) >= key + keys) continue;
-        unpack_rows(w.q, w.dout, w.delta, t, args, seq, h, begin, rows);
+        pack_rows<Words>(w.q, w.dout, w.delta, t, args, seq, h, begin, rows);
         Spans spans;
         spans.set(reach, begin, rows, key, keys);
-        const BackwardRows rows_of{w.q, w.dout, w.delta, h, begin, rows};
-        if (gradient_tile(w.tile, t, args, seq, reach, spans, rows_of, key, keys, false))
+        const BackwardRows rows_of{w.q, w.dout, w.delta, 0, h, begin, rows};
+        if (gradient_tile<Words>(w.tile, t, args, seq, reach, spans, rows_of, key, keys, false))
           add_tile(w.sum, w.tile.ds, t, spans, rows, by_row);
       }
     }
@@ -115,6 +117,10 @@ void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& out,
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c)
       store_mask_gradient(dmask, corner + r * dmask.row + c * dmask.col, w.sum[r * t.block_k + c]);
+}
+
+void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& tile, float* memory) {
+  with_words(args.dtype, [&](auto kind) { mask_gradient<decltype(kind)>(args, tile, memory); });
 }
 
 }  // namespace bigkernel::BK_ISA

@@ -1,12 +1,10 @@
-// Rows of any dtype to fp32 and back, and tiles of keys and values in the order in which the
-// products read them.
+// Rows of any dtype to words (cpu_words.h) and fp32 rows back, and tiles of them in the order in
+// which the products read them.
 #pragma once
 
 namespace bigkernel::BK_ISA {
 
 constexpr int64_t kMostDim = 256;  // the binding checks it
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A row length in floats that is an odd number of cache lines: the rows of a tile then spread over
 // all sets of the L1 cache, whatever the head dimension.
@@ -114,28 +112,88 @@ BK_INLINE VecF reduce_rows(const float* rows) {
 BK_INLINE VecF sum_of_rows(const float* rows) { return reduce_rows<false>(rows); }
 BK_INLINE VecF maximum_of_rows(const float* rows) { return reduce_rows<true>(rows); }
 
-// Rows [first, first + n) of a head as fp32 [n, ld], columns from dim to `width` zero.
-inline void unpack_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
-                        int64_t h, int64_t first, int64_t n, int64_t dim) {
-  const int64_t width = round_up(dim, kLanes);
-  for (int64_t i = 0; i < n; ++i)
-    unpack_row(dst + i * ld, row_of(t, dtype, b, h, first + i), dtype, dim, width);
+// dst[0, padded) = the words of src[0, n), then zeros; padded is a multiple of kLanes.
+template <class Words>
+BK_INLINE void row_words(float* dst, const void* src, DType dtype, int64_t n, int64_t padded) {
+  if constexpr (Words::kPack == 1) {
+    unpack_row(dst, src, dtype, n, padded);
+  } else {
+    char* bytes = reinterpret_cast<char*>(dst);
+    __builtin_memcpy(bytes, src, size_t(2 * n));
+    __builtin_memset(bytes + 2 * n, 0, size_t(4 * padded - 2 * n));
+  }
 }
 
-// dst[d][i] = row first + i, column d: [dim, ld]. Columns from n up to a whole vector are zero.
-inline void transpose_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
-                           int64_t h, int64_t first, int64_t n, int64_t dim) {
+// Rows [first, first + n) of a head, each as words along it: [n, ld].
+template <class Words>
+void row_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b, int64_t h,
+              int64_t first, int64_t n, int64_t dim) {
+  const int64_t width = round_up(words<Words>(dim), kLanes);
+  for (int64_t i = 0; i < n; ++i)
+    row_words<Words>(dst + i * ld, row_of(t, dtype, b, h, first + i), dtype, dim, width);
+}
+
+// dst[w][d] = column d of the kPack rows from first + w * kPack: [words of n, ld]. Columns from dim
+// up to a whole vector are zero, and so is what the last word holds beyond n.
+template <class Words>
+void column_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
+                 int64_t h, int64_t first, int64_t n, int64_t dim) {
+  if constexpr (Words::kPack == 1) {
+    row_tile<Words>(dst, ld, t, dtype, b, h, first, n, dim);
+  } else {
+    for (int64_t i = 0; i < n; i += 2) {
+      const auto* low = static_cast<const uint16_t*>(row_of(t, dtype, b, h, first + i));
+      const bool both = i + 1 < n;
+      const auto* high =
+          both ? static_cast<const uint16_t*>(row_of(t, dtype, b, h, first + i + 1)) : low;
+      const uint32_t keep = both ? 0xffff0000u : 0;
+      float* to = dst + i / 2 * ld;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        VecH l{}, u{};
+        const size_t bytes = size_t(2 * (dim - d < kLanes ? dim - d : int64_t{kLanes}));
+        if (bytes == sizeof l) {
+          __builtin_memcpy(&l, low + d, sizeof l);
+          __builtin_memcpy(&u, high + d, sizeof u);
+        } else {
+          __builtin_memcpy(&l, low + d, bytes);
+          __builtin_memcpy(&u, high + d, bytes);
+        }
+        store(to + d, (VecF)(__builtin_convertvector(l, VecU) |
+                             ((__builtin_convertvector(u, VecU) << 16) & keep)));
+      }
+    }
+  }
+}
+
+// dst[w][i] = word w of row first + i: [words of dim, ld]. Columns from n up to a whole vector are
+// zero.
+template <class Words>
+void transposed_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b,
+                     int64_t h, int64_t first, int64_t n, int64_t dim) {
   alignas(64) float rows[kLanes * (kMostDim + 16)];
-  const int64_t width = round_up(dim, kLanes), ld_rows = odd_lines(dim);
+  const int64_t width = round_up(words<Words>(dim), kLanes), ld_rows = odd_lines(dim);
   for (int64_t i = 0; i < n; i += kLanes) {
     for (int64_t r = 0; r < kLanes; ++r) {
       if (i + r < n)
-        unpack_row(rows + r * ld_rows, row_of(t, dtype, b, h, first + i + r), dtype, dim, width);
+        row_words<Words>(rows + r * ld_rows, row_of(t, dtype, b, h, first + i + r), dtype, dim,
+                         width);
       else
         for (int64_t d = 0; d < width; d += kLanes) store(rows + r * ld_rows + d, VecF{});
     }
     for (int64_t d = 0; d < width; d += kLanes)
       transpose_square(dst + d * ld + i, ld, rows + d, ld_rows);
+  }
+}
+
+// The elements [from, to) of a row become words in its front, from word from / kPack on; both are
+// multiples of kLanes.
+template <class Words>
+BK_INLINE void pack_in_place(float* row, int64_t from, int64_t to) {
+  if constexpr (Words::kPack > 1) {
+    for (int64_t c = from; c < to; c += 2 * kLanes) {
+      const VecF low = load(row + c), high = c + kLanes < to ? load(row + c + kLanes) : VecF{};
+      store(row + c / 2, Words::consecutive(low, high));
+    }
   }
 }
 

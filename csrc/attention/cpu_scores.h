@@ -7,16 +7,17 @@ namespace bigkernel::BK_ISA {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInf = __builtin_inff();
 
-// e^x for x <= 87, within 2 ulp of a result that is normal; below e^-87, 0. A NaN passes through.
-// N vectors side by side: one alone would wait for the latency of its own chain of operations.
+// 2^(x * factor) for results up to 2^127, within 2 ulp of one that is normal; below 2^-126, 0. A
+// NaN passes through. N vectors side by side: one alone would wait for the latency of its own chain
+// of operations.
 template <int N>
-BK_INLINE void exp_softmax(VecF (&x)[N]) {
+BK_INLINE void exp_softmax(VecF (&x)[N], float factor) {
   const VecF magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: the low bits hold the biased exponent
   VecF shifted[N], f[N], p[N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) shifted[n] = fma(x[n], set1(kLog2E), magic);
+  for (int n = 0; n < N; ++n) shifted[n] = fma(x[n], set1(factor), magic);
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(kLog2E), magic - shifted[n]);
+  for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(factor), magic - shifted[n]);
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) p[n] = fma(set1(kExp2[6]), f[n], set1(kExp2[5]));
 #pragma GCC unroll 6
@@ -26,11 +27,11 @@ BK_INLINE void exp_softmax(VecF (&x)[N]) {
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) p[n] = p[n] * (VecF)(((VecI)shifted[n]) << 23);
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) x[n] = x[n] < -87.0f ? VecF{} : p[n];
+  for (int n = 0; n < N; ++n) x[n] = shifted[n] < 12582913.0f ? VecF{} : p[n];
 }
-BK_INLINE VecF exp_softmax(VecF x) {
+BK_INLINE VecF exp_softmax(VecF x, float factor) {
   VecF one[1] = {x};
-  exp_softmax(one);
+  exp_softmax(one, factor);
   return one[0];
 }
 

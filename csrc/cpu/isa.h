@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: chosen when the process starts, by what the CPU and
-// the operating system offer, never by the build host.
+// the operating system offer and what is fast there, never by the build host.
 #pragma once
 #include <string>
 #include <vector>
