@@ -55,16 +55,26 @@ void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile)
   });
 }
 
-// What a row sees of a tile, rounded to whole vectors for all kMr rows of its group.
+// kMr rows of a block, and the columns of a tile, in whole vectors, that any of them sees.
+struct RowGroup {
+  int64_t first, rows;
+  int64_t from, to;
+};
+
+BK_INLINE RowGroup row_group(const Spans& spans, int64_t first, int64_t rows) {
+  const int64_t n = rows - first < kMr ? rows - first : kMr;
+  return RowGroup{first, n, spans.lo[first] / kLanes * kLanes,
+                  round_up(spans.hi[first + n - 1], kLanes)};
+}
+
+// What a row sees of a tile.
 struct RowSpan {
   int64_t from, to;  // columns that are computed
   int64_t lo, hi;    // of those, the open ones
 };
 
-BK_INLINE RowSpan row_span(const Spans& spans, int64_t r, int64_t rows) {
-  const int64_t first = r / kMr * kMr, last = first + kMr < rows ? first + kMr - 1 : rows - 1;
-  return RowSpan{spans.lo[first] / kLanes * kLanes, round_up(spans.hi[last], kLanes), spans.lo[r],
-                 spans.hi[r]};
+BK_INLINE RowSpan row_span(const Spans& spans, const RowGroup& group, int64_t r) {
+  return RowSpan{group.from, group.to, spans.lo[r], spans.hi[r]};
 }
 
 // The maximum of the open columns, still a vector; closes the others.
@@ -102,14 +112,10 @@ BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float ba
   return total;
 }
 
-// Takes a tile of scores into the online softmax: scores become probabilities relative to the
-// running maximum, `factor` what the rows' results so far must be multiplied with. A score is
-// `scale` (positive) times what is in w.scores. Reductions across lanes are done for kLanes rows at
-// a time.
-inline void softmax_tile(const ForwardScratch& w, const Tiling& t, const Spans& spans, int64_t rows,
-                         float scale) {
-  for (int64_t r = 0; r < rows; ++r)
-    store(w.lanes + r * kLanes, close_and_maximum(w.scores + r * t.ld_s, row_span(spans, r, rows)));
+// Takes the maxima of a tile's rows, vectors in w.lanes, into the running ones. `factor` is what
+// the rows' results so far must be multiplied with. Reductions across lanes are done for kLanes
+// rows at a time.
+inline void take_maxima(const ForwardScratch& w, int64_t rows, float scale) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const VecF previous = load(w.top + r);
     const VecF highest = maximum_of_rows(w.lanes + r * kLanes);
@@ -120,40 +126,26 @@ inline void softmax_tile(const ForwardScratch& w, const Tiling& t, const Spans& 
     store(w.base + r, base);
     store(w.factor + r, exp_softmax(previous - base, scale * kLog2E));
   }
-  for (int64_t r = 0; r < rows; ++r)
-    store(w.lanes + r * kLanes,
-          exponentiate(w.scores + r * t.ld_s, row_span(spans, r, rows), scale, w.base[r]));
+}
+
+inline void take_sums(const ForwardScratch& w, int64_t rows) {
   for (int64_t r = 0; r < rows; r += kLanes)
     store(w.sum + r, load(w.sum + r) * load(w.factor + r) + sum_of_rows(w.lanes + r * kLanes));
 }
 
 // Products to scores, where there is more to it than a factor.
-inline void finish_scores(const ForwardScratch& w, const Tiling& t, const AttentionArgs& args,
-                          const AttentionSequence& seq, const Reach& reach, const MaskTile& mask,
-                          const Spans& spans, int64_t head, int64_t begin, int64_t rows,
-                          int64_t key) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowSpan span = row_span(spans, r, rows);
-    const ScoreRow score =
-        score_row(args, seq.index, head, begin + r + reach.off - key, mask.row(r));
-    float* s = w.scores + r * t.ld_s;
-    VecF capped;
-    for (int64_t c = span.from; c < span.to; c += kLanes)
-      store(s + c, score(load(s + c), c, capped));
-  }
+inline void finish_scores(float* s, const RowGroup& group, const ScoreRow& score) {
+  VecF capped;
+  for (int64_t c = group.from; c < group.to; c += kLanes)
+    store(s + c, score(load(s + c), c, capped));
 }
 
-inline void drop_tile(const ForwardScratch& w, const Tiling& t, const AttentionArgs& args,
-                      const AttentionSequence& seq, const Spans& spans, int64_t head, int64_t begin,
-                      int64_t rows, int64_t key) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowSpan span = row_span(spans, r, rows);
-    const int64_t start = span.from / (4 * kLanes) * (4 * kLanes);
-    dropout_row(w.drop + start, args, seq.index, head, begin + r, key + start, span.to - start);
-    float* s = w.scores + r * t.ld_s;
-    for (int64_t c = span.from; c < span.to; c += kLanes)
-      store(s + c, load(s + c) * load(w.drop + c));
-  }
+BK_INLINE void drop_row(float* s, float* drop, const RowGroup& group, const AttentionArgs& args,
+                        int64_t batch, int64_t head, int64_t row, int64_t key) {
+  const int64_t start = group.from / (4 * kLanes) * (4 * kLanes);
+  dropout_row(drop + start, args, batch, head, row, key + start, group.to - start);
+  for (int64_t c = group.from; c < group.to; c += kLanes)
+    store(s + c, load(s + c) * load(drop + c));
 }
 
 template <class Words>
@@ -172,9 +164,10 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
 
   row_tile<Words>(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
                   args.dim);
-  fill(w.top, 0, t.block_q, -kInf);
-  fill(w.sum, 0, t.block_q, 0.0f);
-  fill(w.lanes, 0, t.block_q * kLanes, 0.0f);
+  const int64_t padded = round_up(rows, kLanes);
+  fill(w.top, 0, padded, -kInf);
+  fill(w.sum, 0, padded, 0.0f);
+  fill(w.lanes, rows * kLanes, padded * kLanes, 0.0f);
   for (int64_t r = 0; r < rows; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
   const int64_t first = reach.lo(block.begin) / t.block_k;
@@ -194,32 +187,42 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     Spans spans;
     spans.set(reach, block.begin, rows, key, keys);
 
-    // Stage by stage over the whole tile, so that the keys stay in the L1 cache for the first and
-    // the values for the last.
+    // Two passes over the tile, so that the keys stay in the L1 cache for the first and the values
+    // for the second. What happens to scores in between is done while their rows are there, too.
     for (int64_t r = 0; r < rows; r += kMr) {
-      const int64_t n = rows - r < kMr ? rows - r : kMr;
-      const int64_t from = spans.lo[r] / kLanes * kLanes;
-      const int64_t to = round_up(spans.hi[r + n - 1], kLanes);
-      if (from >= to) continue;
-      multiply<Words, false>(
-          {w.q + r * t.ld_q, t.ld_q, packed + from, t.ld_s, w.scores + r * t.ld_s + from, t.ld_s,
-           t.depth_q, Start::kZero, nullptr},
-          n, (to - from) / kLanes);
+      const RowGroup group = row_group(spans, r, rows);
+      if (group.from < group.to)
+        multiply<Words, false>(
+            {w.q + r * t.ld_q, t.ld_q, packed + group.from, t.ld_s,
+             w.scores + r * t.ld_s + group.from, t.ld_s, t.depth_q, Start::kZero, nullptr},
+            group.rows, (group.to - group.from) / kLanes);
+      for (int64_t m = r; m < r + group.rows; ++m) {
+        float* s = w.scores + m * t.ld_s;
+        if (!plain)
+          finish_scores(
+              s, group,
+              score_row(args, seq.index, head, block.begin + m + reach.off - key, mask.row(m)));
+        store(w.lanes + m * kLanes, close_and_maximum(s, row_span(spans, group, m)));
+      }
     }
-    if (!plain) finish_scores(w, t, args, seq, reach, mask, spans, head, block.begin, rows, key);
-    softmax_tile(w, t, spans, rows, scale);
-    if (args.dropout_p > 0) drop_tile(w, t, args, seq, spans, head, block.begin, rows, key);
+    take_maxima(w, rows, scale);
     for (int64_t r = 0; r < rows; r += kMr) {
-      const int64_t n = rows - r < kMr ? rows - r : kMr;
-      const int64_t lo = spans.lo[r], hi = spans.hi[r + n - 1];
-      if (lo >= hi) continue;
-      for (int64_t m = r; m < r + n; ++m)
-        pack_in_place<Words>(w.scores + m * t.ld_s, lo / kLanes * kLanes, round_up(hi, kLanes));
-      const int64_t from = lo / Words::kPack, to = words<Words>(hi);
+      const RowGroup group = row_group(spans, r, rows);
+      for (int64_t m = r; m < r + group.rows; ++m) {
+        float* s = w.scores + m * t.ld_s;
+        store(w.lanes + m * kLanes, exponentiate(s, row_span(spans, group, m), scale, w.base[m]));
+        if (args.dropout_p > 0)
+          drop_row(s, w.drop, group, args, seq.index, head, block.begin + m, key);
+        pack_in_place<Words>(s, group.from, group.to);
+      }
+      const int64_t from = spans.lo[r] / Words::kPack;
+      const int64_t to = words<Words>(spans.hi[r + group.rows - 1]);
+      if (from >= to) continue;
       multiply<Words, false>({w.scores + r * t.ld_s + from, t.ld_s, values + from * t.ld_v, t.ld_v,
                               w.out + r * t.ld_v, t.ld_v, to - from, Start::kScaled, w.factor + r},
-                             n, vectors_v);
+                             group.rows, vectors_v);
     }
+    take_sums(w, rows);
   }
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -229,7 +232,7 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     static_cast<float*>(args.lse.data)[offset_of(args.lse, seq.index, head, i)] =
-        dead ? -kInf : float(double(w.top[r] * scale) + __builtin_log(double(sum)));
+        dead ? -kInf : w.top[r] * scale + __builtin_logf(sum);
   }
 }
 
