@@ -82,6 +82,7 @@ def host() -> ptx.HostLibrary:
     host.library.attention_launch_size.restype = I64
     host.library.attention_fwd_plan.restype = ctypes.c_char_p
     host.library.attention_fwd_run.restype = ctypes.c_char_p
+    host.library.attention_bwd_plan.restype = ctypes.c_char_p
     host.library.attention_bwd_run.restype = ctypes.c_char_p
     assert host.library.attention_args_size() == ctypes.sizeof(Args), "AttentionCudaArgs changed"
     assert host.library.attention_launch_size() == ctypes.sizeof(Plan), "AttentionLaunch changed"
@@ -149,6 +150,13 @@ class Call:
         assert error == b"", error.decode()
         return plan
 
+    def plan_backward(self) -> list[Plan]:
+        plans, count = (Plan * 8)(), I64()
+        arguments = ctypes.byref(self.args), plans, ctypes.byref(count)
+        error = host().library.attention_bwd_plan(*arguments)
+        assert error == b"", error.decode()
+        return list(plans[: count.value])
+
     def run(self, function: str) -> None:
         with host().running(self.memory) as made:
             error = getattr(host().library, function)(ctypes.byref(self.args))
@@ -166,7 +174,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     return out, lse
 
 
-def attention_bwd(
+def prepare_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -175,26 +183,30 @@ def attention_bwd(
     out: Tensor,
     lse: Tensor,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Call, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The call, and (dq, dk, dv, dmask) that it will fill."""
     *options, needs_dmask = options
     call, mask = Call(q, k, v, *options), options[0]
     args = call.args
-    gradients = [empty_like_layout(x, x.shape[-1]).fill_(torch.nan) for x in (q, k, v)]
+    dq, dk, dv = (empty_like_layout(x, x.shape[-1]).fill_(torch.nan) for x in (q, k, v))
     args.out, args.dout = call.view(out, "out"), call.view(dout, "dout")
     args.lse = call.view_lse(lse, "lse")
     if dlse is not None:
         args.dlse = call.view_lse(dlse, "dlse")
-    args.dq, args.dk, args.dv = (
-        call.view(x, n) for x, n in zip(gradients, ("dq", "dk", "dv"), strict=True)
-    )
+    args.dq, args.dk, args.dv = call.view(dq, "dq"), call.view(dk, "dk"), call.view(dv, "dv")
     delta = torch.full((2, *lse.shape), torch.nan)
     args.delta = call.view_lse(delta[0], "delta", delta)
     dmask = q.new_empty(0)
     if needs_dmask:
         dmask = torch.full_like(mask, torch.nan, memory_format=torch.contiguous_format)
         args.dmask = call.mask(dmask, "dmask")
+    return call, (dq, dk, dv, dmask)
+
+
+def attention_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, gradients = prepare_backward(*arguments)
     call.run("attention_bwd_run")
-    return (*gradients, dmask)
+    return gradients
 
 
 @functools.cache
