@@ -1,70 +1,39 @@
-// Attention backward on the GPU (formula: attention.h; the algorithm is FlashAttention-2's, Dao,
-// 2023): scores are recomputed from lse, tile by tile.
+// Attention backward on the GPU, for one block of rows (formula: attention.h; the algorithm is
+// FlashAttention-2's, Dao, 2023): scores are recomputed from lse, tile by tile.
 //
 //   P = exp(score - lse), P' = P * drop, dP = (dout v^T) * drop, delta = <dout, out> - dlse
 //   dS = P * (dP - delta), through softcap: * (1 - tanh^2)
 //   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k
 //
-// One body for two kernels. A block keeps kRows rows and streams tiles of kCols columns past them:
-// for dk and dv rows are keys, and columns the queries of every head of the group; for dq rows are
+// One body for two kernels. A block keeps its rows and streams tiles of columns past them: for dk
+// and dv rows are keys, and columns the queries of every head of the group; for dq rows are
 // queries, and columns keys. Each gradient has one owner and one order of summation: the same bits
 // at each run, without atomics, and without memory beyond two floats a row. The price is 7 products
-// of tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for every
-// pair of tiles, and a copy of dq for each block that works on a head at a time; where those copies
-// outgrow the L2 cache, that costs what the two products do.
+// of tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for each
+// pair of tiles, and to keep a copy of dq for each block that works on a head at the same time;
+// where those copies outgrow the L2 cache, that costs what the two products do.
 // P and dS stay in the registers that mma left them in, which are the operand `a` of the next
-// product: nothing but the four inputs passes through shared memory.
+// product: nothing but the inputs passes through shared memory.
 //
-//   16 bits: kDim   rows   columns   warps   shared memory
-//              64    128      32        4     2 x 16 KB + 2 x 8.25 KB
-//             128    128      32        8     2 x 32 KB + 2 x 16.25 KB
-//             256     64      16        4     2 x 32 KB + 2 x 16.13 KB
-//   fp32:      64    128      32        4     2 x 32 KB + 2 x 16.25 KB
-//             128     64      16        4     2 x 32 KB + 2 x 16.13 KB
-//             256     32       8        2     2 x 32 KB + 2 x 16.06 KB
-// Below 99 KB, so that every GPU from sm_80 on has room; kDim 64 in 16 bits fits twice. dk and dv
-// of kDim 256 are two kernels: their sums would fill 256 registers.
+//   kDim           rows   columns   warps   shared memory
+//   16 bits   64    128      32     4, 8    2 x 16 KB + 2 x 8.25 KB (8 warps: the general kernel)
+//            128    128      32        8    2 x 32 KB + 2 x 16.25 KB
+//            128    128      64        8    2 x 32 KB, columns in the place of rows (dq, plain)
+//            256     64      16        4    2 x 32 KB + 2 x 16.13 KB
+//   fp32      64     64      32        4    2 x 16 KB + 2 x 16.25 KB
+//            128     64      16        4    2 x 32 KB + 2 x 16.13 KB
+//            256     32       8        2    2 x 32 KB + 2 x 16.06 KB
+// Below 99 KB, so that every GPU from sm_80 on has room. dk and dv of kDim 256 are two kernels:
+// their sums would fill 256 registers.
 //
 // The plain kernel takes causality and windows, and has an inner loop without any masking for the
 // tiles that every row sees; the general one takes everything: softcap, ALiBi, masks, dropout, rows
 // that are not 16-byte aligned. fp32 multiplies by fma, so it keeps fp32's accuracy, in mma's
 // layout: lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8.
 #pragma once
-#include <type_traits>
-
-#include "attention/cuda_bwd_kernels.h"
-#include "attention/cuda_scores.h"
-#include "attention/cuda_tile.h"
+#include "attention/cuda_bwd_tile.h"
 
 namespace bigkernel {
-
-template <class T, int kDim, Part kPart, bool kGeneral>
-struct BackwardTile {
-  static constexpr bool kFma = sizeof(T) == 4;
-  static constexpr bool kRowsAreKeys = kPart != Part::kQueries && kPart != Part::kMask;
-  // 16 rows each, of a warp; two halve the loads of columns, where registers allow.
-  static constexpr int kFrags = kDim == 64 && (kFma ? !kRowsAreKeys : !kGeneral) ? 2 : 1;
-  static constexpr int kWarps = kFma ? (kDim == 256 ? 2 : 4) : (kDim == 256 || kFrags == 2 ? 4 : 8);
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kFrags;
-  static constexpr int kRows = kWarps * kWarpRows;
-  // Rows' fragments stay in registers where those are left; without the tiles of rows, which they
-  // come from, there is room for more columns.
-  static constexpr bool kResident2 = !kFma && kPart == Part::kQueries && kDim <= 128;
-  static constexpr bool kResident1 =
-      kResident2 || (!kFma && kPart == Part::kKeysValues && kFrags == 1);
-  static constexpr int kChunk = (kDim == 256 ? 16 : 32) / (kFma && kDim > 64 ? 2 : 1);
-  static constexpr int kCols = kResident2 && kDim == 128 ? 2 * kChunk : kChunk;
-  static constexpr int kBlocksPerSm = kFrags == 2 && !kFma ? 2 : 1;
-  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));      // a tile of rows
-  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));      // a tile of columns
-  static constexpr int kStageBytes = 2 * kColBytes;                    // q and dout, or k and v
-  static constexpr int kStatBytes = kRowsAreKeys ? 2 * kCols * 4 : 0;  // -lse and -delta of columns
-  static constexpr int kStages = kResident2 ? 0 : 2 * kRowBytes;       // offset
-  static constexpr int kStats = kStages + 2 * kStageBytes;             // offset
-  static constexpr int kShared =
-      kStats + 2 * kStatBytes > 2 * kRowBytes ? kStats + 2 * kStatBytes : 2 * kRowBytes;
-};
 
 // What attention_bwd_rows_kernel leaves of each row, in two planes of args.delta: -lse (-inf where
 // no key is open; in 16 bits times log2 e) and -delta.
@@ -73,28 +42,21 @@ __device__ __forceinline__ int64_t stat_plane(const AttentionCudaArgs& args) {
 }
 
 template <class T, int kDim, Part kPart, bool kGeneral>
-struct Backward {
-  using Tile = BackwardTile<T, kDim, kPart, kGeneral>;
-  using Layout = TileLayout<T, kDim>;
+struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
+  using Products = BackwardProducts<T, kDim, kPart, kGeneral>;
+  using Products::kFma, Products::kFrags, Products::kResident1, Products::kResident2;
+  using Products::kRowsAreKeys, Products::kTiles;
+  using Products::lane, Products::own_row, Products::resident1, Products::resident2;
+  using Products::shared, Products::warp;
+  using typename Products::Layout, typename Products::Operand, typename Products::Scores;
+  using typename Products::Sums, typename Products::Tile;
   using ColumnLoader = TileLoader<T, Tile::kCols, kDim, Tile::kThreads>;
   using RowLoader = TileLoader<T, Tile::kRows, kDim, Tile::kThreads>;
-  static constexpr bool kFma = Tile::kFma;
-  static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
   static constexpr bool kNeedsDs = kPart != Part::kValues;  // the gradient of the score
   static constexpr bool kNeedsP = kPart == Part::kKeysValues || kPart == Part::kValues;
-  static constexpr int kFrags = Tile::kFrags;
-  static constexpr int kSteps = kDim / 16;
-  static constexpr int kTiles = Tile::kChunk / 8;
-  static constexpr bool kResident1 = Tile::kResident1, kResident2 = Tile::kResident2;
-
-  using Sums = float[kFrags][kDim / 8][4];
-  using Scores = float[kFrags][kTiles][4];
-  using Operand = uint32_t[kFrags][kTiles / 2 + kFma][4];
 
   const AttentionCudaArgs& args;
-  const uint32_t shared;
   const float* const stats;
-  const int lane, warp;
   const int head;  // of the rows
   const DeviceSequence seq;
   const DeviceReach reach;
@@ -102,13 +64,8 @@ struct Backward {
   int row0, rows_all, cols_all;  // rows of the block start at row0
   int first, last;               // tiles of columns that any row sees
   int full_first, full_last;     // and those that all rows see
-  // What this lane gives to ldmatrix_x4 at row 0, column 0: of its warp's rows, and of the columns
-  // read by rows (`b` with _trans) and by columns (`b` without).
-  const uint32_t row_base, col_base, pair_base;
-  Sums sum1, sum2;  // of dS and rows 1; of P and rows 2
+  Sums sum1, sum2;               // of dS and rows 1; of P and rows 2
   float row_lse[kFrags][2], row_delta[kFrags][2];
-  uint32_t resident1[kResident1 ? kFrags : 1][kResident1 ? kSteps : 1][4];
-  uint32_t resident2[kResident2 ? kFrags : 1][kResident2 ? kSteps : 1][4];
 
   __device__ __forceinline__ const AttentionTensor& rows1() const {
     return kRowsAreKeys ? args.k : args.q;
@@ -134,19 +91,13 @@ struct Backward {
 
   __device__ __forceinline__ Backward(const AttentionCudaArgs& args_, char* memory, int batch,
                                       int head_, int tile)
-      : args(args_),
-        shared(shared_address(memory)),
+      : Products(shared_address(memory)),
+        args(args_),
         stats(reinterpret_cast<const float*>(memory + Tile::kStats)),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
         head(head_),
         seq(sequence_of(args_, batch)),
         reach(reach_of(args_, seq)),
-        aligned(!kGeneral || args_.aligned),
-        row_base(MatrixCursor<T, kDim>(shared, warp * Tile::kWarpRows, lane).base[0]),
-        col_base(MatrixCursor<T, kDim>(shared + Tile::kStages, 0, lane).base[0]),
-        pair_base(MatrixCursor<T, kDim, MatrixOrder::kColumnsFirst>(shared + Tile::kStages, 0, lane)
-                      .base[0]) {
+        aligned(!kGeneral || args_.aligned) {
     row0 = tile * Tile::kRows;
     rows_all = kRowsAreKeys ? seq.keys : seq.rows;
     cols_all = kRowsAreKeys ? seq.rows : seq.keys;
@@ -223,160 +174,8 @@ struct Backward {
     }
   }
 
-  // MatrixCursor::at from one register: tiles start at multiples of 128 bytes, so the swizzle of
-  // the step is an XOR.
-  static __device__ __forceinline__ uint32_t matrix_at(uint32_t base, int row, int step) {
-    return (base ^ (step % 4 << 5)) + row * Layout::kRowBytes + step / 4 * 128;
-  }
-
-  // The same in a tile of columns. Which sum comes first decides what stays in registers.
-  static __device__ __forceinline__ uint32_t column_at(uint32_t base, uint32_t tile, int row,
-                                                       int step) {
-    return kRowsAreKeys ? matrix_at(base, row, step) + tile : matrix_at(base + tile, row, step);
-  }
-
-  // Row m of the 2 * kFrags of which this thread holds elements.
-  __device__ __forceinline__ int own_row(int m) const {
-    return warp * Tile::kWarpRows + m * 8 + lane / 4;
-  }
-
-  __device__ __forceinline__ void keep_rows() {
-#pragma unroll
-    for (int f = 0; f < kFrags; ++f)
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if constexpr (kResident1) ldmatrix_x4(resident1[f][k], matrix_at(row_base, 16 * f, k));
-        if constexpr (kResident2)
-          ldmatrix_x4(resident2[f][k], matrix_at(row_base, 16 * f, k) + Tile::kRowBytes);
-      }
-  }
-
-  // out = rows columns^T by fma, of rows at `row_tile` and columns at `col_tile`.
-  __device__ __forceinline__ void multiply_fma(Scores& out, uint32_t row_tile, uint32_t col_tile,
-                                               int dim) const {
-    const uint32_t cols = shared + Tile::kStages + col_tile;
-#pragma unroll
-    for (int f = 0; f < kFrags; ++f)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[f][n][e] = 0.0f;
-#pragma unroll 2
-    for (int k = 0; k < (dim + 3) / 4; ++k) {
-      float4 a[2 * kFrags];
-#pragma unroll
-      for (int m = 0; m < 2 * kFrags; ++m)
-        a[m] = ld_shared_v4_f32(shared + row_tile + Layout::at(own_row(m), k));
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float4 b = ld_shared_v4_f32(cols + Layout::at(8 * n + lane % 4 * 2 + e, k));
-#pragma unroll
-          for (int m = 0; m < 2 * kFrags; ++m) {
-            float& x = out[m / 2][n][m % 2 * 2 + e];
-            x = fmaf(a[m].x, b.x, x);
-            x = fmaf(a[m].y, b.y, x);
-            x = fmaf(a[m].z, b.z, x);
-            x = fmaf(a[m].w, b.w, x);
-          }
-        }
-    }
-  }
-
-  // sum += p columns by fma. Lanes of a row exchange their elements of p.
-  __device__ __forceinline__ void accumulate_fma(Sums& sum, const Scores& p,
-                                                 uint32_t col_tile) const {
-    const int t = lane % 4;
-#pragma unroll
-    for (int c = 0; c < Tile::kChunk; ++c) {
-      float a[2 * kFrags];
-#pragma unroll
-      for (int m = 0; m < 2 * kFrags; ++m)
-        a[m] = __shfl_sync(~0u, p[m / 2][c / 8][m % 2 * 2 + c % 2], c % 8 / 2, 4);
-      // This lane's columns of sum: 8 n + 2 t, + 1.
-      const uint32_t from = shared + Tile::kStages + col_tile + c * Layout::kRowBytes +
-                            ((t / 2 ^ (Layout::turn(c) & 1)) << 4) + t % 2 * 8;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        const float2 b = ld_shared_v2_f32(from + ((2 * n ^ (Layout::turn(c) & ~1)) << 4));
-#pragma unroll
-        for (int m = 0; m < 2 * kFrags; ++m) {
-          float* x = &sum[m / 2][n][m % 2 * 2];
-          x[0] = fmaf(a[m], b.x, x[0]);
-          x[1] = fmaf(a[m], b.y, x[1]);
-        }
-      }
-    }
-  }
-
-  // out = start(f, n) + rows columns^T on tensor cores.
-  template <bool kResident, class Fragments, class Start>
-  __device__ __forceinline__ void multiply(Scores& out, const Fragments& resident,
-                                           uint32_t row_tile, uint32_t col_tile,
-                                           const Start& start) const {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t a[kFrags][4];
-      if constexpr (!kResident)
-#pragma unroll
-        for (int f = 0; f < kFrags; ++f)
-          ldmatrix_x4(a[f], matrix_at(row_base, 16 * f, k) + row_tile);
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, column_at(pair_base, col_tile, 8 * n, k));
-#pragma unroll
-        for (int f = 0; f < kFrags; ++f) {
-          const uint32_t (&m)[4] = fragment<kResident>(resident, a, f, k);
-          if (k == 0) {
-            mma_m16n8k16(out[f][n], m, b[0], b[1], start(f, n), T{});
-            mma_m16n8k16(out[f][n + 1], m, b[2], b[3], start(f, n + 1), T{});
-          } else {
-            mma_m16n8k16(out[f][n], m, b[0], b[1], T{});
-            mma_m16n8k16(out[f][n + 1], m, b[2], b[3], T{});
-          }
-        }
-      }
-    }
-  }
-  template <bool kResident, class Fragments>
-  static __device__ __forceinline__ const uint32_t (&fragment(const Fragments& resident,
-                                                              const uint32_t (&loaded)[kFrags][4],
-                                                              int f, int k))[4] {
-    if constexpr (kResident)
-      return resident[f][k];
-    else
-      return loaded[f];
-  }
-
-  __device__ __forceinline__ void accumulate(Sums& sum, const Operand& p, uint32_t col_tile) const {
-#pragma unroll
-    for (int k = 0; k < kTiles / 2; ++k)
-#pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, column_at(col_base, col_tile, 16 * k, n));
-#pragma unroll
-        for (int f = 0; f < kFrags; ++f) {
-          mma_m16n8k16(sum[f][2 * n], p[f][k], b[0], b[1], T{});
-          mma_m16n8k16(sum[f][2 * n + 1], p[f][k], b[2], b[3], T{});
-        }
-      }
-  }
-
-  static __device__ __forceinline__ void round(Operand& out, const Scores& in) {
-#pragma unroll
-    for (int f = 0; f < kFrags; ++f)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        out[f][n / 2][n % 2 * 2] = cvt_rn_x2(in[f][n][0], in[f][n][1], T{});
-        out[f][n / 2][n % 2 * 2 + 1] = cvt_rn_x2(in[f][n][2], in[f][n][3], T{});
-      }
-  }
-
-  // Whether the elements of this thread are kept by dropout: bit 4 n + e for element e of tile n.
-  // A call of Philox serves four keys of a row: lanes that share one divide the calls.
+  // Whether the elements of this thread are kept by dropout: bit 4 n + e for element e of tile n. A
+  // call of Philox serves four keys of a row: lanes that share one divide the calls.
   __device__ __forceinline__ uint32_t kept(const DeviceDropout& dropout, int f, int col) const {
     const int g = lane / 4, t = lane % 4, row = row0 + warp * Tile::kWarpRows + 16 * f;
     uint32_t bits = 0;
@@ -427,13 +226,14 @@ struct Backward {
           minus_delta[i][e] = stat(delta, row_delta[kRowsAreKeys ? 0 : i], i, e);
     }
     if constexpr (kFma) {
-      multiply_fma(s, 0, to, args.dim);
-      if constexpr (kNeedsDs) multiply_fma(ds, Tile::kRowBytes, to + Tile::kColBytes, args.dim_v);
-    } else {
-      multiply<kResident1>(s, resident1, 0, to,
-                           [&](int, int) -> const float (&)[4] { return zero; });
+      this->multiply_fma(s, 0, to, args.dim);
       if constexpr (kNeedsDs)
-        multiply<kResident2>(
+        this->multiply_fma(ds, Tile::kRowBytes, to + Tile::kColBytes, args.dim_v);
+    } else {
+      this->template multiply<kResident1>(s, resident1, 0, to,
+                                          [&](int, int) -> const float (&)[4] { return zero; });
+      if constexpr (kNeedsDs)
+        this->template multiply<kResident2>(
             ds, resident2, Tile::kRowBytes, to + Tile::kColBytes,
             [&](int f, int n) -> const float (&)[4] { return minus_delta[kRowsAreKeys ? n : f]; });
     }
@@ -442,6 +242,36 @@ struct Backward {
       const int query_head = kRowsAreKeys ? column_head(member) : head;
       const DeviceScores scores(args, seq, query_head);
       const DeviceDropout dropout(args, seq, query_head);
+      Scores slope;
+      const auto seen = [&](int row, int col) {
+        return row < rows_all && col >= low(row) && col < high(row);
+      };
+      // One feature at a time: those that are absent cost one branch for all.
+      const auto for_each = [&](const auto& visit) {
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int row = row0 + own_row(2 * f + e / 2), col = col0 + 8 * n + 2 * t + e % 2;
+              visit(s[f][n][e], slope[f][n][e], kRowsAreKeys ? col : row, kRowsAreKeys ? row : col);
+            }
+      };
+      for_each([&](float& x, float& slope_of_cap, int, int) {
+        x = scores.scaled(x);
+        slope_of_cap = 1.0f;
+      });
+      if (scores.softcap > 0)
+        for_each(
+            [&](float& x, float& slope_of_cap, int, int) { x = scores.capped(x, slope_of_cap); });
+      if (scores.slope != 0)
+        for_each([&](float& x, float&, int i, int j) { x = scores.biased(x, i, j); });
+      scores.with_mask([&](auto tag) {
+        for_each([&](float& x, float&, int i, int j) {
+          if (i < seq.rows && j < seq.keys) x = scores.template masked<decltype(tag)>(x, i, j);
+        });
+      });
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         const uint32_t keep = args.seed != nullptr ? kept(dropout, f, col0) : ~0u;
@@ -450,16 +280,12 @@ struct Backward {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int row = row0 + own_row(2 * f + e / 2), col = col0 + 8 * n + 2 * t + e % 2;
-            float p = 0.0f, slope = 1.0f;
-            if (row < rows_all && col >= low(row) && col < high(row)) {
-              const float score =
-                  scores(s[f][n][e], kRowsAreKeys ? col : row, kRowsAreKeys ? row : col, slope);
-              p = exponential(score, stat(lse, row_lse[f], n, e));
-            }
+            const float p =
+                seen(row, col) ? exponential(s[f][n][e], stat(lse, row_lse[f], n, e)) : 0.0f;
             const float factor = keep >> (4 * n + e) & 1 ? dropout.scale : 0.0f;
             s[f][n][e] = p * factor;
             ds[f][n][e] = p * (ds[f][n][e] * factor + stat(delta, row_delta[f], n, e));
-            if constexpr (kPart != Part::kMask) ds[f][n][e] *= slope;
+            if constexpr (kPart != Part::kMask) ds[f][n][e] *= slope[f][n][e];
           }
       }
     } else {
@@ -494,17 +320,17 @@ struct Backward {
       const uint32_t cols1 = stage * Tile::kStageBytes + part * Layout::kRowBytes;
       const uint32_t cols2 = cols1 + Tile::kColBytes;
       if constexpr (kFma) {
-        if constexpr (kNeedsP) accumulate_fma(sum2, s, cols2);
-        if constexpr (kNeedsDs) accumulate_fma(sum1, ds, cols1);
+        if constexpr (kNeedsP) this->accumulate_fma(sum2, s, cols2);
+        if constexpr (kNeedsDs) this->accumulate_fma(sum1, ds, cols1);
       } else {
         Operand rounded;
         if constexpr (kNeedsP) {
-          round(rounded, s);
-          accumulate(sum2, rounded, cols2);
+          this->round(rounded, s);
+          this->accumulate(sum2, rounded, cols2);
         }
         if constexpr (kNeedsDs) {
-          round(rounded, ds);
-          accumulate(sum1, rounded, cols1);
+          this->round(rounded, ds);
+          this->accumulate(sum1, rounded, cols1);
         }
       }
     }
@@ -524,7 +350,7 @@ struct Backward {
       if (kResident1) {
         cp_async_wait_group<0>();
         __syncthreads();
-        keep_rows();
+        this->keep_rows();
       }
       if (kResident2) {  // columns take the place of rows
         __syncthreads();

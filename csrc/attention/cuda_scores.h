@@ -149,17 +149,6 @@ struct DeviceScores {
         return f(float{});
     }
   }
-
-  // All of them, and the derivative by scale * product.
-  __device__ __forceinline__ float operator()(float product, int row, int key,
-                                              float& slope_of_cap) const {
-    float s = scaled(product);
-    slope_of_cap = 1.0f;
-    if (softcap > 0) s = capped(s, slope_of_cap);
-    if (slope != 0) s = biased(s, row, key);
-    with_mask([&](auto tag) { s = masked<decltype(tag)>(s, row, key); });
-    return s;
-  }
 };
 
 // Dropout: key 4 c + w of row i of head h of sequence b is kept if word w of Philox at the counter

@@ -105,7 +105,7 @@ def test_attention_backward_counts(name):
 
 REPEATED = {
     "plain": {"dtype": "bf16", "dim": 64, "lengths": (70, 90), "heads": (3, 1)},
-    "mask-summed-over-rows": {"dtype": "f16", "dim": 80, "mask": "float:K", "dropout": 0.2},
+    "mask-summed-over-rows": {"dtype": "f16", "dim": 80, "mask": "float:111K", "dropout": 0.2},
     "fp32": {"causal": "top_left", "mask": "float:1HQ1", "dlse": True},
 }
 
@@ -124,9 +124,9 @@ def test_attention_backward_plan():
     assert names(Case(dtype="bf16", dim=128)) == ["rows_kernel", together, dq]
     assert names(Case(dtype="f16", dim=129)) == ["rows_kernel", "kernel (dk)", "kernel (dv)", dq]
     assert names(Case(dim=8, dim_v=200))[1:] == ["kernel (dk)", "kernel (dv)", dq]
-    assert names(Case(mask="float:QK"))[3:] == ["mask_kernel"]
+    assert names(Case(mask="float:11QK"))[3:] == ["mask_kernel"]
     assert names(Case(mask="float:BHQ1"))[3:] == ["mask_rows_kernel"]
-    assert names(Case(mask="bool:QK"))[3:] == []
+    assert names(Case(mask="bool:11QK"))[3:] == []
 
     def general(**options):
         call, _ = prepare(Case(dtype="bf16", **options))
@@ -135,7 +135,7 @@ def test_attention_backward_plan():
         return [bool(p.general) for p in plans[1:3]]
 
     assert general(dim=64, causal="top_left", window=(5, 3)) == [False] * 2
-    for option in ({"softcap": 1.0}, {"alibi": "H"}, {"mask": "bool:QK"}, {"dropout": 0.5}):
+    for option in ({"softcap": 1.0}, {"alibi": "H"}, {"mask": "bool:11QK"}, {"dropout": 0.5}):
         assert general(dim=64, **option) == [True] * 2
     assert general(dim=64, layout="nan") == [True] * 2
 
@@ -144,7 +144,7 @@ def test_attention_backward_shared_memory_fits_every_architecture():
     """99 KB a block is what sm_86, sm_89 and sm_120 have."""
     for dtype in ("bf16", "f16", "f32"):
         for dim in (64, 128, 256):
-            for options in ({}, {"mask": "float:QK"}):
+            for options in ({}, {"mask": "float:11QK"}):
                 call, _ = prepare(Case(dtype=dtype, dim=dim, batch=1, **options))
                 assert all(p.shared <= 99 * 1024 for p in call.plan_backward())
 
