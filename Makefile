@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format test-sanitize test-abi bench wheel clean
+# The rest: setup build lint format test-sanitize test-abi bench gpu-check wheel clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format test-sanitize test-abi bench wheel clean
+.PHONY: demo test setup build lint format test-sanitize test-abi bench gpu-check wheel clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -102,6 +102,10 @@ $(ABI_VENV)/.torch:
 bench: build
 	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
+
+# For a machine with a GPU: builds for it, tests, sanitizes and measures, with what is installed there.
+gpu-check:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 wheel: $(VENV)/.torch
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
