@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format test-sanitize test-abi bench gpu-check wheel clean
+# The rest: setup build lint format test-sanitize test-abi bench cuda-report gpu-check wheel clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format test-sanitize test-abi bench gpu-check wheel clean
+.PHONY: demo test setup build lint format test-sanitize test-abi bench cuda-report gpu-check wheel clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -102,6 +102,11 @@ $(ABI_VENV)/.torch:
 bench: build
 	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
+
+# Counts what the CUDA kernels take and do, with nvcc and without a GPU; ARCH=all for every architecture.
+ARCH ?= sm_80
+cuda-report: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python tests/ops/cuda_report.py --arch $(ARCH)
 
 # For a machine with a GPU: builds for it, tests, sanitizes and measures, with what is installed there.
 gpu-check:

@@ -84,12 +84,14 @@ def host() -> ptx.HostLibrary:
     host.library.attention_fwd_run.restype = ctypes.c_char_p
     host.library.attention_bwd_plan.restype = ctypes.c_char_p
     host.library.attention_bwd_run.restype = ctypes.c_char_p
+    host.library.attention_bwd_plan.restype = ctypes.c_char_p
     assert host.library.attention_args_size() == ctypes.sizeof(Args), "AttentionCudaArgs changed"
     assert host.library.attention_launch_size() == ctypes.sizeof(Plan), "AttentionLaunch changed"
     return host
 
 
 launches: list[ptx.Launch] = []  # of the last call
+last: Any = None  # its function and arguments
 
 
 class Call:
@@ -160,8 +162,23 @@ class Call:
     def run(self, function: str) -> None:
         with host().running(self.memory) as made:
             error = getattr(host().library, function)(ctypes.byref(self.args))
+        global last
+        last = function, self.args
         launches[:] = made
         assert error == b"", error.decode()
+
+
+def tiles() -> list[tuple[int, int]]:
+    """(rows of a block, keys or other rows that it takes at a time) of the last call's launches."""
+    function, args = last
+    plans = (Plan * 8)()
+    if function == "attention_fwd_run":
+        error = host().library.attention_fwd_plan(ctypes.byref(args), plans)
+    else:
+        count = I64()
+        error = host().library.attention_bwd_plan(ctypes.byref(args), plans, ctypes.byref(count))
+    assert error == b"", error.decode()
+    return [(plan.tile_rows, plan.tile_keys) for plan in plans if plan.blocks]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

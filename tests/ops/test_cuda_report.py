@@ -1,0 +1,89 @@
+"""Adam's bars of `make cuda-report`, at half its size; Triton's kernels against float64."""
+
+import cuda_report
+import pytest
+import torch
+
+from bigkernel.testing import ptx
+from bigkernel.testing.tolerance import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
+ADAM = [case for case in cuda_report.CASES if case.op == "adam"]
+
+
+@pytest.mark.parametrize("case", ADAM, ids=lambda case: f"{case.op} {case.name}")
+def test_bars(case):
+    rows = cuda_report.measure(case, 512)
+    assert rows
+    for row in rows:
+        held = dict(row["bars"])
+        assert len(held) >= 3
+        assert all(held.values()), f"{row['role']}: {held}"
+        assert row["registers"] <= 255
+        assert 0 < row["occupancy"] <= 1
+    report = {"compiler": "", "triton": "", "size": 512, "cases": rows, "kernels": []}
+    assert f"| {case.op} {case.name} {rows[0]['role']} | bigkernel |" in cuda_report.markdown(
+        report
+    )
+
+
+def test_a_bar_that_is_missed_is_seen():
+    row = {"op": "adam", "triton": None, "main_loop": {"local": 3, "matrix": 0},
+           "emulator": {"ratio": 1.2, "global_atomics": 0}}  # fmt: skip
+    assert [held for _, held in cuda_report.bars(row)] == [False, True, False]
+    row = {"op": "attention", "main_loop": {"local": 0, "matrix": 9, "per_matrix": 5.1},
+           "triton": {"main_loop": {"per_matrix": 5.0}}, "emulator": {
+               "ratio": 1.0, "global_atomics": 0, "bank_conflicts": 1.2,
+               "by_array": {"q": [9, 8]}}}  # fmt: skip
+    assert [held for _, held in cuda_report.bars(row)] == [True, True, False, False, False]
+
+
+def test_tiles_that_are_needed():
+    assert cuda_report.keys_seen(256, 128, 64, False) == 512
+    assert cuda_report.keys_seen(256, 128, 64, True) == 128 + 256
+    assert cuda_report.keys_seen(100, 64, 48, True) == 96 + 100
+    assert cuda_report.queries_seen(256, 128, 32, False) == 512
+    assert cuda_report.queries_seen(256, 128, 32, True) == 256 + 128
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("length", [128, 77])
+def test_triton_attention_is_right(length, causal):
+    """A yardstick that computed something else would measure nothing."""
+    triton_kernels = pytest.importorskip("triton_kernels")
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, length, 64).bfloat16() for _ in range(3)]
+    dout = torch.randn(1, length, 64).bfloat16()
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        scores = q @ k.transpose(1, 2) / 8
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        out = scores.softmax(-1) @ v
+        gradients = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+        results.append([out.detach(), *gradients])
+    out, dq, dk, dv = (torch.zeros_like(dout) for _ in range(4))
+    lse = torch.zeros(1, length)
+    kernel, grid = triton_kernels.forward(*inputs, out, lse, causal)
+    kernel.launch(grid)
+    delta = (dout.float() * out.float()).sum(-1)
+    for kernel, grid in triton_kernels.backward(*inputs, dout, lse, delta, dq, dk, dv, causal):
+        kernel.launch(grid)
+    for mine, exact, same in zip((out, dq, dk, dv), *results, strict=True):
+        assert_as_accurate(mine, exact, same)
+
+
+def test_triton_adam_is_right():
+    triton_kernels = pytest.importorskip("triton_kernels")
+    torch.manual_seed(0)
+    x, g, m, v = torch.randn(1000), torch.randn(1000), torch.randn(1000), torch.rand(1000)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        p, grad, a, b = (t.to(dtype) for t in (x, g, m, v))
+        a, b = a + 0.1 * (grad - a), b + 0.01 * (grad * grad - b)
+        results.append([p - (1e-3 * p + 0.01 * a / (b.sqrt() + 1e-8)), a, b])
+    kernel, grid = triton_kernels.adam(x, g, m, v, 0.01, 0.9, 0.99, 1e-8, 1e-3)
+    kernel.launch(grid)
+    for mine, exact, same in zip((x, m, v), *results, strict=True):
+        assert_as_accurate(mine, exact, same)
