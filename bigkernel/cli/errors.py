@@ -64,7 +64,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         _command.ready()
-        usual, warnings.formatwarning = warnings.formatwarning, _sentence_of_warning
+        usual = warnings.formatwarning
+        warnings.formatwarning = _sentence_of_warning
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as error:
@@ -88,6 +89,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _sentence_of_warning(message: Warning | str, *_: Any) -> str:
+def _sentence_of_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
     """Without the line of source that warned, which says nothing to who typed a command."""
     return f"Warning: {' '.join(str(message).split())}\n"
