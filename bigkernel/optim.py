@@ -5,6 +5,7 @@ A state dict goes both ways between these classes and torch's. Beyond torch's ar
 16-bit parameters), ``state_dtype`` (bf16 moments) and stochastic rounding for bf16 parameters.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from bigkernel import backend
 from bigkernel.errors import check
 from bigkernel.ops import adam as op
 from bigkernel.ops.adam import AdamGroup
@@ -58,6 +60,10 @@ class Adam(Optimizer):
     Under a ``torch.amp.GradScaler`` gradients are unscaled inside the step, and an overflowed step
     is skipped on the device. Skipped steps are not counted.
     """
+
+    # The plan of the next step, and the steps done without one.
+    _planned: "_Planned | None" = None
+    _unplanned = 0
 
     # GradScaler hands over grad_scale and found_inf instead of unscaling and deciding itself.
     _step_supports_amp_scaling = True
@@ -176,6 +182,8 @@ class Adam(Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
+        if found_inf is None and grad_scale is None and self._step_as_planned():
+            return loss
         work = self._collect()
         norm = None
         if self.max_grad_norm is not None and (work.sharded or len(work.by_device) > 1):
@@ -195,14 +203,29 @@ class Adam(Optimizer):
             norm = result if norm is None else norm
         if self.max_grad_norm is not None:
             self.grad_norm = torch.zeros(()) if norm is None else norm
+        self._unplanned += 1
+        if self._unplanned == 2:  # as it was twice, it may be the next time
+            self._planned = _Planned.of(self, work)
         return loss
+
+    def _step_as_planned(self) -> bool:
+        """Whether the step was done, on tensors that the kernel knows from earlier steps."""
+        plan = self._planned
+        if plan is None:
+            return False
+        norm, done = plan.step(self)
+        if not done:
+            self._planned, self._unplanned = None, 0
+        elif self.max_grad_norm is not None:
+            self.grad_norm = norm
+        return done
 
     def _collect(self) -> "_Work":
         """The tensors of this step as arguments of the op; creates state that is missing.
 
         A loop over all parameters in every step: it stays short and leaves the rare cases to
-        ``_complete`` and ``_Work.unwrap``. Nothing is kept from step to step, so parameters,
-        gradients and state may be replaced at any time.
+        ``_complete`` and ``_Work.unwrap``. Parameters, gradients and state may be replaced at any
+        time: ``_Planned`` looks whether they are the same.
         """
         work = _Work(self._name)
         state_of = self.state
@@ -388,6 +411,101 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
+class _Planned:
+    """A step on the CPU whose tensors are those of the step before, but for the gradients.
+
+    Thousands of small tensors take longer to collect and hand over than to update. What can have
+    been replaced since (parameters, state, its entries) is compared by identity, memory by the
+    kernel.
+    """
+
+    def __init__(self, plan: op.Plan, optimizer: Adam, params: list[Tensor], bf16: bool) -> None:
+        self.plan = plan
+        self.params = params
+        self.bf16 = bf16
+        self.states = list(optimizer.state.values())
+        keys = dict.fromkeys(key for state in self.states for key in state)
+        self.held = [
+            (owners, key, [state[key] for state in owners])
+            for key in keys
+            if (owners := [state for state in self.states if key in state])
+        ]
+        self.shape = self._shape(optimizer)
+
+    @classmethod
+    def of(cls, optimizer: Adam, work: "_Work") -> "_Planned | None":
+        """The plan of a step like the one that was just done, if it can have one."""
+        groups = next(iter(work.by_device.values()), [])
+        params = [p for group in groups for p in group.params]
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        if (
+            len(work.by_device) != 1
+            or work.unwrapped
+            or len(groups) != len(optimizer.param_groups)
+            or len(params) != len(everything)
+            or params[0].device.type != "cpu"
+            or torch.float64 in {p.dtype for p in params}
+            or backend.decide("adam_step_", "cpu")[0] != "cpu"
+        ):
+            return None
+        plan = op.Plan.of(groups)
+        return None if plan is None else cls(plan, optimizer, params, work.bf16)
+
+    @staticmethod
+    def _shape(optimizer: Adam) -> list[Any]:
+        groups = [
+            (len(group["params"]), bool(group["amsgrad"])) for group in optimizer.param_groups
+        ]
+        return [optimizer.master_weights, optimizer.state_dtype, *groups]
+
+    def step(self, optimizer: Adam) -> tuple[Tensor | None, bool]:
+        """(norm, whether the step was done); nothing is done where something was replaced."""
+        groups = optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        if not _identical(params, self.params) or self._shape(optimizer) != self.shape:
+            return None, False
+        if backend.decide("adam_step_", "cpu")[0] != "cpu":
+            return None, False
+        grads = [p.grad for p in params]
+        if set(map(type, grads)) != {Tensor}:
+            return None, False
+        if not _identical(list(optimizer.state.values()), self.states):
+            return None, False
+        try:
+            for owners, key, tensors in self.held:
+                if not _identical([state[key] for state in owners], tensors):
+                    return None, False
+        except KeyError:
+            return None, False
+        stochastic = self.bf16 and optimizer.stochastic_rounding and not optimizer.master_weights
+        return self.plan.step(
+            [_hyper_parameters(group) for group in groups],
+            params,
+            grads,  # type: ignore[arg-type]
+            optimizer.max_grad_norm,
+            optimizer.rounding_seed if stochastic else None,
+        )
+
+
+def _identical(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _hyper_parameters(options: dict[str, Any]) -> AdamGroup:
+    """An op group without tensors."""
+    beta1, beta2 = options["betas"]
+    return AdamGroup(
+        lr=options["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        amsgrad=bool(options["amsgrad"]),
+        maximize=bool(options["maximize"]),
+        decoupled=bool(options["decoupled_weight_decay"]),
+    )
+
+
 class _Work:
     """What one step has to do: groups by device, and gradients whose norm spans several ranks."""
 
@@ -397,20 +515,11 @@ class _Work:
         # (mesh, its dimensions over which the gradient is cut) -> this rank's pieces
         self.sharded: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
         self.bf16 = False
+        self.unwrapped = False
 
     def group(self, device: torch.device, options: dict[str, Any]) -> AdamGroup:
         """A new op group on ``device`` with the hyper-parameters of a parameter group."""
-        beta1, beta2 = options["betas"]
-        group = AdamGroup(
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=options["eps"],
-            weight_decay=options["weight_decay"],
-            amsgrad=bool(options["amsgrad"]),
-            maximize=bool(options["maximize"]),
-            decoupled=bool(options["decoupled_weight_decay"]),
-        )
+        group = _hyper_parameters(options)
         self.by_device.setdefault(device, []).append(group)
         return group
 
@@ -420,6 +529,7 @@ class _Work:
         """
         from torch.distributed.tensor import DTensor
 
+        self.unwrapped = True
         param, grad = tensors[0], tensors[1]
         check(
             grad.layout is torch.strided,

@@ -5,13 +5,16 @@ state_dict both ways, dtypes kept          loads_torchs_state, torch_loads_our_s
 max_grad_norm, master_weights, state_dtype max_grad_norm_*, master_weights_*, bf16_*
 GradScaler, accelerate, DTensor and FSDP2  grad_scaler_*, accelerate, fully_shard_*
 copies, pickles, hooks, late groups        copies_and_pickles, hooks, add_param_group_later
+steps on known tensors                     steps_after_*, a_plan_*
 bad input                                  sparse_*, rejects_*
 """
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -497,6 +500,93 @@ def test_parameters_and_layouts_may_change_between_steps():
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         train(net, optimizer, 1, first=5)
     assert_same_parameters(*nets)
+
+
+REPLACEMENTS = {
+    "nothing": lambda net, optimizer: None,
+    "a parameter's memory": lambda net, optimizer: setattr(
+        net[3].weight, "data", net[3].weight.data.clone()
+    ),
+    "a parameter": lambda net, optimizer: _replace_parameter(net, optimizer),
+    "an entry of the state": lambda net, optimizer: optimizer.state[net[0].bias].update(
+        exp_avg=optimizer.state[net[0].bias]["exp_avg"].clone()
+    ),
+    "a state": lambda net, optimizer: optimizer.state.update(
+        {net[0].bias: {k: v.clone() for k, v in optimizer.state[net[0].bias].items()}}
+    ),
+    "the memory of a moment": lambda net, optimizer: setattr(
+        optimizer.state[net[3].bias]["exp_avg_sq"],
+        "data",
+        optimizer.state[net[3].bias]["exp_avg_sq"].clone(),
+    ),
+    "the step count": lambda net, optimizer: optimizer.state[net[3].bias].update(
+        step=torch.tensor(40.0)
+    ),
+    "a gradient by none": lambda net, optimizer: setattr(net[0].bias, "requires_grad", False),
+    "the layout": lambda net, optimizer: net.to(memory_format=torch.channels_last),
+    "the learning rate": lambda net, optimizer: optimizer.param_groups[0].update(lr=3e-2),
+    "amsgrad": lambda net, optimizer: optimizer.param_groups[0].update(amsgrad=True),
+    "all by load_state_dict": lambda net, optimizer: optimizer.load_state_dict(
+        copy.deepcopy(optimizer.state_dict())
+    ),
+}
+
+
+def _replace_parameter(net, optimizer):
+    new = nn.Parameter(net[3].bias.detach().clone())
+    places = optimizer.param_groups[0]["params"]
+    places[[p is net[3].bias for p in places].index(True)] = new
+    optimizer.state[new] = optimizer.state.pop(net[3].bias)
+    net[3].bias = new
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("what", REPLACEMENTS)
+def test_steps_after_a_replacement_use_what_is_there(what, clip):
+    """From the third step on the kernel knows the tensors; it must not use those of before.
+
+    The other optimizer is made anew for each step, so that it never has a plan.
+    """
+    nets = [model(), model()]
+    optimizer = AdamW(nets[0].parameters(), lr=1e-2, max_grad_norm=clip)
+    other = AdamW(nets[1].parameters(), lr=1e-2, max_grad_norm=clip)
+    for i in range(8):
+        for net, used in zip(nets, (optimizer, other), strict=True):
+            if i == 5:
+                REPLACEMENTS[what](net, used)
+            used.zero_grad()
+            net(batch(i)).square().mean().backward()
+        other._planned, other._unplanned = None, 0
+        optimizer.step()
+        other.step()
+        assert other._planned is None
+        if i in (2, 3, 4):
+            assert optimizer._planned is not None, "the test would show nothing"
+        assert_same_parameters(*nets, exact=True)
+        if clip is not None:
+            assert torch.equal(optimizer.grad_norm, other.grad_norm)
+
+
+def test_a_plan_keeps_no_gradient_alive():
+    net = model()
+    optimizer = AdamW(net.parameters())
+    train(net, optimizer, 4)
+    assert optimizer._planned is not None
+    gone = weakref.ref(net[3].weight.grad)
+    optimizer.zero_grad()
+    assert gone() is None
+
+
+def test_a_plan_is_dropped_with_its_optimizer():
+    net = model()
+    optimizer = AdamW(net.parameters())
+    train(net, optimizer, 4)
+    number = optimizer._planned.plan._number
+    del optimizer
+    gc.collect()
+    grads = [p.grad for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="does not exist"):
+        torch.ops.bigkernel.adam_run_plan_(number, grads, [0], *[[0.1]] * 5, None, None)
 
 
 def test_complex_parameters():

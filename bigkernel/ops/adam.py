@@ -15,6 +15,7 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 - The result is the norm before clipping, 0-d, or an empty tensor when ``max_norm`` is None.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -133,18 +134,9 @@ def launch(
     lrs, lr_tensors = _learning_rates(groups, device)
     namespace = backend.select("adam_step_", device, _why_not_native(params, grads))
     norm: Tensor = namespace.adam_step_(
-        params,
-        grads,
-        [t for group in groups for t in group.exp_avgs],
-        [t for group in groups for t in group.exp_avg_sqs],
-        [t for group in groups for t in group.max_exp_avg_sqs],
-        [t for group in groups for t in group.masters],
-        [t for group in groups for t in group.steps],
+        *_lists(groups),
         [len(group.params) for group in groups],
-        [
-            AMSGRAD * group.amsgrad + MAXIMIZE * group.maximize + DECOUPLED * group.decoupled
-            for group in groups
-        ],
+        list(map(_flags, groups)),
         lrs,
         lr_tensors,
         [group.beta1 for group in groups],
@@ -162,6 +154,64 @@ def launch(
         # that was recorded before the step would silently use the new values.
         torch.autograd.graph.increment_version(params)
     return None if max_norm is None else norm
+
+
+class Plan:
+    """A CPU step whose tensors, but for the gradients, are handed to the kernel once.
+
+    The kernel looks at each tensor again before it uses it; ``step`` returns False, and has done
+    nothing, where one has changed. The caller sees to it that the tensors are still those that it
+    means. Gradients are not kept.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        weakref.finalize(self, torch.ops.bigkernel.adam_drop_plan, number)
+
+    @classmethod
+    def of(cls, groups: Sequence[AdamGroup]) -> "Plan | None":
+        """The plan of groups that ``launch`` took on the native CPU kernel; None if they are not
+        contiguous, or empty.
+        """
+        number: int = torch.ops.bigkernel.adam_plan(
+            *_lists(groups), [len(group.params) for group in groups], list(map(_flags, groups))
+        )
+        return cls(number) if number else None
+
+    def step(
+        self,
+        groups: Sequence[AdamGroup],
+        params: list[Tensor],
+        grads: list[Tensor],
+        max_norm: float | None,
+        seed: int | None,
+    ) -> tuple[Tensor | None, bool]:
+        """(norm, whether it was done) of a step with the groups' hyper-parameters."""
+        norm, done = torch.ops.bigkernel.adam_run_plan_(
+            self._number,
+            grads,
+            list(map(_flags, groups)),
+            [float(group.lr) for group in groups],
+            [group.beta1 for group in groups],
+            [group.beta2 for group in groups],
+            [group.eps for group in groups],
+            [group.weight_decay for group in groups],
+            max_norm,
+            seed,
+        )
+        if done:
+            torch.autograd.graph.increment_version(params)
+        return (None if max_norm is None else norm), done
+
+
+def _flags(group: AdamGroup) -> int:
+    return AMSGRAD * group.amsgrad + MAXIMIZE * group.maximize + DECOUPLED * group.decoupled
+
+
+def _lists(groups: Sequence[AdamGroup]) -> list[list[Tensor]]:
+    """The op's first seven arguments."""
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
+    return [[t for group in groups for t in getattr(group, name)] for name in names]
 
 
 def _learning_rates(

@@ -1,6 +1,12 @@
 // CPU binding of adam_norm and adam_step_: checks, the balance over threads, the scalars.
+#include <atomic>
 #include <cmath>
+#include <exception>
 #include <limits>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "adam/adam.h"
@@ -121,6 +127,40 @@ AdamScalars scalars_of(const AdamGroup& group, double step, double factor) {
   return s;
 }
 
+double norm_of(const std::vector<AdamTensor>& tensors) {
+  std::vector<Gradient> list;
+  list.reserve(tensors.size());
+  for (const AdamTensor& t : tensors) list.push_back({t.grad, t.grad_type, t.numel});
+  return norm_of(list);
+}
+
+// Counts the steps and updates all tensors in one sweep. A seed rounds bf16 stochastically.
+void update_all(const std::vector<AdamTensor>& tensors, const std::vector<AdamGroup>& groups,
+                double factor, std::optional<uint64_t> seed) {
+  std::vector<AdamScalars> scalars(tensors.size());
+  Row row(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const AdamTensor& t = tensors[i];
+    row.add(t.numel);
+    const float step = *t.step + 1.0f;
+    // Neighbours nearly always agree, and pow is slow beside a tensor of a few elements.
+    if (i > 0 && tensors[i - 1].group == t.group && *tensors[i - 1].step == step)
+      scalars[i] = scalars[i - 1];
+    else
+      scalars[i] = scalars_of(groups[t.group], step, factor);
+    scalars[i].stochastic = seed.has_value();
+    scalars[i].seed = seed.value_or(0);
+    *t.step = step;
+  }
+  parallel_for(row.total(), kGrain, [&](int64_t begin, int64_t end) {
+    row.visit(begin, end, [&](size_t i, int64_t from, int64_t to) {
+      const int64_t last = to * kAdamUnit;
+      BK_CALL(adam_update)(tensors[i], scalars[i], from * kAdamUnit,
+                           last < tensors[i].numel ? last : tensors[i].numel);
+    });
+  });
+}
+
 Tensor adam_step_cpu(const AdamCall& call) {
   Staging staging;
   const std::vector<AdamTensor> tensors = gather(call, staging);
@@ -133,10 +173,7 @@ Tensor adam_step_cpu(const AdamCall& call) {
     if (call.total_norm) {
       norm = read_scalar(*call.total_norm, kAdamOp, "total_norm");
     } else {
-      std::vector<Gradient> list;
-      list.reserve(tensors.size());
-      for (const AdamTensor& t : tensors) list.push_back({t.grad, t.grad_type, t.numel});
-      norm = norm_of(list) / scale;
+      norm = norm_of(tensors) / scale;
     }
     norm = float(norm);
     factor *= std::fmin(*call.max_norm / (norm + 1e-6), 1.0);
@@ -163,30 +200,154 @@ Tensor adam_step_cpu(const AdamCall& call) {
     seed_value = uint64_t(*static_cast<const int64_t*>(call.seed->const_data_ptr()));
   }
 
-  std::vector<AdamScalars> scalars(tensors.size());
-  Row row(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const AdamTensor& t = tensors[i];
-    row.add(t.numel);
-    const float step = *t.step + 1.0f;
-    // Neighbours nearly always agree, and pow is slow beside a tensor of a few elements.
-    if (i > 0 && tensors[i - 1].group == t.group && *tensors[i - 1].step == step)
-      scalars[i] = scalars[i - 1];
-    else
-      scalars[i] = scalars_of(groups[t.group], step, factor);
-    scalars[i].stochastic = call.seed.has_value();
-    scalars[i].seed = seed_value;
-    *t.step = step;
-  }
-  parallel_for(row.total(), kGrain, [&](int64_t begin, int64_t end) {
-    row.visit(begin, end, [&](size_t i, int64_t from, int64_t to) {
-      const int64_t last = to * kAdamUnit;
-      BK_CALL(adam_update)(tensors[i], scalars[i], from * kAdamUnit,
-                           last < tensors[i].numel ? last : tensors[i].numel);
-    });
-  });
+  update_all(tensors, groups, factor,
+             call.seed ? std::optional<uint64_t>(seed_value) : std::nullopt);
   staging.write_back();
   return result;
+}
+
+// A step's tensors but for the gradients, handed over once: boxing thousands of small ones takes
+// longer than their update. Before each use every tensor is looked at again, since its memory may
+// have been replaced.
+struct Held {
+  Tensor tensor;
+  const void* at;
+  int64_t numel;
+  DType type;
+};
+
+struct Plan {
+  std::vector<AdamTensor> tensors;
+  std::vector<Held> held;
+  std::vector<int64_t> flags;
+};
+
+std::mutex plans_lock;
+// Never destroyed: at exit torch may be gone before.
+auto& plans = *new std::unordered_map<int64_t, std::shared_ptr<Plan>>;
+
+std::shared_ptr<Plan> find_plan(int64_t number) {
+  const std::lock_guard<std::mutex> guard(plans_lock);
+  const auto found = plans.find(number);
+  BK_CHECK(found != plans.end(), "adam_run_plan_", "plan ", number, " does not exist");
+  return found->second;
+}
+
+bool unchanged(const Plan& plan) {
+  std::atomic<bool> same{true};
+  parallel_for(int64_t(plan.held.size()), 1000, [&](int64_t begin, int64_t end) {
+    bool here = true;
+    try {
+      for (int64_t i = begin; i < end; ++i) {
+        const Held& h = plan.held[i];
+        here &= h.tensor.mutable_data_ptr() == h.at && h.tensor.numel() == h.numel &&
+                h.tensor.is_contiguous() &&
+                dtype_of(h.tensor, "adam_run_plan_", "a tensor") == h.type;
+      }
+    } catch (const std::exception&) {  // a tensor without memory; adam_step_ says which
+      here = false;
+    }
+    if (!here) same = false;
+  });
+  return same;
+}
+
+bool take_gradients(Plan& plan, const std::vector<Tensor>& grads) {
+  if (grads.size() != plan.tensors.size()) return false;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    AdamTensor& e = plan.tensors[i];
+    const Tensor& g = grads[i];
+    e.grad_type = dtype_of(g, "adam_run_plan_", "grads");
+    if (!g.is_cpu() || g.numel() != e.numel || !g.is_contiguous() || e.grad_type > DType::kFloat16)
+      return false;
+    e.grad = g.const_data_ptr();
+  }
+  return true;
+}
+
+// The number of a plan, or 0 if these tensors need copies or are not all there, and so have none.
+int64_t adam_plan_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                      std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
+                      std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
+                      std::vector<int64_t> flags) {
+  AdamCall call;
+  call.params = std::move(params);
+  call.grads = std::move(grads);
+  call.exp_avgs = std::move(exp_avgs);
+  call.exp_avg_sqs = std::move(exp_avg_sqs);
+  call.max_exp_avg_sqs = std::move(max_exp_avg_sqs);
+  call.masters = std::move(masters);
+  call.steps = std::move(steps);
+  call.group_sizes = std::move(group_sizes);
+  call.flags = std::move(flags);
+  for (auto* list : {&call.lrs, &call.beta1s, &call.beta2s, &call.epss, &call.weight_decays})
+    list->resize(call.group_sizes.size());  // not known yet
+  Staging staging;
+  auto plan = std::make_shared<Plan>();
+  plan->tensors = gather(call, staging);
+  plan->flags = call.flags;
+  size_t maxima = 0, copies = 0;
+  for (size_t i = 0; i < plan->tensors.size(); ++i) {
+    const AdamTensor& e = plan->tensors[i];
+    if (e.numel == 0) return 0;
+    auto hold = [&](const Tensor& t, const void* at, DType type) {
+      plan->held.push_back({t, at, at == e.step ? 1 : e.numel, type});
+    };
+    hold(call.params[i], e.param, e.param_type);
+    hold(call.exp_avgs[i], e.exp_avg, e.moment_type);
+    hold(call.exp_avg_sqs[i], e.exp_avg_sq, e.moment_type);
+    if (e.max_exp_avg_sq) hold(call.max_exp_avg_sqs[maxima++], e.max_exp_avg_sq, e.moment_type);
+    if (e.master) hold(call.masters[copies++], e.master, DType::kFloat32);
+    hold(call.steps[i], e.step, DType::kFloat32);
+  }
+  if (!unchanged(*plan) || !take_gradients(*plan, call.grads)) return 0;
+  const std::lock_guard<std::mutex> guard(plans_lock);
+  static int64_t count = 0;
+  plans.emplace(++count, std::move(plan));
+  return count;
+}
+
+void adam_drop_plan(int64_t number) {
+  const std::lock_guard<std::mutex> guard(plans_lock);
+  plans.erase(number);
+}
+
+// adam_step_ of a plan's tensors. False, and nothing done, if a tensor is no longer what it was.
+std::tuple<Tensor, bool> adam_run_plan_cpu(int64_t number, std::vector<Tensor> grads,
+                                           std::vector<int64_t> flags, std::vector<double> lrs,
+                                           std::vector<double> beta1s, std::vector<double> beta2s,
+                                           std::vector<double> epss,
+                                           std::vector<double> weight_decays,
+                                           std::optional<double> max_norm,
+                                           std::optional<int64_t> seed) {
+  const std::shared_ptr<Plan> plan = find_plan(number);
+  const size_t count = plan->flags.size();
+  for (size_t size :
+       {flags.size(), lrs.size(), beta1s.size(), beta2s.size(), epss.size(), weight_decays.size()})
+    BK_CHECK(size == count, "adam_run_plan_", "there must be ", count, " groups, got ", size);
+  bool fits = false;
+  try {
+    fits = take_gradients(*plan, grads) && unchanged(*plan);
+  } catch (const std::exception&) {  // a tensor without memory; adam_step_ says which
+  }
+  for (size_t i = 0; i < count; ++i) fits &= (flags[i] & kAmsgrad) == (plan->flags[i] & kAmsgrad);
+  const Tensor& like = plan->held[0].tensor;
+  const Tensor none = torch::stable::new_empty(like, {0}, ScalarType::Float);
+  if (!fits) return {none, false};
+  double factor = 1.0, norm = 0.0;
+  if (max_norm) {
+    norm = float(norm_of(plan->tensors));
+    factor = std::fmin(*max_norm / (norm + 1e-6), 1.0);
+  }
+  const Tensor result = max_norm ? scalar_like(like, norm) : none;
+  if (!std::isfinite(norm)) return {result, true};
+  std::vector<AdamGroup> groups(count);
+  for (size_t i = 0; i < count; ++i)
+    groups[i] = {int32_t(flags[i]), lrs[i], beta1s[i], beta2s[i], epss[i], weight_decays[i]};
+  update_all(plan->tensors, groups, factor,
+             seed ? std::optional<uint64_t>(uint64_t(*seed)) : std::nullopt);
+  return {result, true};
 }
 
 }  // namespace
@@ -219,7 +380,26 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
 
 }  // namespace bigkernel
 
+// Not defined in Python: they are no op that a caller uses, but how bigkernel.optim calls one.
+STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel, m) {
+  m.def(
+      "adam_plan(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
+      "Tensor[] max_exp_avg_sqs, Tensor[] masters, Tensor[] steps, int[] group_sizes, "
+      "int[] flags) -> int");
+  m.def(
+      "adam_run_plan_(int plan, Tensor[] grads, int[] flags, float[] lrs, float[] beta1s, "
+      "float[] beta2s, float[] epss, float[] weight_decays, float? max_norm, int? seed) "
+      "-> (Tensor, bool)");
+  m.def("adam_drop_plan(int plan) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernel, CompositeExplicitAutograd, m) {
+  m.impl("adam_drop_plan", TORCH_BOX(&bigkernel::adam_drop_plan));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+  m.impl("adam_plan", TORCH_BOX(&bigkernel::adam_plan_cpu));
+  m.impl("adam_run_plan_", TORCH_BOX(&bigkernel::adam_run_plan_cpu));
   m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cpu));
   m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cpu>));
 }
