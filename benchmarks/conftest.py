@@ -35,7 +35,7 @@ def measure(benchmark: Any) -> Callable[[Case, str], None]:
                 pytest.skip(ready.skipped[implementation])
             if implementation == OURS:
                 benchmark.extra_info["backend"] = native_backend(case, ready)
-                benchmark.extra_info["compared"] = ready.check()
+                benchmark.extra_info["compared"] = ready.check(ready.runs)
             benchmark.group = f"{case.table}: {case.name}"
             benchmark.pedantic(ready.runs[implementation], rounds=ROUNDS, warmup_rounds=WARMUPS)
 

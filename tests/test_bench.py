@@ -117,7 +117,7 @@ def test_case_is_checked_and_native(op, case):
     with case_module.strict():
         ready = case.build()
         assert set(ready.runs) | set(ready.skipped) == set(case.competitors)
-        assert ready.check()
+        assert ready.check(ready.runs)
         assert case_module.native_backend(case, ready).startswith(f"{ready.op}: cpu")
         for name, native in ((OURS, True), (REFERENCE, False)):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
@@ -128,6 +128,15 @@ def test_case_is_checked_and_native(op, case):
                 assert there == expected, f"{name}: {namespace}{op} called: {there}"
         if ready.limit is not None:
             ready.limit()
+
+
+@needs_native
+@pytest.mark.parametrize("case", cases_of("train", small=True), ids=["text", "images"])
+def test_trainers_agree_and_report_their_own_time(case):
+    got = run_case(case, ONCE)
+    assert set(got.timings) | set(got.skipped) == set(case.competitors)
+    assert got.case.items > 0
+    assert "loss" in got.compared
 
 
 @needs_native
@@ -225,7 +234,7 @@ def test_losses_are_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench", "atention"], "There are: attention, adam, augment"),
+        (["bench", "atention"], "There are: attention, adam, augment, train"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],

@@ -131,7 +131,7 @@ def build(shapes: list[tuple[int, ...]], clip: bool) -> Ready:
         skipped[DEEPSPEED] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return Ready(
         runs=runs,
-        check=lambda: _check(problem, runs, optimizers, problem.params, clip),
+        check=lambda runs: _check(problem, runs, optimizers, problem.params, clip),
         op="adam",
         tensors=params,
         limit=adam_stream(params, grads, problem.exp_avgs, problem.exp_avg_sqs, norm=clip),
@@ -176,7 +176,7 @@ def build_masters(shapes: list[tuple[int, ...]]) -> Ready:
         runs[name] = partial(through_masters, optimizers[name])
     return Ready(
         runs=runs,
-        check=lambda: _check(problem, runs, optimizers, narrow, clip=False),
+        check=lambda runs: _check(problem, runs, optimizers, narrow, clip=False),
         op="adam",
         tensors=narrow,
     )

@@ -109,7 +109,7 @@ def build(spec: Spec) -> Ready:
     result = spec.count * 3 * spec.output**2 * spec.dtype.itemsize
     return Ready(
         runs=runs,
-        check=lambda: _check(spec, images, given, layout, peers),
+        check=lambda runs: _check(spec, images, given, layout, peers),
         op="augment",
         tensors=(images[0],),
         limit=copy(source + result),

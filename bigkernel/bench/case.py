@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,14 +34,14 @@ class Bar:
 class Ready:
     """A case with its tensors: what to run, and what must hold before it is timed.
 
-    runs: by name, ours first. check: compares the results and returns what was compared; raises
-    AssertionError. op, tensors: what `explain` is asked, so that a fallback is seen. limit: a run
-    that does ``limit_work`` where a call of ours does ``work``, both in the same unit. skipped:
-    peers that are not there, with the reason.
+    runs: by name, ours first. check: compares the results of the runs that it is given and returns
+    what was compared; raises AssertionError. op, tensors: what `explain` is asked, so that a
+    fallback is seen. limit: a run that does ``limit_work`` where a call of ours does ``work``, both
+    in the same unit. skipped: peers that are not there, with the reason.
     """
 
     runs: dict[str, Run]
-    check: Callable[[], str]
+    check: Callable[[dict[str, Run]], str]
     op: str
     tensors: Sequence[Tensor]
     limit: Run | None = None
@@ -129,19 +130,36 @@ def native_backend(case: Case, ready: Ready) -> str:
     return sentence
 
 
+def _noting(runs: dict[str, Run], seconds: dict[str, float]) -> dict[str, Run]:
+    """The runs, which also note how long their last call took."""
+
+    def noting(name: str, run: Run) -> Run:
+        def call() -> object:
+            begin = time.perf_counter()
+            result = run()
+            took = time.perf_counter() - begin
+            seconds[name] = result if isinstance(result, float) else took
+            return result
+
+        return call
+
+    return {name: noting(name, run) for name, run in runs.items()}
+
+
 def run_case(case: Case, plan: Plan) -> Result:
     """Build, check and time a case. RuntimeError if our row is not native, or is wrong."""
     with strict():
         ready = case.build()
         runs = dict(ready.runs)
         sentence = native_backend(case, ready)
+        first_calls: dict[str, float] = {}
         try:
-            compared = ready.check()
+            compared = ready.check(_noting(runs, first_calls))
         except AssertionError as error:
             raise RuntimeError(f"the results of {case.name!r} do not agree: {error}") from error
         if ready.limit is not None:
             runs[LIMIT] = ready.limit
-        timings = interleave(runs, plan)
+        timings = interleave(runs, plan, first_calls)
     return Result(
         case, timings, ready.work, ready.limit_work, compared, sentence, dict(ready.skipped)
     )

@@ -67,8 +67,12 @@ def once(run: Run, calls: int = 1) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def interleave(runs: Mapping[str, Run], plan: Plan) -> dict[str, Timing]:
+def interleave(
+    runs: Mapping[str, Run], plan: Plan, first_calls: Mapping[str, float] | None = None
+) -> dict[str, Timing]:
     """Time each function in turn, round by round.
+
+    ``first_calls`` are the seconds of calls that were made before, where there were any.
 
     A function whose share of time is too short for every round takes part in rounds that are spread
     evenly over the measurement. Each round begins with another function.
@@ -76,7 +80,7 @@ def interleave(runs: Mapping[str, Run], plan: Plan) -> dict[str, Timing]:
     names = list(runs)
     calls, wanted, only = {}, {}, {}
     for name, run in runs.items():
-        first = once(run)
+        first = (first_calls or {}).get(name) or once(run)
         slow = first > plan.share
         if slow and plan.least == 1:
             wanted[name], only[name] = 0, first

@@ -4,7 +4,7 @@ import importlib
 
 from bigkernel.bench.case import Case
 
-OPS = ("attention", "adam", "augment")
+OPS = ("attention", "adam", "augment", "train")
 
 
 def cases_of(op: str, small: bool = False) -> list[Case]:

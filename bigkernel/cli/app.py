@@ -196,7 +196,9 @@ def evaluate(
 @app.command()
 @guarded
 def bench(
-    ops: Annotated[list[str], typer.Argument(help="attention, adam, augment: one or several.")],
+    ops: Annotated[
+        list[str], typer.Argument(help="attention, adam, augment, train: one or several.")
+    ],
     json: Annotated[Path | None, _text("Write all figures to this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds: a minute an op.")] = False,
     threads: Threads = None,
