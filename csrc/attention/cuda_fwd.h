@@ -173,7 +173,8 @@ struct Forward {
 #pragma unroll
       for (int n = 0; n < kKeyGroups; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) s[0][n][x] *= args.scale;
+        for (int x = 0; x < 4; ++x)  // rounded, as the general kernel does: not fused with - m
+          s[0][n][x] = __fmul_rn(s[0][n][x], args.scale);
     }
   }
 
