@@ -178,10 +178,10 @@ bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArg
     const int64_t to = round_up(spans.hi[r + n - 1], kLanes);
     if (from >= to) continue;
     multiply<Words, false>({b.q + r * t.ld_q, t.ld_q, w.keys_t + from, t.ld_s,
-                            w.p + r * t.ld_s + from, t.ld_s, t.depth_q, Start::kZero, nullptr},
+                            w.p + r * t.ld_s + from, t.ld_s, t.depth_q, Start::kZero},
                            n, (to - from) / kLanes);
     multiply<Words, false>({b.dout + r * t.ld_v, t.ld_v, w.values_t + from, t.ld_s,
-                            w.ds + r * t.ld_s + from, t.ld_s, t.depth_v, Start::kZero, nullptr},
+                            w.ds + r * t.ld_s + from, t.ld_s, t.depth_v, Start::kZero},
                            n, (to - from) / kLanes);
     for (int64_t m = r; m < r + n; ++m) {
       float* p = w.p + m * t.ld_s;
@@ -284,11 +284,11 @@ void backward_keys(const AttentionArgs& args, const AttentionChunk& chunk, float
           const int64_t from = top / Words::kPack, depth = words<Words>(bottom) - from;
           multiply<Words, true>(
               {w.paired_p + from * t.ld_s + j, t.ld_s, args.paired_do + (b.pair + from) * t.ld_v,
-               t.ld_v, w.dv + j * t.ld_v, t.ld_v, depth, Start::kAdd, nullptr},
+               t.ld_v, w.dv + j * t.ld_v, t.ld_v, depth, Start::kAdd},
               n, vectors_v);
           multiply<Words, true>(
               {w.paired_ds + from * t.ld_s + j, t.ld_s, args.paired_q + (b.pair + from) * t.ld_q,
-               t.ld_q, w.dk + j * t.ld_q, t.ld_q, depth, Start::kAdd, nullptr},
+               t.ld_q, w.dk + j * t.ld_q, t.ld_q, depth, Start::kAdd},
               n, vectors_q);
         }
         for (int64_t r = 0; r < b.rows; r += kMr) {
@@ -298,7 +298,7 @@ void backward_keys(const AttentionArgs& args, const AttentionChunk& chunk, float
           const int64_t from = lo / Words::kPack, to = words<Words>(hi);
           float* sum = dq + (packed_row(unit, seq, member, begin + r) - unit.first_row) * t.ld_q;
           multiply<Words, false>({w.ds + r * t.ld_s + from, t.ld_s, w.keys + from * t.ld_q, t.ld_q,
-                                  sum, t.ld_q, to - from, Start::kAdd, nullptr},
+                                  sum, t.ld_q, to - from, Start::kAdd},
                                  n, vectors_q);
         }
       }

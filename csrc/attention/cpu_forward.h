@@ -1,5 +1,5 @@
-// Forward: one block of query rows against all keys that it sees, with a running maximum and sum
-// for each row (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; tiled as
+// Forward: one block of query rows against all keys that it sees, with a running base and sum for
+// each row (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; tiled as
 // in FlashAttention, Dao et al., 2022). Scores never leave a worker's scratch.
 #pragma once
 
@@ -12,22 +12,20 @@ BK_INLINE int64_t packed_tile_floats(const Tiling& t) {
 }
 
 struct ForwardScratch {
-  float *q, *scores, *out, *mask, *drop, *top, *base, *sum, *factor, *lanes, *tile;
+  float *q, *weights, *out, *mask, *drop, *limit, *shift, *sums, *tile;
 };
 
 template <class Words>
 BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
   ForwardScratch s;
   s.q = arena.take(t.block_q * t.ld_q);         // [block_q, words of dim]
-  s.scores = arena.take(t.block_q * t.ld_s);    // [block_q, block_k]
-  s.out = arena.take(t.block_q * t.ld_v);       // [block_q, dim_v], not yet divided by sum
+  s.weights = arena.take(kMr * t.ld_s);         // [kMr, words of block_k]
+  s.out = arena.take(t.block_q * t.ld_v);       // [block_q, dim_v], not yet divided by the sum
   s.mask = arena.take(t.block_q * t.ld_s);      // [block_q, block_k]
   s.drop = arena.take(t.block_k + 4 * kLanes);  // [block_k]
-  s.top = arena.take(t.block_q);             // [block_q], the highest score so far, not yet scaled
-  s.base = arena.take(t.block_q);            // [block_q], the same, or 0 for -inf
-  s.sum = arena.take(t.block_q);             // [block_q], of exp(scale * (score - base))
-  s.factor = arena.take(t.block_q);          // [block_q], exp(scale * (base before - base))
-  s.lanes = arena.take(t.block_q * kLanes);  // [block_q, kLanes], rows not yet reduced
+  s.limit = arena.take(t.block_q);              // [block_q], the base of a row + kSlack
+  s.shift = arena.take(t.block_q);              // [block_q], shift_of(base), 0 before there is one
+  s.sums = arena.take(t.block_q * kLanes);      // [block_q, kLanes], of the weights
   s.tile = arena.take(packed_tile_floats<Words>(t));  // keys, values
   return s;
 }
@@ -55,97 +53,184 @@ void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile)
   });
 }
 
-// kMr rows of a block, and the columns of a tile, in whole vectors, that any of them sees.
-struct RowGroup {
-  int64_t first, rows;
-  int64_t from, to;
+// One block of rows against one tile of keys. Rows are taken kMr at a time; where the block ends
+// before a multiple of that, the last ones are zero and nobody reads what becomes of them.
+struct ForwardTile {
+  const ForwardScratch& w;
+  const Tiling& t;
+  const AttentionArgs& args;
+  const float *keys, *values;
+  int64_t batch, head;
+  int64_t begin, rows;  // the block
+  int64_t key;          // the first of the tile
+  int64_t offset;       // of the diagonal
+  MaskTile mask;
+  Spans spans;
+  float factor;  // what scores are multiplied with in the exponent of 2
+  float slack;   // kSlack in units of the scores
 };
 
-BK_INLINE RowGroup row_group(const Spans& spans, int64_t first, int64_t rows) {
-  const int64_t n = rows - first < kMr ? rows - first : kMr;
-  return RowGroup{first, n, spans.lo[first] / kLanes * kLanes,
-                  round_up(spans.hi[first + n - 1], kLanes)};
-}
+// A row's weights are relative to its base, the highest score it has met, which follows only where
+// one exceeds it by more than kSlack in the exponent: results so far are rarely rescaled, and most
+// tiles need no maximum across lanes.
+constexpr float kSlack = 4.0f;  // no weight exceeds 2^kSlack
 
-// What a row sees of a tile.
-struct RowSpan {
-  int64_t from, to;  // columns that are computed
-  int64_t lo, hi;    // of those, the open ones
+// Scores of kMr rows on their way from registers and back, for what is rare or long: [kMr, kNr].
+struct Spilled {
+  float at[kMr][kNr * kLanes];
+
+  template <int N>
+  BK_INLINE void save(const VecF (&x)[kMr][N]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(at[m] + n * kLanes, x[m][n]);
+  }
+  template <int N>
+  BK_INLINE void restore(VecF (&x)[kMr][N]) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) x[m][n] = load(at[m] + n * kLanes);
+  }
 };
 
-BK_INLINE RowSpan row_span(const Spans& spans, const RowGroup& group, int64_t r) {
-  return RowSpan{group.from, group.to, spans.lo[r], spans.hi[r]};
-}
-
-// The maximum of the open columns, still a vector; closes the others.
-BK_INLINE VecF close_and_maximum(float* s, const RowSpan& span) {
-  VecF most = set1(-kInf);
-  if (span.from >= span.to) return most;
-  fill(s, span.from, span.lo, -kInf);
-  fill(s, span.hi, span.to, -kInf);
-  for (int64_t c = span.from; c < span.to; c += kLanes) most = vmax(load(s + c), most);
-  return most;
-}
-
-// s = exp(scale * (s - base)) in place; returns the sum, still a vector.
-BK_INLINE VecF exponentiate(float* s, const RowSpan& span, float scale, float base) {
-  constexpr int kAtOnce = 4;
-  const float factor = scale * kLog2E;
-  VecF total{};
-  int64_t c = span.from;
-  for (; c + kAtOnce * kLanes <= span.to; c += kAtOnce * kLanes) {
-    VecF p[kAtOnce];
-#pragma GCC unroll 8
-    for (int n = 0; n < kAtOnce; ++n) p[n] = load(s + c + n * kLanes) - base;
-    exp_softmax(p, factor);
-#pragma GCC unroll 8
-    for (int n = 0; n < kAtOnce; ++n) {
-      total += p[n];
-      store(s + c + n * kLanes, p[n]);
+// Products of rows [row, row + kMr) with keys from column c on to scores; closes what a row does
+// not see.
+template <int N, bool kPlain>
+__attribute__((noinline)) void finish_scores(const ForwardTile& f, Spilled& s, int64_t row,
+                                             int64_t c) {
+  for (int m = 0; m < kMr; ++m) {
+    if constexpr (!kPlain) {
+      const int64_t r = row + m < f.rows ? row + m : f.rows - 1;
+      const ScoreRow score =
+          score_row(f.args, f.batch, f.head, f.begin + r + f.offset - f.key, f.mask.row(r));
+      VecF capped;
+      for (int n = 0; n < N; ++n) {
+        float* at = s.at[m] + n * kLanes;
+        store(at, score(load(at), c + n * kLanes, capped));
+      }
+    }
+    const int32_t lo = f.spans.lo[row + m], hi = f.spans.hi[row + m];
+    for (int n = 0; n < N; ++n) {
+      const VecI key = lane_index() + int32_t(c + n * kLanes);
+      float* at = s.at[m] + n * kLanes;
+      store(at, select((key >= lo) & (key < hi), load(at), set1(-kInf)));
     }
   }
-  for (; c < span.to; c += kLanes) {
-    const VecF p = exp_softmax(load(s + c) - base, factor);
-    total += p;
-    store(s + c, p);
+}
+
+// Rows whose scores exceed the limit get another base, and what they have so far is rescaled: sums,
+// results, and the weights of this tile, in their first `columns` columns.
+template <class Words, int N>
+__attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& s, int64_t row,
+                                           float* weights, int64_t columns) {
+  const ForwardScratch& w = f.w;
+  for (int m = 0; m < kMr; ++m) {
+    VecF most = load(s.at[m]);
+    for (int n = 1; n < N; ++n) most = vmax(load(s.at[m] + n * kLanes), most);
+    const float top = reduce_max(most);
+    float &limit = w.limit[row + m], &shift = w.shift[row + m];
+    if (!(top > limit)) continue;
+    const float next = shift_of<Words>(top, f.factor);
+    const VecF rescale = limit == -kInf
+                             ? VecF{}
+                             : exp_softmax(set1(shift - next), Words::kPack == 1 ? f.factor : 1.0f);
+    limit = top + f.slack;
+    shift = next;
+    const auto multiply_by = [&](float* p, int64_t n) {
+      for (int64_t i = 0; i < n; i += kLanes) store(p + i, load(p + i) * rescale);
+    };
+    multiply_by(w.sums + (row + m) * kLanes, kLanes);
+    multiply_by(w.out + (row + m) * f.t.ld_v, f.t.width_v);
+    static_assert(Words::kPack == 1 || kNr * kLanes == kBlockK, "words cannot be rescaled");
+    multiply_by(weights + m * f.t.ld_s, columns);
   }
-  return total;
 }
 
-// Takes the maxima of a tile's rows, vectors in w.lanes, into the running ones. `factor` is what
-// the rows' results so far must be multiplied with. Reductions across lanes are done for kLanes
-// rows at a time.
-inline void take_maxima(const ForwardScratch& w, int64_t rows, float scale) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const VecF previous = load(w.top + r);
-    const VecF highest = maximum_of_rows(w.lanes + r * kLanes);
-    const VecF top = highest > previous ? highest : previous;
-    // A row that has met no open key yet: exp of -inf, not of -inf + inf.
-    const VecF base = top == -kInf ? VecF{} : top;
-    store(w.top + r, top);
-    store(w.base + r, base);
-    store(w.factor + r, exp_softmax(previous - base, scale * kLog2E));
+// The weights of rows [row, row + kMr) for N vectors of keys from column c on: from products to
+// words in registers. `from`: the first column of these rows.
+template <class Words, int N, bool kPlain>
+void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
+  const ForwardScratch& w = f.w;
+  const Tiling& t = f.t;
+  VecF x[kMr][N];
+  Spilled spilled;
+  const float *q = w.q + row * t.ld_q, *keys = f.keys + c;
+  if (t.depth_q <= kLongestSum) {
+    accumulate<Words, kMr, N, false>(x, q, t.ld_q, keys, t.ld_s, t.depth_q);
+  } else {  // as backward sums
+    multiply<Words, false>(
+        {q, t.ld_q, keys, t.ld_s, spilled.at[0], kNr * kLanes, t.depth_q, Start::kZero}, kMr, N);
+    spilled.restore(x);
+  }
+  if (!kPlain || f.spans.lo[row + kMr - 1] > c || f.spans.hi[row] < c + N * kLanes) {
+    spilled.save(x);
+    finish_scores<N, kPlain>(f, spilled, row, c);
+    spilled.restore(x);
+  }
+  bool raise = false;
+#pragma GCC unroll 8
+  for (int m = 0; m < kMr; ++m) {
+    VecF most = x[m][0];
+#pragma GCC unroll 4
+    for (int n = 1; n < N; ++n) most = vmax(x[m][n], most);
+    raise |= any_greater(most, set1(w.limit[row + m]));
+  }
+  if (__builtin_expect(raise, 0)) {
+    spilled.save(x);
+    raise_bases<Words, N>(f, spilled, row, w.weights + from, c - from);
+    spilled.restore(x);
+  }
+  float* to = w.weights + c / Words::kPack;
+#pragma GCC unroll 8
+  for (int m = 0; m < kMr; ++m) {
+    weights<Words>(x[m], f.factor, w.shift[row + m]);
+    float* sums = w.sums + (row + m) * kLanes;
+    VecF total = load(sums);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) total += x[m][n];
+    store(sums, total);
+    if constexpr (!kPlain) {
+      if (f.args.dropout_p > 0 && row + m < f.rows) {
+        const int64_t start = c / (4 * kLanes) * (4 * kLanes);
+        dropout_row(w.drop, f.args, f.batch, f.head, f.begin + row + m, f.key + start,
+                    c + N * kLanes - start);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) x[m][n] = x[m][n] * load(w.drop + c - start + n * kLanes);
+      }
+    }
+    if constexpr (Words::kPack > 1) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n += 2)
+        store(to + n / 2 * kLanes, Words::consecutive(x[m][n], n + 1 < N ? x[m][n + 1] : VecF{}));
+    } else {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(to + n * kLanes, x[m][n]);
+    }
+    to += t.ld_s;
   }
 }
 
-inline void take_sums(const ForwardScratch& w, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    store(w.sum + r, load(w.sum + r) * load(w.factor + r) + sum_of_rows(w.lanes + r * kLanes));
-}
-
-// Products to scores, where there is more to it than a factor.
-inline void finish_scores(float* s, const RowGroup& group, const ScoreRow& score) {
-  VecF capped;
-  for (int64_t c = group.from; c < group.to; c += kLanes)
-    store(s + c, score(load(s + c), c, capped));
-}
-
-BK_INLINE void drop_row(float* s, float* drop, const RowGroup& group, const AttentionArgs& args,
-                        int64_t batch, int64_t head, int64_t row, int64_t key) {
-  const int64_t start = group.from / (4 * kLanes) * (4 * kLanes);
-  dropout_row(drop + start, args, batch, head, row, key + start, group.to - start);
-  for (int64_t c = group.from; c < group.to; c += kLanes)
-    store(s + c, load(s + c) * load(drop + c));
+template <class Words, bool kPlain>
+void forward_tile(const ForwardTile& f) {
+  const Tiling& t = f.t;
+  const Spans& spans = f.spans;
+  for (int64_t row = 0; row < f.rows; row += kMr) {
+    const int64_t lo = spans.lo[row], hi = spans.hi[row + kMr - 1];
+    const int64_t from = lo / kLanes * kLanes, to = round_up(hi, kLanes);
+    if (lo >= hi) continue;
+    for (int64_t c = from; c < to; c += kNr * kLanes)
+      with_vectors((to - c) / kLanes,
+                   [&](auto n) { weigh<Words, decltype(n)::value, kPlain>(f, row, from, c); });
+    const int64_t word = lo / Words::kPack;
+    for (int64_t d = 0; d < t.width_v; d += kNr * kLanes)
+      with_vectors((t.width_v - d) / kLanes, [&](auto n) {
+        micro_kernel<Words, kMr, decltype(n)::value, false>(
+            {f.w.weights + word, t.ld_s, f.values + word * t.ld_v + d, t.ld_v,
+             f.w.out + row * t.ld_v + d, t.ld_v, words<Words>(hi) - word, Start::kAdd});
+      });
+  }
 }
 
 template <class Words>
@@ -157,82 +242,52 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
   const AttentionSequence& seq = args.sequences[unit.sequence];
   const int64_t head = unit.kv_head * args.group + block.member;
   const int64_t rows = seq.rows - block.begin < t.block_q ? seq.rows - block.begin : t.block_q;
-  const int64_t vectors_v = t.width_v / kLanes;
+  const int64_t padded = round_up(rows, kMr);
   const Reach reach = reach_of(args, seq);
-  const bool plain = plain_scores(args);
+  const bool plain = plain_scores(args) && args.dropout_p == 0;
   const float scale = plain ? args.scale : 1.0f;  // else the scores are finished first
+  const float factor = scale * kLog2E;
 
   row_tile<Words>(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
                   args.dim);
-  const int64_t padded = round_up(rows, kLanes);
-  fill(w.top, 0, padded, -kInf);
-  fill(w.sum, 0, padded, 0.0f);
-  fill(w.lanes, rows * kLanes, padded * kLanes, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
+  for (int64_t r = rows; r < padded; ++r) fill(w.q + r * t.ld_q, 0, t.ld_q, 0.0f);
+  fill(w.limit, 0, padded, -kInf);
+  fill(w.shift, 0, padded, 0.0f);
+  fill(w.sums, 0, padded * kLanes, 0.0f);
+  for (int64_t r = 0; r < padded; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
+  ForwardTile f{w, t, args, nullptr, nullptr, seq.index, head, block.begin, rows, 0, reach.off};
+  f.factor = factor;
+  f.slack = kSlack / factor;
   const int64_t first = reach.lo(block.begin) / t.block_k;
   const int64_t last = (reach.hi(block.begin + rows - 1) + t.block_k - 1) / t.block_k;
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t key = tile * t.block_k;
-    const int64_t keys = seq.keys - key < t.block_k ? seq.keys - key : t.block_k;
-    MaskTile mask;
-    if (!load_mask_tile(mask, w.mask, t.ld_s, args, seq.index, head, block.begin, rows, key, keys))
+    f.key = tile * t.block_k;
+    const int64_t keys = seq.keys - f.key < t.block_k ? seq.keys - f.key : t.block_k;
+    if (!load_mask_tile(f.mask, w.mask, t.ld_s, args, seq.index, head, block.begin, rows, f.key,
+                        keys))
       continue;
-    const float* packed = w.tile;
+    f.keys = w.tile;
     if (args.packed_kv != nullptr)
-      packed = args.packed_kv + (unit.first_tile + tile) * packed_tile_floats<Words>(t);
+      f.keys = args.packed_kv + (unit.first_tile + tile) * packed_tile_floats<Words>(t);
     else
       pack_tile<Words>(w.tile, t, args, seq, unit.kv_head, tile);
-    const float* values = packed + t.words_q * t.ld_s;
-    Spans spans;
-    spans.set(reach, block.begin, rows, key, keys);
-
-    // Two passes over the tile, so that the keys stay in the L1 cache for the first and the values
-    // for the second. What happens to scores in between is done while their rows are there, too.
-    for (int64_t r = 0; r < rows; r += kMr) {
-      const RowGroup group = row_group(spans, r, rows);
-      if (group.from < group.to)
-        multiply<Words, false>(
-            {w.q + r * t.ld_q, t.ld_q, packed + group.from, t.ld_s,
-             w.scores + r * t.ld_s + group.from, t.ld_s, t.depth_q, Start::kZero, nullptr},
-            group.rows, (group.to - group.from) / kLanes);
-      for (int64_t m = r; m < r + group.rows; ++m) {
-        float* s = w.scores + m * t.ld_s;
-        if (!plain)
-          finish_scores(
-              s, group,
-              score_row(args, seq.index, head, block.begin + m + reach.off - key, mask.row(m)));
-        store(w.lanes + m * kLanes, close_and_maximum(s, row_span(spans, group, m)));
-      }
-    }
-    take_maxima(w, rows, scale);
-    for (int64_t r = 0; r < rows; r += kMr) {
-      const RowGroup group = row_group(spans, r, rows);
-      for (int64_t m = r; m < r + group.rows; ++m) {
-        float* s = w.scores + m * t.ld_s;
-        store(w.lanes + m * kLanes, exponentiate(s, row_span(spans, group, m), scale, w.base[m]));
-        if (args.dropout_p > 0)
-          drop_row(s, w.drop, group, args, seq.index, head, block.begin + m, key);
-        pack_in_place<Words>(s, group.from, group.to);
-      }
-      const int64_t from = spans.lo[r] / Words::kPack;
-      const int64_t to = words<Words>(spans.hi[r + group.rows - 1]);
-      if (from >= to) continue;
-      multiply<Words, false>({w.scores + r * t.ld_s + from, t.ld_s, values + from * t.ld_v, t.ld_v,
-                              w.out + r * t.ld_v, t.ld_v, to - from, Start::kScaled, w.factor + r},
-                             group.rows, vectors_v);
-    }
-    take_sums(w, rows);
+    f.values = f.keys + t.words_q * t.ld_s;
+    f.spans.set(reach, block.begin, rows, f.key, keys, kMr);
+    if (plain)
+      forward_tile<Words, true>(f);
+    else
+      forward_tile<Words, false>(f);
   }
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = seq.first_q + block.begin + r;
-    const float sum = w.sum[r];
-    const bool dead = w.top[r] == -kInf && sum == 0;
+    const float sum = reduce_sum(load(w.sums + r * kLanes));
+    const bool dead = w.limit[r] == -kInf && sum == 0;
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     static_cast<float*>(args.lse.data)[offset_of(args.lse, seq.index, head, i)] =
-        dead ? -kInf : w.top[r] * scale + __builtin_logf(sum);
+        dead ? -kInf : w.shift[r] * (Words::kPack == 1 ? scale : 1 / kLog2E) + __builtin_logf(sum);
   }
 }
 

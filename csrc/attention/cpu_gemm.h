@@ -15,7 +15,7 @@ constexpr int kNr = 4;
 constexpr int kNr = 2;
 #endif
 
-enum class Start { kZero, kAdd, kScaled };  // C starts from 0, C or factor[m] * C
+enum class Start { kZero, kAdd };  // C starts from 0 or from C
 
 struct Product {
   const float* a;
@@ -26,21 +26,17 @@ struct Product {
   int64_t ldc;
   int64_t k;  // words
   Start start;
-  const float* factor;  // [m], for kScaled
 };
 
+// acc[m][n] = the sum over k words, from 0.
 template <class Words, int M, int N, bool kTransposed>
-void micro_kernel(const Product& product) {
-  const Product p = product;  // a copy that stores to C cannot change
-  VecF acc[M][N];
+BK_INLINE void accumulate(VecF (&acc)[M][N], const float* a, int64_t lda, const float* b,
+                          int64_t ldb, int64_t words) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[m][n] = VecF{};
-  const float* a = p.a;
-  const float* b = p.b;
-  const int64_t lda = p.lda, ldb = p.ldb;
-  for (int64_t k = 0; k < p.k; ++k) {
+  for (int64_t k = 0; k < words; ++k) {
     VecF row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
@@ -53,41 +49,46 @@ void micro_kernel(const Product& product) {
     a += kTransposed ? lda : 1;
     b += ldb;
   }
+}
+
+template <class Words, int M, int N, bool kTransposed>
+void micro_kernel(const Product& product) {
+  const Product p = product;  // a copy that stores to C cannot change
+  VecF acc[M][N];
+  accumulate<Words, M, N, kTransposed>(acc, p.a, p.lda, p.b, p.ldb, p.k);
   // C joins last: summing up a tile before adding it to a long sum keeps rounding errors small.
   float* c = p.c;
-  const auto finish = [&](const auto& value) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
+    __asm__("" : "+r"(c));  // one pointer, not M * N of them computed ahead
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = c + m * p.ldc + n * kLanes;
-        store(at, value(acc[m][n], at, m));
-      }
-  };
-  switch (p.start) {
-    case Start::kZero:
-      return finish([](VecF sum, const float*, int) { return sum; });
-    case Start::kAdd:
-      return finish([](VecF sum, const float* at, int) { return load(at) + sum; });
-    case Start::kScaled:
-      return finish(
-          [&](VecF sum, const float* at, int m) { return fma(load(at), set1(p.factor[m]), sum); });
+    for (int n = 0; n < N; ++n) {
+      float* at = c + n * kLanes;
+      store(at, p.start == Start::kZero ? acc[m][n] : load(at) + acc[m][n]);
+    }
+    c += p.ldc;
   }
+}
+
+// Calls f with min(vectors, kNr) as a constant.
+template <class F>
+BK_INLINE void with_vectors(int64_t vectors, const F& f) {
+  if (vectors >= kNr) return f(std::integral_constant<int, kNr>{});
+  if constexpr (kNr > 2) {
+    if (vectors == 3) return f(std::integral_constant<int, 3>{});
+    if (vectors == 2) return f(std::integral_constant<int, 2>{});
+  }
+  f(std::integral_constant<int, 1>{});
 }
 
 template <class Words, int M, bool kTransposed>
 void micro_row(Product p, int64_t vectors) {
-  while (vectors >= kNr) {
-    micro_kernel<Words, M, kNr, kTransposed>(p);
+  for (; vectors > 0; vectors -= kNr) {
+    with_vectors(vectors,
+                 [&](auto n) { micro_kernel<Words, M, decltype(n)::value, kTransposed>(p); });
     p.b += kNr * kLanes;
     p.c += kNr * kLanes;
-    vectors -= kNr;
   }
-  if constexpr (kNr > 2) {
-    if (vectors == 3) micro_kernel<Words, M, 3, kTransposed>(p);
-    if (vectors == 2) micro_kernel<Words, M, 2, kTransposed>(p);
-  }
-  if (vectors == 1) micro_kernel<Words, M, 1, kTransposed>(p);
 }
 
 // Longer sums are cut, for the same reason that C joins last.
@@ -123,7 +124,6 @@ void multiply(Product p, int64_t rows, int64_t vectors) {
     rows -= done;
     p.a += kTransposed ? done : done * p.lda;
     p.c += done * p.ldc;
-    p.factor += p.factor == nullptr ? 0 : done;
   }
 }
 

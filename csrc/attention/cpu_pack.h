@@ -90,28 +90,6 @@ BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const float* src, in
   for (int i = 0; i < kLanes; ++i) store(dst + i * ld_dst, rows[i]);
 }
 
-// Lane r of the result: the sum (maximum) of the kLanes floats of row r of rows[kLanes][kLanes].
-// Each step folds two vectors into one and shuffles, so that the lanes end up in the order of the
-// rows.
-template <bool kMaximum>
-BK_INLINE VecF reduce_rows(const float* rows) {
-  VecF v[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = load(rows + i * kLanes);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      VecF low, high;
-      interleave(v[i], v[i + half], low, high);
-      v[i] = kMaximum ? vmax(low, high) : low + high;
-    }
-  }
-  return v[0];
-}
-BK_INLINE VecF sum_of_rows(const float* rows) { return reduce_rows<false>(rows); }
-BK_INLINE VecF maximum_of_rows(const float* rows) { return reduce_rows<true>(rows); }
-
 // dst[0, padded) = the words of src[0, n), then zeros; padded is a multiple of kLanes.
 template <class Words>
 BK_INLINE void row_words(float* dst, const void* src, DType dtype, int64_t n, int64_t padded) {

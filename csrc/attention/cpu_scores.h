@@ -7,6 +7,10 @@ namespace bigkernel::BK_ISA {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInf = __builtin_inff();
 
+// Minimax on [-1/2, 1/2], relative error 9e-8.
+constexpr float kExp2Short[6] = {1.0f,         0.693147f,    0.24022242f,
+                                 0.055507336f, 0.009671513f, 0.0013264727f};
+
 // 2^(x * factor) for results up to 2^127, within 2 ulp of one that is normal; below 2^-126, 0. A
 // NaN passes through. N vectors side by side: one alone would wait for the latency of its own chain
 // of operations.
@@ -35,6 +39,42 @@ BK_INLINE VecF exp_softmax(VecF x, float factor) {
   return one[0];
 }
 
+// Weights of scores relative to a base: exp(scale * (score - base)), factor = scale * log2(e). What
+// is subtracted is the base itself or, for pairs of bf16, base * factor, which takes one operation
+// less, as does a polynomial that is shorter by a degree: what either rounds off is far below the
+// rounding of the pairs, and the sum is rounded alike. Exactly 0 for -inf.
+template <class Words>
+BK_INLINE float shift_of(float base, float factor) {
+  return Words::kPack == 1 ? base : base * factor;
+}
+
+template <class Words, int N>
+BK_INLINE void weights(VecF (&x)[N], float factor, float shift) {
+  if constexpr (Words::kPack == 1) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = x[n] - shift;
+    exp_softmax(x, factor);
+  } else {
+    const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: rounds, and leaves the integer in low bits
+    VecF whole[N], f[N], p[N];
+    // At -127, f is 0 and p is 1, whose bits the exponent takes to those of 0.
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = vmax(set1(-127.0f), fma(x[n], set1(factor), set1(-shift)));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) whole[n] = x[n] + magic;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) f[n] = x[n] - (whole[n] - magic);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) p[n] = fma(set1(kExp2Short[5]), f[n], set1(kExp2Short[4]));
+#pragma GCC unroll 6
+    for (int i = 3; i >= 0; --i)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) p[n] = fma(p[n], f[n], set1(kExp2Short[i]));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = (VecF)((VecI)p[n] + (((VecI)whole[n]) << 23));
+  }
+}
+
 // The keys [lo, hi) that a row sees, both non-decreasing in the row.
 struct Reach {
   int64_t off, left, right, keys;
@@ -55,10 +95,16 @@ struct Spans {
   static constexpr int64_t kMost = 192;
   int32_t lo[kMost], hi[kMost];
 
-  BK_INLINE void set(const Reach& reach, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+  // Rows from `rows` up to a multiple of `padding` see what the last one sees.
+  BK_INLINE void set(const Reach& reach, int64_t row, int64_t rows, int64_t key, int64_t keys,
+                     int64_t padding = 1) {
     for (int64_t r = 0; r < rows; ++r) {
       lo[r] = int32_t(within(reach.lo(row + r) - key, keys));
       hi[r] = int32_t(within(reach.hi(row + r) - key, keys));
+    }
+    for (int64_t r = rows; r < round_up(rows, padding); ++r) {
+      lo[r] = lo[rows - 1];
+      hi[r] = hi[rows - 1];
     }
   }
   static BK_INLINE int64_t within(int64_t x, int64_t keys) {

@@ -185,19 +185,42 @@ BK_INLINE VecF gather(const float* base, VecI index) {
 
 // ---- reductions, always in the same order for a given number of lanes ----
 
+// Lane i of the result: lane i ^ w of v.
+template <int w, int... i>
+BK_INLINE VecF swap_lanes(VecF v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ w)...);
+}
+template <int w>
+BK_INLINE VecF swap_lanes(VecF v) {
+  return swap_lanes<w>(v, std::make_integer_sequence<int, kLanes>{});
+}
+template <class F>
+BK_INLINE float reduce(VecF v, const F& f) {
+  if constexpr (kLanes >= 16) v = f(v, swap_lanes<8>(v));
+  if constexpr (kLanes >= 8) v = f(v, swap_lanes<4>(v));
+  v = f(v, swap_lanes<2>(v));
+  v = f(v, swap_lanes<1>(v));
+  return v[0];
+}
 BK_INLINE float reduce_sum(VecF v) {
-  float t[kLanes];
-  store(t, v);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  return t[0];
+  return reduce(v, [](VecF a, VecF b) { return a + b; });
 }
 BK_INLINE float reduce_max(VecF v) {
-  float t[kLanes];
-  store(t, v);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
-  return t[0];
+  return reduce(v, [](VecF a, VecF b) { return vmax(a, b); });
+}
+
+// Whether a > b in any lane.
+BK_INLINE bool any_greater(VecF a, VecF b) {
+#if defined(BK_AVX512)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(BK_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#else
+  const VecI greater = a > b;
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= greater[i];
+  return any != 0;
+#endif
 }
 
 // ---- elementary functions ----
