@@ -39,14 +39,17 @@ class Scratch {
   float* memory_;
 };
 
-// Calls f(item, scratch of this worker) for 0..n; idle workers take the next item.
+// Calls f(item, scratch of this worker) for 0..n; idle workers take the next items. Of very many,
+// a few at a time: neighbours lie side by side in memory.
 template <class F>
 void hand_out(int64_t n, const Scratch& scratch, int64_t scratch_floats, const F& f) {
+  const int64_t at_once = std::max<int64_t>(1, n / (32 * thread_count()));
   std::atomic<int64_t> next{0};
   parallel_for(thread_count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;)
-        f(i, scratch.get() + worker * scratch_floats);
+      for (int64_t i; (i = next.fetch_add(at_once, std::memory_order_relaxed)) < n;)
+        for (const int64_t stop = std::min(n, i + at_once); i < stop; ++i)
+          f(i, scratch.get() + worker * scratch_floats);
   });
 }
 
@@ -223,10 +226,13 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
   a.packed_kv = packed.get();
   for (const Round& round : rounds) {
     if (reused) {
+      // The heads of a sequence side by side, as their rows often lie in memory.
       std::vector<std::pair<int64_t, int64_t>> tiles;
-      for (int64_t u = round.first; u < round.last; ++u) {
-        const int64_t keys = call.sequences[size_t(call.units[size_t(u)].sequence)].keys;
-        for (int64_t t = 0; t * plan.block_k < keys; ++t) tiles.emplace_back(u, t);
+      for (int64_t u = round.first, end; u < round.last; u = end) {
+        const int64_t sequence = call.units[size_t(u)].sequence;
+        for (end = u; end < round.last && call.units[size_t(end)].sequence == sequence;) ++end;
+        for (int64_t t = 0; t * plan.block_k < call.sequences[size_t(sequence)].keys; ++t)
+          for (int64_t head = u; head < end; ++head) tiles.emplace_back(head, t);
       }
       parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)

@@ -59,15 +59,16 @@ struct ForwardTile {
   const ForwardScratch& w;
   const Tiling& t;
   const AttentionArgs& args;
-  const float *keys, *values;
   int64_t batch, head;
   int64_t begin, rows;  // the block
-  int64_t key;          // the first of the tile
   int64_t offset;       // of the diagonal
+  float factor;         // what scores are multiplied with in the exponent of 2
+  float slack;          // kSlack in units of the scores
+  const Spans& spans;   // of the rows in the tile
+  // The tile.
+  const float *keys, *values;
+  int64_t key;  // the first
   MaskTile mask;
-  Spans spans;
-  float factor;  // what scores are multiplied with in the exponent of 2
-  float slack;   // kSlack in units of the scores
 };
 
 // A row's weights are relative to its base, the highest score it has met, which follows only where
@@ -256,9 +257,9 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
   fill(w.sums, 0, padded * kLanes, 0.0f);
   for (int64_t r = 0; r < padded; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
-  ForwardTile f{w, t, args, nullptr, nullptr, seq.index, head, block.begin, rows, 0, reach.off};
-  f.factor = factor;
-  f.slack = kSlack / factor;
+  Spans spans;
+  ForwardTile f{w,         t,      args,           seq.index, head, block.begin, rows,
+                reach.off, factor, kSlack / factor, spans};
   const int64_t first = reach.lo(block.begin) / t.block_k;
   const int64_t last = (reach.hi(block.begin + rows - 1) + t.block_k - 1) / t.block_k;
   for (int64_t tile = first; tile < last; ++tile) {
@@ -273,7 +274,7 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     else
       pack_tile<Words>(w.tile, t, args, seq, unit.kv_head, tile);
     f.values = f.keys + t.words_q * t.ld_s;
-    f.spans.set(reach, block.begin, rows, f.key, keys, kMr);
+    spans.set(reach, block.begin, rows, f.key, keys, kMr);
     if (plain)
       forward_tile<Words, true>(f);
     else

@@ -78,10 +78,19 @@ BK_INLINE void interleave(VecF a, VecF b, VecF& low, VecF& high) {
 #endif
 }
 
-// dst[c][r] = src[r][c] for kLanes x kLanes floats: log2(kLanes) perfect shuffles of the rows.
-BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const float* src, int64_t ld_src) {
+// kLanes words as they lie in memory.
+BK_INLINE VecF load_words(const void* p) {
+  VecF v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// dst[c][r] = src[r][c] for kLanes x kLanes words: log2(kLanes) perfect shuffles of the rows, which
+// are `bytes` apart.
+BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const void* src, int64_t bytes) {
   VecF rows[kLanes], next[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * ld_src);
+  for (int i = 0; i < kLanes; ++i)
+    rows[i] = load_words(static_cast<const char*>(src) + i * bytes);
   for (int stage = 1; stage < kLanes; stage *= 2) {
     for (int i = 0; i < kLanes / 2; ++i)
       interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
@@ -96,9 +105,14 @@ BK_INLINE void row_words(float* dst, const void* src, DType dtype, int64_t n, in
   if constexpr (Words::kPack == 1) {
     unpack_row(dst, src, dtype, n, padded);
   } else {
-    char* bytes = reinterpret_cast<char*>(dst);
-    __builtin_memcpy(bytes, src, size_t(2 * n));
-    __builtin_memset(bytes + 2 * n, 0, size_t(4 * padded - 2 * n));
+    const auto* from = static_cast<const uint16_t*>(src);
+    int64_t w = 0;
+    for (; 2 * (w + kLanes) <= n; w += kLanes) store(dst + w, load_words(from + 2 * w));
+    if (w < padded) {
+      float last[kLanes] = {};
+      __builtin_memcpy(last, from + 2 * w, size_t(2 * (n - 2 * w)));
+      store(dst + w, load(last));
+    }
   }
 }
 
@@ -150,7 +164,17 @@ void transposed_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dty
                      int64_t h, int64_t first, int64_t n, int64_t dim) {
   alignas(64) float rows[kLanes * (kMostDim + 16)];
   const int64_t width = round_up(words<Words>(dim), kLanes), ld_rows = odd_lines(dim);
+  // Rows that are words already, in whole vectors, need no copy in between.
+  const bool as_they_are =
+      dim == width * Words::kPack && (Words::kPack > 1 || dtype == DType::kFloat32);
+  const int64_t bytes = t.row * dtype_size(dtype);
   for (int64_t i = 0; i < n; i += kLanes) {
+    if (as_they_are && i + kLanes <= n) {
+      const char* from = static_cast<const char*>(row_of(t, dtype, b, h, first + i));
+      for (int64_t d = 0; d < width; d += kLanes)
+        transpose_square(dst + d * ld + i, ld, from + d * int64_t(sizeof(float)), bytes);
+      continue;
+    }
     for (int64_t r = 0; r < kLanes; ++r) {
       if (i + r < n)
         row_words<Words>(rows + r * ld_rows, row_of(t, dtype, b, h, first + i + r), dtype, dim,
@@ -159,7 +183,7 @@ void transposed_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dty
         for (int64_t d = 0; d < width; d += kLanes) store(rows + r * ld_rows + d, VecF{});
     }
     for (int64_t d = 0; d < width; d += kLanes)
-      transpose_square(dst + d * ld + i, ld, rows + d, ld_rows);
+      transpose_square(dst + d * ld + i, ld, rows + d, ld_rows * int64_t(sizeof(float)));
   }
 }
 
