@@ -129,29 +129,42 @@ struct BackwardProducts {
     }
   }
 
-  // sum += p columns by fma. Lanes of a row exchange their elements of p.
+  // sum += p columns by fma. Lanes of a row exchange their elements of p. The products are summed
+  // on their own first: added to `sum` one by one, each would be rounded at the size of what was
+  // there before, which other columns may have made large.
   __device__ __forceinline__ void accumulate_fma(Sums& sum, const Scores& p,
                                                  uint32_t col_tile) const {
+    constexpr int kWide = kDim == 64 ? 8 : 2;  // of n at a time, as registers allow
     const int t = lane % 4;
 #pragma unroll
-    for (int c = 0; c < Tile::kChunk; ++c) {
-      float a[2 * kFrags];
+    for (int part = 0; part < kDim / 8; part += kWide) {
+      float own[2 * kFrags][kWide][2] = {};
 #pragma unroll
-      for (int m = 0; m < 2 * kFrags; ++m)
-        a[m] = __shfl_sync(~0u, p[m / 2][c / 8][m % 2 * 2 + c % 2], c % 8 / 2, 4);
-      // This lane's columns of sum: 8 n + 2 t, + 1.
-      const uint32_t from = shared + Tile::kStages + col_tile + c * Layout::kRowBytes +
-                            ((t / 2 ^ (Layout::turn(c) & 1)) << 4) + t % 2 * 8;
+      for (int c = 0; c < Tile::kChunk; ++c) {
+        float a[2 * kFrags];
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        const float2 b = ld_shared_v2_f32(from + ((2 * n ^ (Layout::turn(c) & ~1)) << 4));
+        for (int m = 0; m < 2 * kFrags; ++m)
+          a[m] = __shfl_sync(~0u, p[m / 2][c / 8][m % 2 * 2 + c % 2], c % 8 / 2, 4);
+        // This lane's columns of sum: 8 n + 2 t, + 1.
+        const uint32_t from = shared + Tile::kStages + col_tile + c * Layout::kRowBytes +
+                              ((t / 2 ^ (Layout::turn(c) & 1)) << 4) + t % 2 * 8;
 #pragma unroll
-        for (int m = 0; m < 2 * kFrags; ++m) {
-          float* x = &sum[m / 2][n][m % 2 * 2];
-          x[0] = fmaf(a[m], b.x, x[0]);
-          x[1] = fmaf(a[m], b.y, x[1]);
+        for (int n = 0; n < kWide; ++n) {
+          const float2 b =
+              ld_shared_v2_f32(from + ((2 * (part + n) ^ (Layout::turn(c) & ~1)) << 4));
+#pragma unroll
+          for (int m = 0; m < 2 * kFrags; ++m) {
+            own[m][n][0] = fmaf(a[m], b.x, own[m][n][0]);
+            own[m][n][1] = fmaf(a[m], b.y, own[m][n][1]);
+          }
         }
       }
+#pragma unroll
+      for (int m = 0; m < 2 * kFrags; ++m)
+#pragma unroll
+        for (int n = 0; n < kWide; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum[m / 2][part + n][m % 2 * 2 + e] += own[m][n][e];
     }
   }
 

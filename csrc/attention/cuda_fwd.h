@@ -178,8 +178,10 @@ struct Forward {
     }
   }
 
-  // O += P V in fp32. This lane's columns of O: 16 j + 4 t .. + 3, in o[0][2 j] and o[0][2 j + 1].
-  __device__ __forceinline__ void add_values(const Scores& p) {
+  // O = c O + P V in fp32. This lane's columns of O: 16 j + 4 t .. + 3, in o[0][2 j] and
+  // o[0][2 j + 1]. A tile's products are summed on their own: added to O one by one, each would be
+  // rounded at the size of what was there before, which an earlier tile may have made large.
+  __device__ __forceinline__ void add_values(const Scores& p, const float (&shrink)[2]) {
     const int g = lane / 4, t = lane % 4;
     __syncwarp();  // the weights before are read
 #pragma unroll
@@ -189,28 +191,42 @@ struct Forward {
         st_shared_v2_f32(shared + weight_at(warp_row + 8 * e + g, 2 * n + t / 2) + t % 2 * 8,
                          p[0][n][2 * e], p[0][n][2 * e + 1]);
     __syncwarp();
+    constexpr int kPart = kDim > 128 ? 64 : kDim;  // columns that registers are left for
+#pragma unroll
+    for (int part = 0; part < kDim / 16; part += kPart / 16) {
+      float sum[kPart / 16][2][4] = {};
 #pragma unroll 2
-    for (int chunk = 0; chunk < kKeys / 4; ++chunk) {
-      float weight[2][4];
+      for (int chunk = 0; chunk < kKeys / 4; ++chunk) {
+        float weight[2][4];
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        *reinterpret_cast<float4*>(weight[e]) =
-            ld_shared_v4_f32(shared + weight_at(warp_row + 8 * e + g, chunk));
+        for (int e = 0; e < 2; ++e)
+          *reinterpret_cast<float4*>(weight[e]) =
+              ld_shared_v4_f32(shared + weight_at(warp_row + 8 * e + g, chunk));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-          const float4 value =
-              ld_shared_v4_f32(shared + Shape::kValueTile + Layout::at(4 * chunk + j, 4 * d + t));
+          for (int d = 0; d < kPart / 16; ++d) {
+            const float4 value = ld_shared_v4_f32(shared + Shape::kValueTile +
+                                                  Layout::at(4 * chunk + j, 4 * (part + d) + t));
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            o[0][2 * d][2 * e] = fmaf(weight[e][j], value.x, o[0][2 * d][2 * e]);
-            o[0][2 * d][2 * e + 1] = fmaf(weight[e][j], value.y, o[0][2 * d][2 * e + 1]);
-            o[0][2 * d + 1][2 * e] = fmaf(weight[e][j], value.z, o[0][2 * d + 1][2 * e]);
-            o[0][2 * d + 1][2 * e + 1] = fmaf(weight[e][j], value.w, o[0][2 * d + 1][2 * e + 1]);
+            for (int e = 0; e < 2; ++e) {
+              sum[d][e][0] = fmaf(weight[e][j], value.x, sum[d][e][0]);
+              sum[d][e][1] = fmaf(weight[e][j], value.y, sum[d][e][1]);
+              sum[d][e][2] = fmaf(weight[e][j], value.z, sum[d][e][2]);
+              sum[d][e][3] = fmaf(weight[e][j], value.w, sum[d][e][3]);
+            }
           }
         }
       }
+#pragma unroll
+      for (int d = 0; d < kPart / 16; ++d)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            float& to = o[0][2 * (part + d) + x / 2][2 * e + x % 2];
+            to = fmaf(to, shrink[e], sum[d][e][x]);
+          }
     }
   }
 
@@ -333,9 +349,10 @@ struct Forward {
     }
   }
 
-  // S -> P; scales what was summed before. kEdge: a row may have seen no key yet.
+  // S -> P; scales what was summed before, but for O in fp32, which gets the factor `c` later.
+  // kEdge: a row may have seen no key yet.
   template <bool kEdge>
-  __device__ __forceinline__ void softmax(Scores& s) {
+  __device__ __forceinline__ void softmax(Scores& s, float (&c)[2]) {
     // (s - m) f: exactly 0 at the largest. In 16 bits, s f - m f is as good and one step shorter.
     constexpr bool kExact = kNatural;
 #pragma unroll
@@ -363,6 +380,10 @@ struct Forward {
           total += x + y;
         }
         sum[i][e] = fmaf(sum[i][e], shrink, total);
+        if constexpr (Shape::kFma) {
+          c[e] = shrink;
+          continue;
+        }
 #pragma unroll
         for (int n = 0; n < kDimGroups; ++n) {
           o[i][n][2 * e] *= shrink;
@@ -427,12 +448,13 @@ struct Forward {
         score(s, DeviceScores(args, sequence, head), first_key);
       else if constexpr (kEdge)
         hide(s, first_key);
-      softmax<kEdge>(s);
+      float shrink[2];
+      softmax<kEdge>(s, shrink);
       if constexpr (Shape::kGeneral) {
         if (args.seed != nullptr) drop(s, DeviceDropout(args, sequence, head), first_key);
       }
       if constexpr (Shape::kFma)
-        add_values(s);
+        add_values(s, shrink);
       else
         add_values(s, value_cursor);
     };
