@@ -451,7 +451,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
       } value{ld_shared_v4(own + Layout::at(row, chunk))};
       T* const to = data + int64_t(row0 + row) * t.row + chunk * Layout::kChunk;
       if (aligned) {
-        *reinterpret_cast<uint4*>(to) = value.whole;
+        st_global_v4(to, value.whole);
       } else {
 #pragma unroll
         for (int e = 0; e < Layout::kChunk; ++e)
