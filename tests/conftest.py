@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import bigkernel
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    kept = Path(__file__).resolve().parents[1] / "build" / "ptx"
+    os.environ.setdefault("BIGKERNEL_PTX_CACHE", str(kept))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
     # A shell starts background jobs with Ctrl-C ignored, and children would inherit that.

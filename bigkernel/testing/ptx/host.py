@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigkernel.testing.ptx.compiler import compiled, run_nvcc
 from bigkernel.testing.ptx.counters import Counters
-from bigkernel.testing.ptx.launch import Module, load, nvcc
+from bigkernel.testing.ptx.launch import Module, load
 from bigkernel.testing.ptx.memory import Memory
 
 _RUNTIME = r"""
@@ -119,30 +119,27 @@ class HostLibrary:
     def __init__(
         self, sources: Sequence[str | Path], arch: str = "sm_80", flags: Sequence[str] = ()
     ) -> None:
-        program = nvcc()
-        if program is None:
-            raise RuntimeError("HostLibrary: nvcc is not on the path; install the CUDA toolkit")
         virtual = arch.replace("sm_", "compute_")
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
-        (folder / "runtime.cpp").write_text(_RUNTIME)
-        target = str(folder / "library.so")
-        options = ["-c", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", str(folder), "-lineinfo"]
+        options = ["-c", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", "{folder}", "-lineinfo"]
         options += [f"-gencode=arch={virtual},code={virtual}", *flags]
 
-        def run(*arguments: str) -> None:
-            done = subprocess.run([program, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"HostLibrary: nvcc failed:\n{done.stderr}")
+        def build(source: str | Path) -> Path:
+            return compiled(source, options, "HostLibrary", "runtime.cpp")
 
-        files = [*map(str, sources), str(folder / "runtime.cpp")]
-        objects = [str(folder / f"{k}.o") for k in range(len(files))]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda source, to: run(*options, source, "-o", to), files, objects))
-        # -Bsymbolic: torch may have loaded the real runtime.
-        run("-shared", "-cudart", "none", "-Xlinker", "-Bsymbolic", *objects, "-o", target)
-        self.modules: list[Module] = [load(p.read_text()) for p in sorted(folder.glob("*.ptx"))]
-        self.library = ctypes.CDLL(target)
+            made = list(pool.map(build, [*sources, _RUNTIME]))
+        with tempfile.TemporaryDirectory() as folder:
+            target = f"{folder}/library.so"
+            objects = []
+            for k, of_source in enumerate(made):
+                objects.append(f"{folder}/{k}.o")
+                os.symlink(of_source / "out", objects[-1])
+            # -Bsymbolic: torch may have loaded the real runtime.
+            link = ["-shared", "-cudart", "none", "-Xlinker", "-Bsymbolic", *objects, "-o", target]
+            run_nvcc(link, "HostLibrary")
+            self.library = ctypes.CDLL(target)
+        texts = [path for of_source in made for path in sorted(of_source.glob("*.ptx"))]
+        self.modules: list[Module] = [load(path.read_text()) for path in texts]
 
     @contextmanager
     def running(self, memory: Memory) -> Iterator[list[Launch]]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bigkernel.testing.ptx.compiler import compiled, nvcc
 from bigkernel.testing.ptx.counters import Counters
 from bigkernel.testing.ptx.errors import PtxError
 from bigkernel.testing.ptx.lanes import Layout
@@ -31,11 +29,6 @@ _LANES = 8192  # threads that run together; more would leave the cache
 _TRACKING = 64 << 20  # bytes that shared memory and its bookkeeping may take together
 
 
-def nvcc() -> str | None:
-    """The path of nvcc, None where there is none."""
-    return shutil.which("nvcc")
-
-
 def compile(  # named after what it does: ptx.compile
     source: str | Path, arch: str = "sm_80", flags: Sequence[str] = ()
 ) -> Module:
@@ -44,21 +37,8 @@ def compile(  # named after what it does: ptx.compile
     arch: "sm_80", "sm_90" ...; flags: more options for nvcc, such as ["-I", "csrc"].
     Raises RuntimeError with nvcc's message where it fails or is missing.
     """
-    program = nvcc()
-    if program is None:
-        raise RuntimeError("ptx.compile: nvcc is not on the path; install the CUDA toolkit")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(str(source)) if "\n" not in str(source) else Path(folder, "kernel.cu")
-        if "\n" in str(source):
-            path.write_text(str(source))
-        out = Path(folder, "kernel.ptx")
-        options = ["-ptx", f"-arch={arch}", "-lineinfo", "-std=c++17", *flags]
-        done = subprocess.run(
-            [program, *options, str(path), "-o", str(out)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"ptx.compile: nvcc could not compile {path}:\n{done.stderr}")
-        return load(out.read_text())
+    options = ["-ptx", f"-arch={arch}", "-lineinfo", "-std=c++17", *flags]
+    return load((compiled(source, options, "ptx.compile") / "out").read_text())
 
 
 def load(text: str) -> Module:
