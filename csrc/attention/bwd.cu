@@ -9,10 +9,10 @@ namespace bigkernel {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;  // for a row
+constexpr int kLanes = 4;  // for a row; the 8 rows of a warp write whole sectors of delta
 
-// -lse and -delta = dlse - <dout, out> of each row (stat_plane), 8 lanes a row. A row that sees no
-// key has the weights e^-inf = 0.
+// -lse and -delta = dlse - <dout, out> of each row (stat_plane), kLanes lanes a row. A row that
+// sees no key has the weights e^-inf = 0.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionCudaArgs args) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kWidth; ++i)
       sum = fmaf(to_float(x.element[i]), to_float(y.element[i]), sum);
   }
-  const uint32_t together = 0xffu << (threadIdx.x % 32 / kLanes * kLanes);
+  const uint32_t together = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(together, sum, offset);
   if (lane != 0) return;
