@@ -397,7 +397,8 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
             cp_async_wait_group<0>();
             __syncthreads();
             stage ^= 1;
-            const uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
+            uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
+            asm volatile("" : "+r"(to));  // or each copy's branch derives it anew
             next_a.load(to, 0);
             next_b.load(to + Tile::kColBytes, 0);
             if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols)
