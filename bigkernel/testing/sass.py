@@ -19,6 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+FLOAT = ("FFMA", "FADD", "FMUL", "DFMA", "DADD", "DMUL", "HFMA2", "HADD2", "HMUL2", "MUFU")
 MATRIX = ("HMMA", "IMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "QGMMA", "IGMMA")
 
 
@@ -159,6 +160,11 @@ class Code:
         return sum(self.names[name] for name in MATRIX)
 
     @property
+    def arithmetic(self) -> int:
+        """Floating-point instructions other than tensor-core products."""
+        return sum(self.names[name] for name in FLOAT)
+
+    @property
     def local(self) -> int:
         """Loads and stores of local memory: spills, unless the source has local arrays."""
         return self.names["LDL"] + self.names["STL"]
@@ -211,8 +217,8 @@ class Kernel:
 
         Among the loops with tensor-core products, and no loop with such products within, the one
         with most of them; where two have as many (a masked and an unmasked one), the shorter,
-        which is the one without the rare cases. Without any, the innermost loop with the widest
-        loads from global memory, then with most bytes loaded.
+        which is the one without the rare cases. Without any, the innermost loop with most
+        floating-point arithmetic (a copy has none), then with the widest loads from global memory.
         """
         code = {loop: self.part(loop) for loop in self.loops}
         matrix = [loop for loop in self.loops if code[loop].matrix]
@@ -220,7 +226,7 @@ class Kernel:
         inner = [loop for loop in among if not any(other < loop for other in among)]
 
         def worth(c: Code) -> tuple[int, ...]:
-            return (c.matrix, -len(c)) if matrix else (c.widest, c.loaded)
+            return (c.matrix, -len(c)) if matrix else (c.arithmetic, c.widest, c.loaded)
 
         return max((code[loop] for loop in inner), key=worth, default=None)
 

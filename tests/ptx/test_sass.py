@@ -33,6 +33,16 @@ extern "C" __global__ void product(half* c, const half* a, const half* b, int n,
     }
   store_matrix_sync(c, sum, 16, mem_row_major);
 }
+extern "C" __global__ void multiply(float* c, const float4* a, int n) {
+  extern __shared__ float4 s[];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) s[i] = a[i];
+  __syncthreads();
+  float sum = 0;
+#pragma unroll 4
+  for (int i = 0; i < n; ++i) sum = fmaf(s[i].x, s[i].y, sum);
+  c[threadIdx.x] = sum;
+}
 extern "C" __global__ void __launch_bounds__(1024, 2) spill(float* x, int n) {
   float v[64];
 #pragma unroll
@@ -74,7 +84,7 @@ def kernels(built):
 
 def test_resources_are_read_from_ptxas_and_from_the_cubin(built):
     cubin, from_log = built
-    assert set(from_log) == {"stream", "product", "spill", "choose"}
+    assert set(from_log) == {"stream", "product", "multiply", "spill", "choose"}
     assert from_log["choose"].shared == 400
     assert from_log["spill"].registers == 32
     assert from_log["spill"].spill_stores > 0
@@ -104,6 +114,12 @@ def test_streaming_main_loop_is_the_one_with_wide_loads(kernels):
     assert loop.names["STG"] == 1
     assert loop.names["MUFU"] >= 2
     assert 20 < len(loop) < len(kernels["stream"].code)
+
+
+def test_main_loop_without_products_is_the_one_that_computes(kernels):
+    loop = kernels["multiply"].main_loop
+    assert len(kernels["multiply"].loops) >= 2
+    assert (loop.arithmetic, loop.names["FFMA"], loop.loaded) == (4, 4, 0)
 
 
 def test_matrix_main_loop_is_the_innermost(kernels):
