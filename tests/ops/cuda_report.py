@@ -3,15 +3,17 @@
 Every kernel: registers, spills, shared memory, occupancy and its main loop's machine code. The
 cases below also run, by their own launchers, in the emulator: what they move against what the
 algorithm has to, bank conflicts, and the same for a Triton kernel of the same op
-(triton_kernels.py). The bars of a case are in `bars`; test_cuda_report.py holds Adam's,
-a whole run of the report all of them.
+(triton_kernels.py). The bars of a case are in `bars`; test_cuda_report.py holds them on shorter
+inputs.
 
 A kernel is added by an entry of CASES. Written to benchmarks/results/cuda_report.{json,md}.
 """
 
 import argparse
+import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -210,6 +212,7 @@ def code_of(kernel: sass.Kernel) -> dict[str, Any]:
             "instructions": len(loop),
             "matrix": loop.matrix,
             "HMMA": loop.names["HMMA"],
+            "FFMA": loop.names["FFMA"],
             "LDSM": loop.names["LDSM"],
             "LDGSTS": loop.names["LDGSTS"],
             "LDG": loop.names["LDG"],
@@ -261,17 +264,23 @@ def traffic_of(counters: ptx.Counters, minimum: dict[str, int]) -> dict[str, Any
     }
 
 
+@functools.cache
+def machine_code(text: str, arch: str, kernel: str) -> tuple[sass.Resources, dict[str, Any]]:
+    """A kernel's resources and what `code_of` counts: the same for full and causal."""
+    cubin, found = sass.assemble(text, arch, entry=kernel)
+    return found[kernel], code_of(sass.disassemble(cubin)[kernel])
+
+
 def measure(case: Case, size: int, arch: str = "sm_80") -> list[dict[str, Any]]:
     """The rows of one case."""
     rows = []
     for part in case.run(size):
         launch = part.launch
-        cubin, found = sass.assemble(part.text, arch, entry=launch.kernel)
+        found, code = machine_code(part.text, arch, launch.kernel)
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         row = {"op": case.op, "case": case.name, "role": part.role, "arch": arch, "size": size}
         row |= {"kernel": pretty([launch.kernel])[0], "aim_per_matrix": part.aim}
-        row |= resources_of(arch, found[launch.kernel], threads, launch.shared)
-        row |= code_of(sass.disassemble(cubin)[launch.kernel])
+        row |= resources_of(arch, found, threads, launch.shared) | code
         row["emulator"] = traffic_of(launch.counters, part.minimum)
         row["triton"] = None
         if part.peer:
@@ -369,8 +378,8 @@ def markdown(report: dict[str, Any]) -> str:
             cells.append([
                 f"{row['op']} {row['case']} {row['role']}", who, it["registers"], spills(it),
                 it["shared"] + it["dynamic_shared"], f"{it['occupancy']:.0%}",
-                loop["instructions"], loop["HMMA"], loop["LDSM"], loop["LDGSTS"], loop["local"],
-                f"{loop['matrix_share']:.0%}", loop["per_matrix"],
+                loop["instructions"], loop["HMMA"], loop["FFMA"], loop["LDSM"], loop["LDGSTS"],
+                loop["local"], f"{loop['matrix_share']:.0%}", loop["per_matrix"],
                 row["aim_per_matrix"] if who == "bigkernel" else None,
                 moved["ptx_per_mma"], moved["ratio"], moved["bank_conflicts"],
                 moved["wavefronts_per_mma"],
@@ -378,8 +387,8 @@ def markdown(report: dict[str, Any]) -> str:
         missed += [f"- {row['op']} {row['case']} {row['role']}: {text}"
                    for text, held in row["bars"] if not held]  # fmt: skip
     heads = ["case", "kernel", "registers", "spills", "shared", "occupancy", "main loop", "HMMA",
-             "LDSM", "LDGSTS", "local", "matrix", "per HMMA", "FA2", "PTX per mma", "sectors / min",
-             "wavefronts / min", "wavefronts per mma"]  # fmt: skip
+             "FFMA", "LDSM", "LDGSTS", "local", "matrix", "per HMMA", "FA2", "PTX per mma",
+             "sectors / min", "wavefronts / min", "wavefronts per mma"]  # fmt: skip
     lines += table(heads, cells)
     bars_held = sum(held for row in report["cases"] for _, held in row["bars"])
     count = sum(len(row["bars"]) for row in report["cases"])
@@ -411,6 +420,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="just the cases whose name has this")
     options = parser.parse_args()
     archs = [*sass.LIMITS] if options.arch == "all" else options.arch.split(",")
+    os.environ.setdefault("BIGKERNEL_PTX_CACHE", str(ROOT / "build" / "ptx"))
     if ptx.nvcc() is None:
         print("cuda-report: nvcc is not on the path; install the CUDA toolkit.", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Adam's bars of `make cuda-report`, at half its size; Triton's kernels against float64."""
+"""The bars of `make cuda-report`, on shorter inputs; Triton's kernels against float64."""
 
 import cuda_report
 import pytest
@@ -8,20 +8,28 @@ from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
-ADAM = [case for case in cuda_report.CASES if case.op == "adam"]
+# Of attention two blocks of rows and some tiles of keys: the machine code is that of any length.
+SIZES = {"adam": 512, "attention": 256, "augment": 1024}
+ROLES = ["forward", "backward, rows", "backward, dK dV", "backward, dQ"]
 
 
-@pytest.mark.parametrize("case", ADAM, ids=lambda case: f"{case.op} {case.name}")
+@pytest.mark.parametrize("case", cuda_report.CASES, ids=lambda case: f"{case.op} {case.name}")
 def test_bars(case):
-    rows = cuda_report.measure(case, 512)
-    assert rows
+    size = SIZES[case.op]
+    rows = cuda_report.measure(case, size)
+    roles = [row["role"] for row in rows]
+    assert roles == ROLES if case.op == "attention" else len(roles) == 1
     for row in rows:
         held = dict(row["bars"])
-        assert len(held) >= 3
         assert all(held.values()), f"{row['role']}: {held}"
+        tiled = case.op == "attention" and row["role"] != "backward, rows"
+        yardstick = tiled and "bf16" in case.name and cuda_report.triton_kernels() is not None
+        assert len(held) == 3 + tiled + yardstick
+        assert row["main_loop"]["HMMA" if tiled and "bf16" in case.name else "instructions"] > 0
+        assert row["main_loop"]["FFMA"] > 0 or "bf16" in case.name or case.op == "augment"
         assert row["registers"] <= 255
         assert 0 < row["occupancy"] <= 1
-    report = {"compiler": "", "triton": "", "size": 512, "cases": rows, "kernels": []}
+    report = {"compiler": "", "triton": "", "size": size, "cases": rows, "kernels": []}
     assert f"| {case.op} {case.name} {rows[0]['role']} | bigkernel |" in cuda_report.markdown(
         report
     )
@@ -47,17 +55,18 @@ def test_tiles_that_are_needed():
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("length", [128, 77])
-def test_triton_attention_is_right(length, causal):
+def test_triton_attention_is_right(length, dim, causal):
     """A yardstick that computed something else would measure nothing."""
     triton_kernels = pytest.importorskip("triton_kernels")
     torch.manual_seed(0)
-    inputs = [torch.randn(1, length, 64).bfloat16() for _ in range(3)]
-    dout = torch.randn(1, length, 64).bfloat16()
+    inputs = [torch.randn(1, length, dim).bfloat16() for _ in range(3)]
+    dout = torch.randn(1, length, dim).bfloat16()
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
-        scores = q @ k.transpose(1, 2) / 8
+        scores = q @ k.transpose(1, 2) / dim**0.5
         if causal:
             scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         out = scores.softmax(-1) @ v
