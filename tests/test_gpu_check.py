@@ -1,6 +1,7 @@
 """`make gpu-check` without a GPU: all of it but CUDA itself, on the CPU and with faked commands."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -80,18 +81,17 @@ def test_a_failing_section_does_not_stop_the_others():
     assert "not here" in text
 
 
-def test_a_table_that_breaks_off_keeps_its_rows():
+def test_a_case_that_fails_leaves_the_other_rows():
     timing = gpu.Timing((1.0, 1.0))
     row = gpu.Row("x", {OURS: timing}, "B", 1.0, 1.0, {"peer": "why"})
 
-    def rows():
-        yield row
+    def fail():
         raise RuntimeError("out of memory")
 
-    report = gpu_check.Report(dict(MACHINE))
-    section = report.run("benchmark x", lambda: gpu_check.table(rows()))
+    report, cases = gpu_check.Report(dict(MACHINE)), [("large", fail), ("x", lambda: row)]
+    section = report.run("benchmark x", lambda: gpu_check.table(cases))
     assert section.status == "failed"
-    assert "after 1 rows" in section.reason
+    assert section.reason == "TableError: large: RuntimeError: out of memory"
     assert section.data == [row.as_dict()]
     assert "skipped: peer: why" in gpu_check.markdown(report)
 
@@ -151,6 +151,15 @@ def test_commands(monkeypatch):
         gpu_check.sanitizer("memcheck")
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/true")
     assert gpu_check.sanitizer("racecheck", says("ok\n1 passed")) == "1 passed"
+
+
+def test_the_sanitized_tests_are_there_and_need_a_gpu():
+    """A name that has changed would leave nothing to sanitize."""
+    pytest.importorskip("torchvision")
+    words = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only")
+    listed = gpu_check.command(*words, "-p", "no:cacheprovider", *gpu_check.SANITIZED)
+    assert [line for line in listed.splitlines() if "::" in line] == [*gpu_check.SANITIZED]
+    assert {"tests/ops/test_adam.py", "tests/ops/test_augment.py"} < {*gpu_check.TESTS}
 
 
 def test_machine_facts():

@@ -134,14 +134,15 @@ def measure(
     order += [name for name in runs if name not in order]
     able: dict[str, Run] = {}
     for name in order:
+        run = timed(runs[name], clock)  # which waits for the result: errors come out here
         try:
-            runs[name]()
+            run()
         except Exception as error:
             if name == OURS:
                 raise
             skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
-            able[name] = timed(runs[name], clock)
+            able[name] = run
     return Row(case, interleave(able, plan), *work, skipped)
 
 
@@ -173,17 +174,25 @@ def attention_specs(small: bool = False) -> list[Spec]:
     ]
 
 
-def attention_rows(device: str, clock: Clock, small: bool = False) -> Iterator[Row]:
+# A table: the name of each case, and what measures it.
+Cases = Iterator[tuple[str, Callable[[], Row]]]
+
+
+def attention_cases(device: str, clock: Clock, small: bool = False) -> Cases:
     """Against each backend of SDPA, and flash-attn; the limit is a large matrix product."""
     side = 64 if small else 8192
-    for spec in attention_specs(small):
+
+    def row(spec: Spec) -> Row:
         product = matrix_product(device, spec.dtype, side)
         with strict():
             problem = Attention(spec, device)
             problem.check()
             runs, skipped = problem.runs()
             work = ("FLOP", spec.flops(), 2.0 * side**3)
-            yield measure(spec.name, {**runs, LIMIT: product}, skipped, clock, work)
+            return measure(spec.name, {**runs, LIMIT: product}, skipped, clock, work)
+
+    for spec in attention_specs(small):
+        yield spec.name, partial(row, spec)
 
 
 class Attention:
@@ -258,72 +267,77 @@ class Attention:
         return runs, skipped
 
 
-def adam_rows(device: str, clock: Clock, small: bool = False) -> Iterator[Row]:
+def adam_cases(device: str, clock: Clock, small: bool = False) -> Cases:
     """GPT-2's parameters, against torch and Apex; the limit is a copy of as many bytes."""
     shapes = adam.gpt2(16, 1, 50, 10) if small else adam.gpt2()
     options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    for dtype, width in ((torch.float32, 28), (torch.bfloat16, 22)):  # bytes an element
-        skipped = dict[str, str]()
 
-        def params(dtype: torch.dtype = dtype) -> list[Any]:
-            generator = torch.Generator().manual_seed(0)
-            made = []
-            for shape in shapes:
-                p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-                p.grad = torch.randn(shape, generator=generator).to(device, dtype)
-                made.append(p)
-            return made
+    def params(dtype: torch.dtype) -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        made = []
+        for shape in shapes:
+            p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+            p.grad = torch.randn(shape, generator=generator).to(device, dtype)
+            made.append(p)
+        return made
 
-        ours = AdamW(params(), **options)
+    def row(name: str, dtype: torch.dtype, width: int) -> Row:
+        ours, skipped = AdamW(params(dtype), **options), dict[str, str]()
         runs: dict[str, Callable[[], object]] = {
-            REFERENCE: on_torch(AdamW(params(), **options).step),
+            REFERENCE: on_torch(AdamW(params(dtype), **options).step),
             OURS: ours.step,
-            "torch fused": torch.optim.AdamW(params(), fused=True, **options).step,
-            "torch foreach": torch.optim.AdamW(params(), foreach=True, **options).step,
+            "torch fused": torch.optim.AdamW(params(dtype), fused=True, **options).step,
+            "torch foreach": torch.optim.AdamW(params(dtype), foreach=True, **options).step,
         }
         apex = installed("apex.optimizers", skipped, "Apex")
         if apex is not None:
-            runs["Apex"] = apex.FusedAdam(params(), adam_w_mode=True, **options).step
-        work = width * sum(p.numel() for p in params())
-        source = torch.zeros(work // 8, device=device)
-        target = torch.empty_like(source)
-        runs[LIMIT] = partial(target.copy_, source)
-        name = f"{'fp32' if dtype == torch.float32 else 'bf16, fp32 moments'}, GPT-2, 124M"
+            runs["Apex"] = apex.FusedAdam(params(dtype), adam_w_mode=True, **options).step
+        work = width * sum(p.numel() for p in params(dtype))
+        runs[LIMIT], moved = copy_of(work, device)
         with strict():
             # torch keeps moments in the parameters' dtype: in bf16 it moves less, and rounds more.
-            yield measure(name, runs, skipped, clock, ("B", work, 8.0 * source.numel()))
+            return measure(name, runs, skipped, clock, ("B", work, moved))
+
+    for dtype, width in ((torch.float32, 28), (torch.bfloat16, 22)):  # bytes an element
+        name = f"{'fp32' if dtype == torch.float32 else 'bf16, fp32 moments'}, GPT-2, 124M"
+        yield name, partial(row, name, dtype, width)
 
 
-def augment_rows(device: str, clock: Clock, small: bool = False) -> Iterator[Row]:
+def copy_of(size: int, device: str) -> tuple[Callable[[], object], float]:
+    """A copy that reads and writes about ``size`` bytes together, and how many they are."""
+    source = torch.zeros(size // 8, device=device)
+    return partial(torch.empty_like(source).copy_, source), 8.0 * source.numel()
+
+
+def augment_cases(device: str, clock: Clock, small: bool = False) -> Cases:
     """Batches of uint8 images on the device, against torchvision image by image, and Kornia."""
     shape: dict[str, Any] = (
         {"count": 2, "size": (40, 32), "output": 24} if small else {"count": 256}
     )
-    simple = "crop + flip + normalise"
-    full = "crop + flip + rotate + jitter + normalise"
-    for spec in (augment.Spec(simple, **shape), augment.Spec(full, full=True, **shape)):
+    peers = {augment.TORCHVISION: augment.Torchvision, augment.KORNIA: augment.Kornia}
+
+    def row(spec: augment.Spec) -> Row:
         skipped = dict[str, str]()
         images = [image.to(device) for image in augment._images(spec)]
         batch, chain = torch.stack(images), augment._ours(spec)
         runs: dict[str, Callable[[], object]] = {OURS: partial(chain, batch)}
         runs[REFERENCE] = on_torch(runs[OURS])
-        for name, make in (
-            (augment.TORCHVISION, augment.Torchvision),
-            (augment.KORNIA, augment.Kornia),
-        ):
+        for name, make in peers.items():
             try:
                 runs[name] = make(spec).run(images)
-            except ImportError as error:
-                skipped[name] = str(error)
-        moved = batch.numel() + 4 * 3 * spec.count * spec.output**2
-        source = torch.zeros(moved // 8, device=device)
-        target = torch.empty_like(source)
-        runs[LIMIT] = partial(target.copy_, source)
+            except Exception as error:  # one built for another torch fails in ways of its own
+                skipped[name] = f"{type(error).__name__}: {error}"
+        runs[LIMIT], _ = copy_of(batch.numel() + 4 * 3 * spec.count * spec.output**2, device)
         with strict():
-            yield measure(spec.name, runs, skipped, clock, ("images", spec.count, spec.count))
+            return measure(spec.name, runs, skipped, clock, ("images", spec.count, spec.count))
+
+    simple = "crop + flip + normalise"
+    full = "crop + flip + rotate + jitter + normalise"
+    for spec in (augment.Spec(simple, **shape), augment.Spec(full, full=True, **shape)):
+        yield spec.name, partial(row, spec)
 
 
-TABLES = {"attention": attention_rows, "adam": adam_rows, "augment": augment_rows}
+TABLES = {"attention": attention_cases, "adam": adam_cases, "augment": augment_cases}
 
 
 def deterministic(device: str, times: int = 30) -> list[str]:
