@@ -40,7 +40,7 @@ def run_nvcc(arguments: Sequence[str], who: str) -> None:
         raise RuntimeError(f"{who}: nvcc is not on the path; install the CUDA toolkit")
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{who}: nvcc failed:\n{done.stderr}")
+        raise RuntimeError(f"{who}: nvcc could not compile:\n{done.stderr}")
 
 
 def compiled(
