@@ -314,7 +314,10 @@ def augment_cases(device: str, clock: Clock, small: bool = False) -> Cases:
     shape: dict[str, Any] = (
         {"count": 2, "size": (40, 32), "output": 24} if small else {"count": 256}
     )
-    peers = {augment.TORCHVISION: augment.Torchvision, augment.KORNIA: augment.Kornia}
+    peers: dict[str, Any] = {
+        augment.TORCHVISION: augment.Torchvision,
+        augment.KORNIA: augment.Kornia,
+    }
 
     def row(spec: augment.Spec) -> Row:
         skipped = dict[str, str]()

@@ -401,6 +401,11 @@ def markdown(report: dict[str, Any]) -> str:
         "compute capability.",
         "",
     ]
+    spilling = [f"{row['arch']} {row['kernel']} ({row['main_loop']['local']})"
+                for row in report["kernels"] if row["main_loop"]["local"]]  # fmt: skip
+    if spilling:
+        lines += ["Accesses of local memory in a main loop, masks and rare cases included: "]
+        lines += [", ".join(f"`{one}`" for one in spilling) + ".", ""]
     cells = [
         [row["arch"], row["kernel"], row["registers"], row["stack"], spills(row), row["shared"],
          row["threads"], None if row["occupancy"] is None else f"{row['occupancy']:.0%}",
@@ -411,6 +416,15 @@ def markdown(report: dict[str, Any]) -> str:
     heads = ["arch", "kernel", "registers", "stack", "spills", "shared", "threads", "occupancy",
              "instructions", "main loop", "HMMA", "per HMMA", "local in it"]  # fmt: skip
     return "\n".join(lines + table(heads, cells))
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """One line for each row of a list."""
+    parts = []
+    for name, value in report.items():
+        rows = isinstance(value, list) and ",\n".join(map(json.dumps, value))
+        parts.append(f'"{name}": ' + (f"[\n{rows}\n]" if rows else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> int:
@@ -439,7 +453,7 @@ def main() -> int:
     text = markdown(report)
     if not options.only:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "cuda_report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "cuda_report.json").write_text(as_json(report))
         (RESULTS / "cuda_report.md").write_text(text)
     print(text)
     return 0 if all(held for row in report["cases"] for _, held in row["bars"]) else 1

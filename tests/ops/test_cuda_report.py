@@ -1,5 +1,7 @@
 """The bars of `make cuda-report`, on shorter inputs; Triton's kernels against float64."""
 
+import json
+
 import cuda_report
 import pytest
 import torch
@@ -44,6 +46,13 @@ def test_a_bar_that_is_missed_is_seen():
                "ratio": 1.0, "global_atomics": 0, "bank_conflicts": 1.2,
                "by_array": {"q": [9, 8]}}}  # fmt: skip
     assert [held for _, held in cuda_report.bars(row)] == [True, True, False, False, False]
+
+
+def test_the_report_can_be_read_back():
+    report = {"compiler": 'nvcc "13.0"', "cases": [{"a": None}, {"a": [1.5]}], "kernels": []}
+    text = cuda_report.as_json(report)
+    assert json.loads(text) == report
+    assert text.count("\n") == 8
 
 
 def test_tiles_that_are_needed():
