@@ -50,11 +50,15 @@ _OPTIONS = (
     "SymInt window_left, SymInt window_right, float softcap, float dropout_p"
 )
 # Dense: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; mask [1|B, 1|Hq, 1|Sq, 1|Sk], bool
-# or floating; lse [B, Hq, Sq]. Packed, that is with cu_seqlens [B + 1] int32: q [Tq, Hq, D], k and
-# v [Tk, Hkv, D|Dv]; mask None; lse [Hq, Tq]. Both: alibi_slopes [Hq] or [B, Hq] float32; seed [1]
-# int64, needed if dropout_p > 0; window -1: no limit; last dimensions contiguous. Results are laid
-# out as `empty_like_layout` says: out and dq like q, dk like k, dv like v. lse is float32, float64
-# for float64 inputs. dmask has the mask's shape and dtype, or is an empty [0] of q's dtype.
+# or floating; lse [B, Hq, Sq, 2]. Packed, that is with cu_seqlens [B + 1] int32: q [Tq, Hq, D], k
+# and v [Tk, Hkv, D|Dv]; mask None; lse [Hq, Tq, 2]. Both: alibi_slopes [Hq] or [B, Hq] float32;
+# seed [1] int64, needed if dropout_p > 0; window -1: no limit; last dimensions contiguous. Results
+# are laid out as `empty_like_layout` says: out and dq like q, dk like k, dv like v. lse is float32,
+# float64 for float64 inputs, in two summands: the highest score of the row, and the logarithm of
+# the sum of the exponentials of their distances from it. Where a mask puts a whole row near -1e9,
+# their sum would be -1e9, and the probabilities that backward gets from it too large by the number
+# of keys. dlse, the gradient of the sum, has no last dimension. dmask has the mask's shape and
+# dtype, or is an empty [0] of q's dtype.
 _SCHEMA_FWD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _SCHEMA_BWD = (
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -65,7 +69,7 @@ _SCHEMA_BWD = (
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     packed = options[3] is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    lse = q.new_empty(lse_shape, dtype=accumulate_dtype(q.dtype))
+    lse = q.new_empty((*lse_shape, 2), dtype=accumulate_dtype(q.dtype))
     return empty_like_layout(q, v.shape[-1]), lse
 
 
@@ -95,6 +99,8 @@ def _autograd(ops: Any) -> tuple[Any, Any]:
         q, k, v, *options, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
+        if dlse is not None:
+            dlse = dlse[..., 0]  # the public functions return the sum: both have one gradient
         needs_dmask = ctx.needs_input_grad[3]
         *dqkv, dmask = ops.attention_bwd(
             _contiguous_rows(dout), dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dmask
@@ -228,7 +234,7 @@ def attention(
     tensors = (mask, *check_tensors(op, q, alibi_slopes, q.shape[0], dropout_p, seed), None, None)
     scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
     out, lse = _run(q, k, v, *tensors, q.shape[2], k.shape[2], *scalars)
-    return (out, lse) if return_lse else out
+    return (out, lse.sum(-1)) if return_lse else out
 
 
 @overload
@@ -325,7 +331,7 @@ def attention_varlen(
     out, lse = _run(
         q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scalars
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.sum(-1)) if return_lse else out
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

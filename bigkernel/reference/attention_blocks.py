@@ -149,9 +149,10 @@ def _keep(opts: Options, heads: int, block: Block) -> Tensor | None:
 
 
 def dense_fwd(q: Tensor, k: Tensor, v: Tensor, opts: Options, out: Tensor, lse: Tensor) -> None:
-    """Fill out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
+    """Fill out [B, Hq, Sq, Dv] and lse [B, Hq, Sq, 2]."""
     out.zero_()
-    lse.fill_(-torch.inf)
+    lse[..., 0] = -torch.inf
+    lse[..., 1] = 0.0
     batch, heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k = k.shape[1], k.shape[2]
     if out.numel() == 0 or seqlen_k == 0:
@@ -162,14 +163,14 @@ def dense_fwd(q: Tensor, k: Tensor, v: Tensor, opts: Options, out: Tensor, lse: 
         rows, cols = block
         s, _ = _scores(_fold(q, rows, kv_heads, dtype), k, block, off, opts)
         top = s.amax(-1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)
-        p = s.sub_(top).exp_()
+        p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
         total = p.sum(-1, keepdim=True)
-        lse[:, :, rows[0] : rows[1]] = (total.log() + top).squeeze(-1)
+        total.masked_fill_(total == 0, 1.0)
+        lse[:, :, rows[0] : rows[1]] = torch.cat((top, total.log()), -1)
         p = _drop(p, _keep(opts, heads, block), opts.rule.dropout_p)
         part = p.view(batch, kv_heads, -1, p.shape[-1]) @ v[:, :, cols[0] : cols[1]]
         part = part.view(batch, heads, -1, v.shape[-1])
-        out[:, :, rows[0] : rows[1]] = part / total.masked_fill(total == 0, 1.0)
+        out[:, :, rows[0] : rows[1]] = part / total
 
 
 def dense_bwd(
@@ -202,11 +203,8 @@ def dense_bwd(
         part_dout = _fold(dout, rows, kv_heads, dtype)
         part_k, part_v = (x[:, :, cols[0] : cols[1]] for x in (k, v))
         s, tanh = _scores(part_q, k, block, off, opts)
-        part_lse = lse[:, :, rows[0] : rows[1], None]
-        p = s.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
-        # The sum is 1 but for the rounding of lse, which drops out here.
-        total = p.sum(-1, keepdim=True)
-        p = p.div_(total.masked_fill_(total == 0, 1.0))
+        top, log_total = lse[:, :, rows[0] : rows[1]].split(1, -1)
+        p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_().mul_(log_total.neg().exp_())
         keep = _keep(opts, heads, block)
         dropped = _drop(p, keep, rule.dropout_p).view(batch, kv_heads, -1, p.shape[-1])
         dv_sum[:, :, cols[0] : cols[1]] += dropped.transpose(-1, -2) @ part_dout
@@ -317,7 +315,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     rule = Rule(*options[7:])
     out = empty_like_layout(q, v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if options[3] is not None else q.shape[:3]
-    lse = q.new_empty(lse_shape, dtype=accumulate_dtype(q.dtype))
+    lse = q.new_empty((*lse_shape, 2), dtype=accumulate_dtype(q.dtype))
     # Autocast would lower the float32 products inside.
     with torch.autocast(q.device.type, enabled=False):
         for piece in _pieces(q, k, rule, *options[:7]):

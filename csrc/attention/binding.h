@@ -50,7 +50,7 @@ inline AttentionTensor view(const Tensor& t, bool packed) {
   return v;
 }
 
-inline AttentionTensor view_lse(const Tensor& t, bool packed) {  // [B, H, S] or [H, T]
+inline AttentionTensor view_lse(const Tensor& t, bool packed) {  // [B, H, S(, 2)] or [H, T(, 2)]
   AttentionTensor v;
   v.data = t.data_ptr();
   v.batch = packed ? 0 : t.stride(0);
@@ -101,6 +101,11 @@ inline void check_lse(const char* op, const char* name, const Tensor& t, const T
   check_sizes(op, name, t, expected);
   BK_CHECK(same_device(t, q) && t.scalar_type() == ScalarType::Float, op, name,
            " must be float32 on q's device");
+}
+
+inline std::vector<int64_t> in_two(std::vector<int64_t> lse_sizes) {
+  lse_sizes.push_back(2);
+  return lse_sizes;
 }
 
 inline void check_cu_seqlens(const char* op, const char* name, const Tensor& cu, const Tensor& q) {

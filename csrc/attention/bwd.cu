@@ -11,9 +11,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanes = 4;  // for a row; the 8 rows of a warp write whole sectors of delta
 
-// -lse and -delta = dlse - <dout, out> of each row (stat_plane), kLanes lanes a row. A row that
-// sees no key has the weights e^-inf = 0.
-template <class T>
+// -lse and -delta = dlse - <dout, out> of each row, as stat_plane says, kLanes lanes a row. A row
+// that sees no key has the weights e^-inf = 0.
+template <class T, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionCudaArgs args) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -52,13 +52,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(together, sum, offset);
   if (lane != 0) return;
-  const float lse = *row_pointer<float>(args.lse, b, head, row);
-  const bool open = lse != -BK_INFINITY;
+  constexpr float kUnit = sizeof(T) == 2 ? kLog2E : 1.0f;
+  const float* const lse = row_pointer<float>(args.lse, b, head, row);
+  const float top = lse[0], log_sum = lse[1];
+  const bool open = top != -BK_INFINITY;
   float delta = -sum;
   if (args.dlse.data != nullptr) delta += *row_pointer<float>(args.dlse, b, head, row);
   float* const to = row_pointer<float>(args.delta, b, head, row);
-  to[0] = open ? (sizeof(T) == 2 ? -lse * kLog2E : -lse) : -BK_INFINITY;
+  to[0] = open ? (kGeneral ? -top : -(top + log_sum) * kUnit) : -BK_INFINITY;
   to[stat_plane(args)] = open ? delta : 0.0f;
+  if constexpr (kGeneral) to[2 * stat_plane(args)] = -log_sum * kUnit;
 }
 
 // A summand common to all keys of a row cancels in the softmax but shifts lse: its gradient is
@@ -86,6 +89,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   if (threadIdx.x % 32 == 0)
     store_mask_gradient(dmask, b * dmask.batch + head * dmask.head + row * dmask.row, float(sum));
+}
+
+template <class T>
+const void* rows_kernel(bool general) {
+  return general ? reinterpret_cast<const void*>(&attention_bwd_rows_kernel<T, true>)
+                 : reinterpret_cast<const void*>(&attention_bwd_rows_kernel<T, false>);
 }
 
 AttentionLaunch choose(const AttentionCudaArgs& args, Part part, bool general) {
@@ -123,13 +132,13 @@ std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args) {
   };
   const int64_t batch = args.batch, heads = args.heads_q;
 
+  const AttentionLaunch queries = choose(args, Part::kQueries, general);
   AttentionLaunch rows{};
   rows.name = "attention_bwd_rows_kernel";
-  rows.kernel = args.dtype == DType::kFloat32
-                    ? reinterpret_cast<const void*>(&attention_bwd_rows_kernel<float>)
-                : args.dtype == DType::kBFloat16
-                    ? reinterpret_cast<const void*>(&attention_bwd_rows_kernel<bf16>)
-                    : reinterpret_cast<const void*>(&attention_bwd_rows_kernel<fp16>);
+  rows.general = queries.general;  // of all parts, where types and dims have the general one alone
+  rows.kernel = args.dtype == DType::kFloat32    ? rows_kernel<float>(rows.general)
+                : args.dtype == DType::kBFloat16 ? rows_kernel<bf16>(rows.general)
+                                                 : rows_kernel<fp16>(rows.general);
   rows.threads = kThreads;
   rows.tile_rows = kThreads / kLanes;
   const bool packed = args.cu_q != nullptr;
@@ -140,7 +149,6 @@ std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args) {
     if (launch.kernel != nullptr)
       add(launch, tiles(args.max_k, launch.tile_rows) * args.heads_kv * batch);
   }
-  const AttentionLaunch queries = choose(args, Part::kQueries, general);
   add(queries, tiles(args.max_q, queries.tile_rows) * heads * batch);
 
   const AttentionMask& dmask = args.dmask;

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
                        left, right, softcap, dropout_p});
   AttentionArgs& a = call.args;
   Tensor out = empty_like_layout(q, a.dim_v);
-  Tensor lse = torch::stable::new_empty(q, call.lse_sizes, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, in_two(call.lse_sizes), ScalarType::Float);
   a.out = view(out, call.packed);
   a.lse = view_lse(lse, call.packed);
 
@@ -286,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   check_rows(op, "out", out, q);
   check_sizes(op, "out", out, call.out_sizes);
   check_sizes(op, "dout", dout, call.out_sizes);
-  check_lse(op, "lse", lse, q, call.lse_sizes);
+  check_lse(op, "lse", lse, q, in_two(call.lse_sizes));
   // The gradient of a sum has stride 0.
   const Tensor dout_rows =
       dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);

@@ -137,16 +137,26 @@ void pack_tile_backward(const BackwardScratch& w, const Tiling& t, const Attenti
                          args.dim_v);
 }
 
+// lse, and the two numbers that it is the sum of.
+struct RowLse {
+  float top, log_sum, sum;
+
+  BK_INLINE explicit RowLse(const float* lse) : top(lse[0]), log_sum(lse[1]), sum(top + log_sum) {}
+  // Whether the sum may stand for them.
+  BK_INLINE bool is_near_zero() const { return sum > -64.0f && sum < 64.0f; }
+};
+
 // One row of w.p and w.ds from the products of q with the keys and of dout with the values.
 template <bool kPlain>
-BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, float lse, float delta,
+BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, RowLse lse, float delta,
                             float dlse, const ScoreRow& score, const float* drop,
                             bool through_softcap) {
   const bool is_capped = score.softcap > 0 && through_softcap;
   for (int64_t c = from; c < to; c += kLanes) {
     const VecF product = load(p + c);
     VecF capped{};
-    const VecF s = (kPlain ? rounded(product * score.scale) : score(product, c, capped)) - lse;
+    const VecF s = kPlain ? rounded(product * score.scale) - lse.sum
+                          : (score(product, c, capped) - lse.top) - lse.log_sum;
     const VecF probability = exp_softmax(s, kLog2E);
     VecF dp = load(ds + c);
     VecF dropped = probability;
@@ -187,15 +197,15 @@ bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArg
       float* p = w.p + m * t.ld_s;
       float* ds = w.ds + m * t.ld_s;
       const int64_t i = seq.first_q + b.begin + m;
-      const float lse =
-          static_cast<const float*>(args.lse.data)[offset_of(args.lse, seq.index, b.head, i)];
+      const RowLse lse(static_cast<const float*>(args.lse.data) +
+                       offset_of(args.lse, seq.index, b.head, i));
       // Not part of delta, whose rounding would then hide it where dP and delta cancel.
       const float dlse = args.dlse.data == nullptr
                              ? 0.0f
                              : static_cast<const float*>(
                                    args.dlse.data)[offset_of(args.dlse, seq.index, b.head, i)];
       int64_t lo = spans.lo[m], hi = spans.hi[m];
-      if (lse == -kInf) lo = hi = t.block_k;  // a row without any open key
+      if (lse.top == -kInf) lo = hi = t.block_k;  // a row without any open key
       if (lo < hi) {
         const float* drop = nullptr;
         if (args.dropout_p > 0) {
@@ -206,7 +216,7 @@ bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArg
         }
         const ScoreRow score =
             score_row(args, seq.index, b.head, b.begin + m + reach.off - key, mask.row(m));
-        if (plain)
+        if (plain && lse.is_near_zero())
           gradient_row<true>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);
         else
           gradient_row<false>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);

@@ -12,7 +12,7 @@ BK_INLINE int64_t packed_tile_floats(const Tiling& t) {
 }
 
 struct ForwardScratch {
-  float *q, *weights, *out, *mask, *drop, *limit, *shift, *sums, *tile;
+  float *q, *weights, *out, *mask, *drop, *limit, *base, *sums, *tile;
 };
 
 template <class Words>
@@ -24,7 +24,7 @@ BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
   s.mask = arena.take(t.block_q * t.ld_s);      // [block_q, block_k]
   s.drop = arena.take(t.block_k + 4 * kLanes);  // [block_k]
   s.limit = arena.take(t.block_q);              // [block_q], the base of a row + kSlack
-  s.shift = arena.take(t.block_q);              // [block_q], shift_of(base), 0 before there is one
+  s.base = arena.take(t.block_q);               // [block_q], 0 before there is one
   s.sums = arena.take(t.block_q * kLanes);      // [block_q, kLanes], of the weights
   s.tile = arena.take(packed_tile_floats<Words>(t));  // keys, values
   return s;
@@ -131,14 +131,11 @@ __attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& 
     VecF most = load(s.at[m]);
     for (int n = 1; n < N; ++n) most = vmax(load(s.at[m] + n * kLanes), most);
     const float top = reduce_max(most);
-    float &limit = w.limit[row + m], &shift = w.shift[row + m];
+    float &limit = w.limit[row + m], &base = w.base[row + m];
     if (!(top > limit)) continue;
-    const float next = shift_of<Words>(top, f.factor);
-    const VecF rescale = limit == -kInf
-                             ? VecF{}
-                             : exp_softmax(set1(shift - next), Words::kPack == 1 ? f.factor : 1.0f);
+    const VecF rescale = limit == -kInf ? VecF{} : exp_softmax(set1(base - top), f.factor);
+    base = top;
     limit = top + f.slack;
-    shift = next;
     const auto multiply_by = [&](float* p, int64_t n) {
       for (int64_t i = 0; i < n; i += kLanes) store(p + i, load(p + i) * rescale);
     };
@@ -186,7 +183,7 @@ void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
   float* to = w.weights + c / Words::kPack;
 #pragma GCC unroll 8
   for (int m = 0; m < kMr; ++m) {
-    weights<Words>(x[m], f.factor, w.shift[row + m]);
+    weights<Words>(x[m], f.factor, w.base[row + m]);
     float* sums = w.sums + (row + m) * kLanes;
     VecF total = load(sums);
 #pragma GCC unroll 4
@@ -253,13 +250,13 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
                   args.dim);
   for (int64_t r = rows; r < padded; ++r) fill(w.q + r * t.ld_q, 0, t.ld_q, 0.0f);
   fill(w.limit, 0, padded, -kInf);
-  fill(w.shift, 0, padded, 0.0f);
+  fill(w.base, 0, padded, 0.0f);
   fill(w.sums, 0, padded * kLanes, 0.0f);
   for (int64_t r = 0; r < padded; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
   Spans spans;
-  ForwardTile f{w,         t,      args,           seq.index, head, block.begin, rows,
-                reach.off, factor, kSlack / factor, spans};
+  ForwardTile f{w,    t,         args,   seq.index,       head, block.begin,
+                rows, reach.off, factor, kSlack / factor, spans};
   const int64_t first = reach.lo(block.begin) / t.block_k;
   const int64_t last = (reach.hi(block.begin + rows - 1) + t.block_k - 1) / t.block_k;
   for (int64_t tile = first; tile < last; ++tile) {
@@ -287,8 +284,9 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     const bool dead = w.limit[r] == -kInf && sum == 0;
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
-    static_cast<float*>(args.lse.data)[offset_of(args.lse, seq.index, head, i)] =
-        dead ? -kInf : w.shift[r] * (Words::kPack == 1 ? scale : 1 / kLog2E) + __builtin_logf(sum);
+    float* lse = static_cast<float*>(args.lse.data) + offset_of(args.lse, seq.index, head, i);
+    lse[0] = dead ? -kInf : w.base[r] * scale;
+    lse[1] = dead ? 0.0f : __builtin_logf(sum);
   }
 }
 

@@ -89,8 +89,7 @@ BK_INLINE VecF load_words(const void* p) {
 // are `bytes` apart.
 BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const void* src, int64_t bytes) {
   VecF rows[kLanes], next[kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    rows[i] = load_words(static_cast<const char*>(src) + i * bytes);
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_words(static_cast<const char*>(src) + i * bytes);
   for (int stage = 1; stage < kLanes; stage *= 2) {
     for (int i = 0; i < kLanes / 2; ++i)
       interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);

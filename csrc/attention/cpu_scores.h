@@ -39,27 +39,21 @@ BK_INLINE VecF exp_softmax(VecF x, float factor) {
   return one[0];
 }
 
-// Weights of scores relative to a base: exp(scale * (score - base)), factor = scale * log2(e). What
-// is subtracted is the base itself or, for pairs of bf16, base * factor, which takes one operation
-// less, as does a polynomial that is shorter by a degree: what either rounds off is far below the
-// rounding of the pairs, and the sum is rounded alike. Exactly 0 for -inf.
-template <class Words>
-BK_INLINE float shift_of(float base, float factor) {
-  return Words::kPack == 1 ? base : base * factor;
-}
-
+// Weights of scores relative to a base: exp(scale * (score - base)), factor = scale * log2(e). For
+// pairs of bf16 the exponent is rounded once more, and the polynomial is shorter by a degree: both
+// are far below the rounding of the pairs. Exactly 1 for the base, exactly 0 for -inf.
 template <class Words, int N>
-BK_INLINE void weights(VecF (&x)[N], float factor, float shift) {
+BK_INLINE void weights(VecF (&x)[N], float factor, float base) {
   if constexpr (Words::kPack == 1) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) x[n] = x[n] - shift;
+    for (int n = 0; n < N; ++n) x[n] = x[n] - base;
     exp_softmax(x, factor);
   } else {
     const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: rounds, and leaves the integer in low bits
     VecF whole[N], f[N], p[N];
     // At -127, f is 0 and p is 1, whose bits the exponent takes to those of 0.
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) x[n] = vmax(set1(-127.0f), fma(x[n], set1(factor), set1(-shift)));
+    for (int n = 0; n < N; ++n) x[n] = vmax(set1(-127.0f), (x[n] - base) * factor);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) whole[n] = x[n] + magic;
 #pragma GCC unroll 8

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(
   torch::stable::accelerator::DeviceGuard guard(call.device);
   const bool packed = call.problem.packed;
   Tensor out = empty_like_layout(q, call.problem.dim_v);
-  Tensor lse = torch::stable::new_empty(q, call.problem.lse_sizes, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, in_two(call.problem.lse_sizes), ScalarType::Float);
   call.args.out = view(out, packed);
   call.args.lse = view_lse(lse, packed);
   launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   check_rows(op, "out", out, q);
   check_sizes(op, "out", out, p.out_sizes);
   check_sizes(op, "dout", dout, p.out_sizes);
-  check_lse(op, "lse", lse, q, p.lse_sizes);
+  check_lse(op, "lse", lse, q, in_two(p.lse_sizes));
   // The gradient of a sum has stride 0.
   const Tensor dout_rows =
       dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
@@ -135,10 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   a.dq = view(dq, p.packed);
   a.dk = view(dk, p.packed);
   a.dv = view(dv, p.packed);
-  // Two planes of lse's shape. torch's allocator reuses scratch in stream order, so it may go
+  // Three planes of lse's shape. torch's allocator reuses scratch in stream order, so it may go
   // before the kernels end.
   std::vector<int64_t> delta_sizes = p.lse_sizes;
-  delta_sizes.front() *= 2;
+  delta_sizes.front() *= 3;
   Tensor delta = torch::stable::new_empty(q, delta_sizes, ScalarType::Float);
   a.delta = view_lse(delta, p.packed);
   Tensor dmask = torch::stable::new_empty(q, std::vector<int64_t>{0});

@@ -11,9 +11,9 @@ namespace bigkernel {
 
 // Travels by value in the kernels' parameters. Tensors' `first` rows come from cu_q and cu_k.
 struct AttentionCudaArgs {
-  AttentionTensor q, k, v, out, lse;              // lse: float32
+  AttentionTensor q, k, v, out, lse;              // lse: 2 floats a row
   AttentionTensor dout, dlse, dq, dk, dv, delta;  // backward; dlse.data may be null; delta:
-                                                  // fp32 scratch of two planes, stat_plane
+                                                  // fp32 scratch of three planes, stat_plane
   AttentionMask mask, dmask;                      // strides in elements, 0 where broadcast
   const float* slopes;                            // null: no ALiBi
   int64_t slopes_batch, slopes_head;              // strides

@@ -35,8 +35,10 @@
 
 namespace bigkernel {
 
-// What attention_bwd_rows_kernel leaves of each row, in two planes of args.delta: -lse (-inf where
-// no key is open; in 16 bits times log2 e) and -delta.
+// What attention_bwd_rows_kernel leaves of each row, in planes of args.delta: -lse (-inf where no
+// key is open; in 16 bits times log2 e) and -delta. For the general kernel, whose mask may put lse
+// so far from 0 that one float loses the log sum, lse's two summands: the negative of the highest
+// score, -delta, and the negative of the log sum (in 16 bits times log2 e).
 __device__ __forceinline__ int64_t stat_plane(const AttentionCudaArgs& args) {
   return args.heads_q * (args.cu_q != nullptr ? args.total_q : int64_t(args.batch) * args.max_q);
 }
@@ -65,7 +67,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
   int first, last;               // tiles of columns that any row sees
   int full_first, full_last;     // and those that all rows see
   Sums sum1, sum2;               // of dS and rows 1; of P and rows 2
-  float row_lse[kFrags][2], row_delta[kFrags][2];
+  float row_lse[kFrags][2], row_delta[kFrags][2], row_log_sum[kFrags][2];
 
   __device__ __forceinline__ const AttentionTensor& rows1() const {
     return kRowsAreKeys ? args.k : args.q;
@@ -135,18 +137,18 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
       a.load_unaligned(to, col, cols_all);
       b.load_unaligned(to + Tile::kColBytes, col, cols_all);
     }
-    if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols) {
+    if (kRowsAreKeys && threadIdx.x < Tile::kStatPlanes * Tile::kCols) {
       const int i = col + int(threadIdx.x) % Tile::kCols;
       cp_async_4(stat_address(stage), stat_of(member, i < cols_all ? i : 0), i < cols_all ? 4 : 0);
     }
   }
 
-  // Of this thread: -lse for the first kCols threads, -delta for the next.
+  // Of this thread: one of the first plane for the first kCols threads, of the second for the next.
   __device__ __forceinline__ uint32_t stat_address(int stage) const {
     return shared + Tile::kStats + stage * Tile::kStatBytes + threadIdx.x * 4;
   }
   __device__ __forceinline__ const float* stat_of(int member, int row) const {
-    const int64_t plane = threadIdx.x < Tile::kCols ? 0 : stat_plane(args);
+    const int64_t plane = threadIdx.x / Tile::kCols * stat_plane(args);
     return row_pointer<float>(args.delta, seq.index, column_head(member), seq.first_q) + plane +
            row;
   }
@@ -170,6 +172,8 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
         const int row = row0 + own_row(m);
         row_lse[m / 2][m % 2] = row < rows_all ? p[row] : 0.0f;
         row_delta[m / 2][m % 2] = row < rows_all ? p[stat_plane(args) + row] : 0.0f;
+        if constexpr (kGeneral)
+          row_log_sum[m / 2][m % 2] = row < rows_all ? p[2 * stat_plane(args) + row] : 0.0f;
       }
     }
   }
@@ -207,8 +211,9 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     const float2* lse =
         reinterpret_cast<const float2*>(stats + stage * (Tile::kStatBytes / 4) + part);
     const float2* delta = lse + Tile::kCols / 2;
+    const float2* log_sum = delta + Tile::kCols / 2;
     const int t = lane % 4;
-    // -lse or -delta of element e of tile n.
+    // -lse, -delta or -log sum of element e of tile n.
     const auto stat = [&](const float2* of_columns, const float (&of_rows)[2], int n, int e) {
       if constexpr (kRowsAreKeys)
         return e % 2 ? of_columns[4 * n + t].y : of_columns[4 * n + t].x;
@@ -280,8 +285,9 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int row = row0 + own_row(2 * f + e / 2), col = col0 + 8 * n + 2 * t + e % 2;
-            const float p =
-                seen(row, col) ? exponential(s[f][n][e], stat(lse, row_lse[f], n, e)) : 0.0f;
+            const float p = seen(row, col) ? exponential(s[f][n][e] + stat(lse, row_lse[f], n, e),
+                                                         stat(log_sum, row_log_sum[f], n, e))
+                                           : 0.0f;
             const float factor = keep >> (4 * n + e) & 1 ? dropout.scale : 0.0f;
             s[f][n][e] = p * factor;
             ds[f][n][e] = p * (ds[f][n][e] * factor + stat(delta, row_delta[f], n, e));
@@ -307,8 +313,8 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
   }
 
-  static __device__ __forceinline__ float exponential(float score, float lse) {
-    return kFma ? expf(score + lse) : ex2_approx_ftz(fmaf(score, kLog2E, lse));
+  static __device__ __forceinline__ float exponential(float score, float log_sum) {
+    return kFma ? expf(score + log_sum) : ex2_approx_ftz(fmaf(score, kLog2E, log_sum));
   }
 
   template <bool kMasked>
@@ -401,7 +407,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
             asm volatile("" : "+r"(to));  // or each copy's branch derives it anew
             next_a.load(to, 0);
             next_b.load(to + Tile::kColBytes, 0);
-            if (kRowsAreKeys && threadIdx.x < 2 * Tile::kCols)
+            if (kRowsAreKeys && threadIdx.x < Tile::kStatPlanes * Tile::kCols)
               cp_async_4(stat_address(stage), next_stat, 4);
             next_a.from += Tile::kCols * next_a.row_bytes;
             next_b.from += Tile::kCols * next_b.row_bytes;

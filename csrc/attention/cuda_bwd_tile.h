@@ -26,12 +26,13 @@ struct BackwardTile {
   static constexpr int kChunk = (kDim == 256 ? 16 : 32) / (kFma && kDim > 64 ? 2 : 1);
   static constexpr int kCols = kResident2 ? 2 * kChunk : kChunk;
   static constexpr int kBlocksPerSm = kFrags == 2 ? 2 : 1;
-  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));      // a tile of rows
-  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));      // a tile of columns
-  static constexpr int kStageBytes = 2 * kColBytes;                    // q and dout, or k and v
-  static constexpr int kStatBytes = kRowsAreKeys ? 2 * kCols * 4 : 0;  // -lse and -delta of columns
-  static constexpr int kStages = kResident2 ? 0 : 2 * kRowBytes;       // offset
-  static constexpr int kStats = kStages + 2 * kStageBytes;             // offset
+  static constexpr int kRowBytes = kRows * kDim * int(sizeof(T));  // a tile of rows
+  static constexpr int kColBytes = kCols * kDim * int(sizeof(T));  // a tile of columns
+  static constexpr int kStageBytes = 2 * kColBytes;                // q and dout, or k and v
+  static constexpr int kStatPlanes = kGeneral ? 3 : 2;             // stat_plane
+  static constexpr int kStatBytes = kRowsAreKeys ? kStatPlanes * kCols * 4 : 0;
+  static constexpr int kStages = kResident2 ? 0 : 2 * kRowBytes;  // offset
+  static constexpr int kStats = kStages + 2 * kStageBytes;        // offset
   static constexpr int kShared =
       kStats + 2 * kStatBytes > 2 * kRowBytes ? kStats + 2 * kStatBytes : 2 * kRowBytes;
 };

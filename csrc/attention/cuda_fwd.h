@@ -488,8 +488,10 @@ struct Forward {
         const float inverse = dead ? 0.0f : kept / total;
         const int row = row_of(i, e), local = row - first_row;
         if (lane % 4 == 0 && row < sequence.rows)
-          *(row_pointer<float>(args.lse, sequence.index, head, sequence.first_q + row)) =
-              dead ? -BK_INFINITY : top[i][e] * (kNatural ? 1.0f : args.scale) + logf(total);
+          *reinterpret_cast<float2*>(
+              row_pointer<float>(args.lse, sequence.index, head, sequence.first_q + row)) =
+              dead ? make_float2(-BK_INFINITY, 0.0f)
+                   : make_float2(top[i][e] * (kNatural ? 1.0f : args.scale), logf(total));
 #pragma unroll
         for (int n = 0; n < kDimGroups; ++n) {
           const float low = o[i][n][2 * e] * inverse, high = o[i][n][2 * e + 1] * inverse;

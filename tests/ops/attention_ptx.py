@@ -138,9 +138,9 @@ class Call:
         return TensorView(self.at(x, name), *strides)
 
     def view_lse(self, x: Tensor, name: str, whole: Tensor | None = None) -> TensorView:
-        """A view of x [B, H, S] or [H, T], the first part of `whole`."""
+        """A view of x [B, H, S(, 2)] or [H, T(, 2)], the first part of `whole`."""
         at = self.at(x if whole is None else whole, name)
-        return TensorView(at, *((0, *x.stride()) if self.packed else x.stride()))
+        return TensorView(at, *((0, *x.stride()[:2]) if self.packed else x.stride()[:3]))
 
     def mask(self, x: Tensor, name: str) -> MaskView:
         strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
@@ -185,7 +185,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     call = Call(q, k, v, *options)
     out = empty_like_layout(q, v.shape[-1]).fill_(torch.nan)
     shape = (q.shape[1], q.shape[0]) if call.packed else q.shape[:3]
-    lse = torch.full(shape, torch.nan)
+    lse = torch.full((*shape, 2), torch.nan)
     call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
     call.run("attention_fwd_run")
     return out, lse
@@ -211,7 +211,7 @@ def prepare_backward(
     if dlse is not None:
         args.dlse = call.view_lse(dlse, "dlse")
     args.dq, args.dk, args.dv = call.view(dq, "dq"), call.view(dk, "dk"), call.view(dv, "dv")
-    delta = torch.full((2, *lse.shape), torch.nan)
+    delta = torch.full((3, *lse.shape[:-1]), torch.nan)
     args.delta = call.view_lse(delta[0], "delta", delta)
     dmask = q.new_empty(0)
     if needs_dmask:

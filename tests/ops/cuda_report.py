@@ -139,8 +139,8 @@ def attention(dim: int, causal: bool, dtype: torch.dtype = BF16, **options: Any)
             _, by_keys, by_queries = attention_ptx.tiles()
             before, dkdv, dq = attention_ptx.launches
         seen = keys_seen(length, rows, keys, causal) * row
-        least = [{"q": once, "k": seen, "v": seen, "out": once, "lse": stats}]
-        least.append({"out": once, "dout": once, "lse": stats, "delta": 2 * stats})
+        least = [{"q": once, "k": seen, "v": seen, "out": once, "lse": 2 * stats}]
+        least.append({"out": once, "dout": once, "lse": 2 * stats, "delta": 2 * stats})
         seen = queries_seen(length, *by_keys, causal)
         least.append({"k": once, "v": once, "dk": once, "dv": once, "q": seen * row,
                       "dout": seen * row, "delta": 2 * seen * 4 // SECTOR})  # fmt: skip

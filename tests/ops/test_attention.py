@@ -15,7 +15,7 @@ Which test shows which feature (files tests/ops/test_attention*.py):
   packed sequences                  test_attention_varlen* (_packed)
   log-sum-exp and its gradient      test_attention_matches_reference, all pairs and crosses
   strides without copies, NaN       test_attention_noncontiguous, *_nan_* (_inputs)
-  fully masked rows                 test_attention_fully_masked_rows
+  fully masked rows                 test_attention_fully_masked_rows, _hugely_masked_rows
   memory linear in length           test_attention_memory_is_linear (_contract)
   deterministic                     test_attention_is_deterministic (_contract)
   bad input, zero sizes, fallbacks  (_inputs)
@@ -236,6 +236,47 @@ def test_attention_fully_masked_rows(backend):
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
     assert all((x.grad == 0).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("alike", ["q", "k"])
+def test_attention_hugely_masked_rows(backend, alike, dtype):
+    """Rows whose additive mask is huge and finite at every key that is open.
+
+    A constant cancels in the softmax: exact is what a mask of 0 gives. So that nothing is lost when
+    it is added to the scores, these are all alike in such a row: q is 0 there, or k the same.
+    """
+    device, kind = device_of(backend), attention_cases.DTYPES[dtype]
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(kind)
+
+    for huge in part_of([-1e4, -1e9, torch.finfo(kind).min, 3e4], backend, 2):
+        q, k, v, dout = draw(2, 2, 9, 24), draw(2, 2, 70, 24), draw(2, 2, 70, 24), draw(2, 2, 9, 24)
+        hidden = torch.arange(9) % 3 == 0
+        if alike == "q":
+            q[:, :, hidden] = 0
+        else:
+            k[:] = k[:, :, :1]
+        shift = torch.zeros(2, 1, 9, 70)
+        shift[:, :, hidden] = max(huge, torch.finfo(kind).min)
+        mask = draw(2, 1, 9, 70).masked_fill(hidden[:, None], 0.0)
+        mask[:, :, :, 1::2] = -torch.inf
+        dlse = torch.randn(2, 2, 9, generator=generator)
+
+        def results(function, dtype, mask, tensors=(q, k, v), dout=dout, dlse=dlse, **options):
+            leaves = [x.to(device, dtype).requires_grad_() for x in (*tensors, mask)]
+            out, lse = function(*leaves[:3], mask=leaves[3], **options)
+            gradients = dout.to(out), dlse.to(lse)
+            return [out, *torch.autograd.grad((out, lse), leaves, gradients)]
+
+        rule = Rule(24**-0.5)
+        exact = results(attention_reference, torch.float64, mask, rule=rule)
+        same = results(attention_reference, kind, mask + shift.to(kind), rule=rule)
+        given = results(ops.attention, kind, mask + shift.to(kind), return_lse=True)
+        for mine, right, theirs in zip(given, exact, same, strict=True):
+            assert_as_accurate(mine.cpu(), right.cpu(), theirs.cpu())
 
 
 def test_attention_large_scores(backend):
