@@ -29,23 +29,32 @@ def with_gradients(function, inputs, **keywords):
 
 
 def as_torch(shapes, device, mask=None, **keywords):
-    """Equal to torch's own in float64, up to a few roundings (test_attention.py counts them)."""
-    torch.manual_seed(len(shapes[0]))
-    inputs = [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
-    if mask is not None:
-        keywords["attn_mask"] = mask.to(device).requires_grad_(mask.is_floating_point())
+    """At most twice the error of torch's own in float32, both against float64.
+
+    torch's error on so few numbers is a matter of luck: it is the largest of its two kernels' over
+    some draws, as in attention_cases.py.
+    """
+    theirs = functional.scaled_dot_product_attention
 
     def double(x):
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
         return x.detach().double().requires_grad_() if floating else x
 
-    exact = with_gradients(
-        functional.scaled_dot_product_attention,
-        [double(x) for x in inputs],
-        **{name: double(x) for name, x in keywords.items()},
-    )
-    for actual, expected in zip(with_gradients(sdpa, inputs, **keywords), exact, strict=True):
-        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=3e-6)
+    errors = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        inputs = [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
+        if mask is not None:
+            keywords["attn_mask"] = mask.to(device).requires_grad_(mask.is_floating_point())
+        in_double = {name: double(x) for name, x in keywords.items()}
+        exact = with_gradients(theirs, [double(x) for x in inputs], **in_double)
+        for kernels in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            with sdpa_kernel(kernels):
+                same = with_gradients(theirs, inputs, **keywords)
+            errors.append([(s - e).abs().max() for s, e in zip(same, exact, strict=True)])
+    actual = with_gradients(sdpa, inputs, **keywords)
+    for a, e, error in zip(actual, exact, torch.tensor(errors).amax(0), strict=True):
+        assert_as_accurate(a, e, e + error)
 
 
 def test_sdpa_has_torchs_signature():
