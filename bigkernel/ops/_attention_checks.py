@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bigkernel.errors import check
-from bigkernel.reference.attention_blocks import sequence_cuts
+from bigkernel.reference.attention_blocks import accumulate_dtype, sequence_cuts
 
 Align = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]  # (left, right), None or -1: no limit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OPTIONAL = ("mask", "attn_mask", "alibi_slopes")
+SOFTCAPS = (1e-30, 1e30)
 _MAX_WINDOW = 2**31 - 1  # wider than any sequence that a kernel takes
 
 
@@ -245,9 +246,18 @@ def check_scalars(
         window,
     )
     left, right = (min(side, _MAX_WINDOW) for side in sides)
-    check(0 <= softcap < math.inf, op, "softcap", "0 (off) or a positive finite number", softcap)
+    # float32, in which scores are kept, must hold softcap and 1 / softcap with room to spare.
+    check(
+        softcap == 0 or SOFTCAPS[0] <= softcap <= SOFTCAPS[1],
+        op,
+        "softcap",
+        f"0 (off) or a positive number from {SOFTCAPS[0]:g} to {SOFTCAPS[1]:g}",
+        softcap,
+    )
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     else:
-        check(-math.inf < scale < math.inf, op, "scale", "finite", scale)
+        kind = accumulate_dtype(q.dtype)
+        largest = torch.finfo(kind).max
+        check(-largest <= scale <= largest, op, "scale", f"finite in {kind}", scale)
     return scale, causal, align == "bottom_right", left, right, softcap, dropout_p

@@ -194,7 +194,8 @@ def attention(
             FlashAttention): where the diagonal of causal, window and ALiBi lies.
         window: (left, right): query i sees keys i + off - left to i + off + right. None or -1: no
             limit on that side.
-        softcap: if positive, scores become softcap * tanh(score / softcap), before ALiBi and mask.
+        softcap: if positive, scores become softcap * tanh(score / softcap), before ALiBi and mask;
+            from 1e-30 to 1e30.
         alibi_slopes: [Hq] or [B, Hq]; slope * |i + off - j| is subtracted. Gets no gradient.
         dropout_p: probability with which an attention weight is zeroed; the others are divided by
             1 - dropout_p. Which ones is a documented function of (seed, batch, head, row, column),

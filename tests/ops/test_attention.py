@@ -238,6 +238,12 @@ def test_attention_fully_masked_rows(backend):
     assert all((x.grad == 0).all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_attention_extreme_softcaps(backend, softcap):
+    """The smallest makes all scores alike, the largest changes none."""
+    compare(Case(softcap=softcap, dlse=True, lengths=(9, 12)), device_of(backend))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("alike", ["q", "k"])
 def test_attention_hugely_masked_rows(backend, alike, dtype):

@@ -169,6 +169,13 @@ BAD_VALUES = {
     "window_pair": (tensors(), {"window": (1, 2, 3)}, "window must be a pair"),
     "softcap": (tensors(), {"softcap": -1.0}, "softcap must be 0 .off. or a positive"),
     "softcap_nan": (tensors(), {"softcap": float("nan")}, "softcap must be 0 .off. or a positive"),
+    "softcap_tiny": (
+        tensors(),
+        {"softcap": 1e-46},
+        "softcap must be 0 .off. .*1e-30 to 1e.30, got",
+    ),
+    "softcap_huge": (tensors(), {"softcap": 1e39}, "softcap must be 0 .off. .*1e-30 to 1e.30, got"),
+    "scale_huge": (tensors(), {"scale": 1e39}, "scale must be finite in torch.float32, got 1e"),
     "scale": (tensors(), {"scale": float("inf")}, "scale must be finite"),
     "dropout": (tensors(), {"dropout_p": -0.1}, "dropout_p must be between 0 and 1, got -0.1"),
     "dropout_nan": (tensors(), {"dropout_p": float("nan")}, "dropout_p must be between 0 and 1"),
