@@ -105,3 +105,40 @@ def test_ties_in_other_chains_are_off_by_one_pixel(after: bool) -> None:
     assert apart[inside].max() <= 1
     random = bk.Compose([bk.RandomRotation((33.3, 33.3)), other])
     assert torch.equal(random(image), other(bk.RandomRotation((33.3, 33.3))(image)))
+
+
+AROUND = {  # what comes before the warp (True) or after it
+    "flip": (bk.RandomHorizontalFlip(1.0), True),
+    "vertical-flip": (bk.RandomVerticalFlip(1.0), True),
+    "padding": (bk.Pad((3, 2, 4, 6)), True),
+    "crop": (bk.CenterCrop((51, 49)), False),
+    "padding-after": (bk.Pad(3), False),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_ties_in_folded_chains_are_rare(name: str) -> None:
+    """Two in 100,000 pixels at angles drawn at random, each off by one pixel: Compose's docstring.
+
+    The bound is twice what was measured, 0.9 in 100,000 for the padding before and 0.3 for others.
+    """
+    other, before = AROUND[name]
+    lines = torch.arange(1.0, 65).view(1, 64, 1).expand(1, 64, 80)  # the value is the line
+    columns = torch.arange(1.0, 81).expand(1, 64, 80)
+    off = total = 0
+    for angle in torch.linspace(1, 44, 60).tolist():
+        for warp in (
+            bk.RandomRotation((angle, angle)),
+            bk.RandomAffine((angle, angle), scale=(1.3, 1.3), shear=(7, 7)),
+        ):
+            chain = [other, warp] if before else [warp, other]
+            for image in (lines, columns):
+                expected = image
+                for transform in chain:
+                    expected = transform(expected)
+                result = bk.Compose(chain)(image)
+                apart = (result - expected).abs()
+                assert apart[(result > 0) & (expected > 0)].max() <= 1
+                off += int((apart > 0).sum())
+                total += apart.numel()
+    assert off <= 2e-5 * total, f"{off} of {total} pixels"

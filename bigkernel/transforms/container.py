@@ -68,13 +68,19 @@ class Compose(_Container):
       one after another. A crop of a resized image ends within half a pixel of where it would.
     - The outermost pixels of a padded image that is then warped bilinearly blend plainly with the
       fill; torchvision's blend, when it is given a fill, weighs them twice.
+    - A nearest rotation or affine map takes the pixels that torchvision's takes, to the last one,
+      where the call holds no flip or padding before it and no crop or padding after it. With one,
+      a point on the edge of two pixels takes the even one, not the one that the rounding of
+      torchvision's float32 positions picks: one pixel in 100,000 at angles drawn at random, up to
+      half of them where points lie on edges by design (45 degrees and twice the size), and always
+      the pixel next to it.
     - Values are not rounded to the dtype between transforms, except between colour operations on
       uint8 images, which round as torchvision's do.
 
-    ``tests/test_transforms_folding.py`` measures the differences. Where folding would change more,
-    the chain takes another call: geometry after colour (but for flips, and crops without contrast
-    before them), a warp after a rotation or affine map, a resize or another fill after padding,
-    colour after ``Normalize``.
+    ``tests/test_transforms_folding.py`` and ``tests/test_transforms_ties.py`` measure the
+    differences. Where folding would change more, the chain takes another call: geometry after
+    colour (but for flips, and crops without contrast before them), a warp after a rotation or
+    affine map, a resize or another fill after padding, colour after ``Normalize``.
     """
 
     def walk(self, sampling: Sampling, active: Bools) -> None:
