@@ -251,7 +251,7 @@ def check_scalars(
         softcap == 0 or SOFTCAPS[0] <= softcap <= SOFTCAPS[1],
         op,
         "softcap",
-        f"0 (off) or a positive number from {SOFTCAPS[0]:g} to {SOFTCAPS[1]:g}",
+        "0 (off) or a positive number from 1e-30 to 1e30",
         softcap,
     )
     if scale is None:

@@ -116,7 +116,8 @@ __attribute__((noinline)) void finish_scores(const ForwardTile& f, Spilled& s, i
     for (int n = 0; n < N; ++n) {
       const VecI key = lane_index() + int32_t(c + n * kLanes);
       float* at = s.at[m] + n * kLanes;
-      store(at, select((key >= lo) & (key < hi), load(at), set1(-kInf)));
+      const VecF x = select((key >= lo) & (key < hi), load(at), set1(-kInf));
+      store(at, x == x ? x : set1(__builtin_nanf("")));  // `weights` needs low bits of 0 in a NaN
     }
   }
 }
