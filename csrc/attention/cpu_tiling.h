@@ -6,7 +6,7 @@ namespace bigkernel::BK_ISA {
 constexpr int64_t kBlockQ = 96;  // forward: multiple of kMr
 constexpr int64_t kBlockK = 64;  // forward
 constexpr int64_t kBlockQBackward = 96;
-constexpr int64_t kBlockKBackward = 96;
+constexpr int64_t kBlockKBackward = 128;
 
 struct Tiling {
   int64_t block_q, block_k;
