@@ -326,3 +326,26 @@ def test_attention_memory_is_linear(kind):
     grown = int(result.stdout)
     # Inputs and results are 2 MiB; the blocks of scores that the torch backend holds, 1 MiB each.
     assert grown < 36 * 2**20
+
+
+LONG = """
+import resource, torch
+from bigkernel import scaled_dot_product_attention as attend
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def run(length):
+    q, k, v = (torch.randn(1, 8, length, 64).bfloat16().requires_grad_() for _ in range(3))
+    dout = torch.randn(1, 8, length, 64).bfloat16()
+    before = peak()
+    attend(q, k, v, is_causal=True).backward(dout)
+    return peak() - before
+run(64)
+print(run(16384))
+"""
+
+
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+def test_attention_long_sequences_fit():
+    """Forward and backward at 16384 x 16384, 8 heads, whose scores would take 8 GiB in fp32."""
+    command = [sys.executable, "-c", LONG]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 2**30
