@@ -63,17 +63,7 @@ def scaled_dot_product_attention(
     rank = max(query.dim(), key.dim(), value.dim())
     q, k, v = (_lift(x, max(rank, 4)) for x in (query, key, value))
     q, k, v = _heads(q, k, v, enable_gqa)
-    try:
-        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    except RuntimeError:
-        check(
-            False,
-            _OP,
-            "batch dimensions",
-            "the same or 1",
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}",
-        )
-        raise
+    lead = _common_batch(q, k, v, (query, key, value))
     mask = attn_mask
     if mask is not None:
         full = (*lead, *q.shape[-3:-1], k.shape[-2])
@@ -101,6 +91,19 @@ def scaled_dot_product_attention(
     return out if width else out[..., :0]
 
 
+def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) -> torch.Size:
+    """The leading dimensions [...] of q, k, v [..., H, S, D], broadcast."""
+    shapes = [x.shape[:-3] for x in (q, k, v)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]  # broadcast_shapes takes as long as a small kernel
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        got = "{}, {} and {}".format(*(tuple(x.shape) for x in given))
+        check(False, _OP, "batch dimensions", "the same or 1", got)
+        raise
+
+
 def _lift(x: Tensor, rank: int) -> Tensor:
     """x with dimensions of size 1 put in front."""
     return x[(None,) * (rank - x.dim())]
@@ -108,7 +111,7 @@ def _lift(x: Tensor, rank: int) -> Tensor:
 
 def _one_batch(x: Tensor, lead: torch.Size) -> Tensor:
     """x [..., H, S, D] with its leading dimensions expanded and made one: [B, H, S, D]."""
-    x = x.expand(*lead, *x.shape[-3:])
+    x = x if x.shape[:-3] == lead else x.expand(*lead, *x.shape[-3:])
     return x if len(lead) == 1 else x.reshape(lead.numel(), *x.shape[-3:])
 
 
