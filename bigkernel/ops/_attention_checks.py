@@ -24,11 +24,10 @@ def check_plain(op: str, **arguments: object) -> None:
     for name, x in arguments.items():
         if x is None and name in _OPTIONAL:
             continue
-        plain = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-        if plain and not _has_tangent(x):
-            continue
         check(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, cls=TypeError)
         assert isinstance(x, Tensor)
+        if x.layout is torch.strided and not x.is_nested and not _has_tangent(x):
+            continue
         check(
             not x.is_nested,
             op,

@@ -172,9 +172,9 @@ BAD_VALUES = {
     "softcap_tiny": (
         tensors(),
         {"softcap": 1e-46},
-        "softcap must be 0 .off. .*1e-30 to 1e.30, got",
+        "softcap must be 0 .off. .*1e-30 to 1e30, got",
     ),
-    "softcap_huge": (tensors(), {"softcap": 1e39}, "softcap must be 0 .off. .*1e-30 to 1e.30, got"),
+    "softcap_huge": (tensors(), {"softcap": 1e39}, "softcap must be 0 .off. .*1e-30 to 1e30, got"),
     "scale_huge": (tensors(), {"scale": 1e39}, "scale must be finite in torch.float32, got 1e"),
     "scale": (tensors(), {"scale": float("inf")}, "scale must be finite"),
     "dropout": (tensors(), {"dropout_p": -0.1}, "dropout_p must be between 0 and 1, got -0.1"),
