@@ -1,5 +1,6 @@
 """Runs compiled CUDA kernels (PTX) on the CPU, checks and counts what they do. See README.md."""
 
+from bigkernel.testing.ptx.compiler import nvcc
 from bigkernel.testing.ptx.counters import Counters, Traffic
 from bigkernel.testing.ptx.errors import (
     BarrierError,
@@ -15,7 +16,7 @@ from bigkernel.testing.ptx.errors import (
     UnknownInstruction,
 )
 from bigkernel.testing.ptx.host import HostLibrary, Launch
-from bigkernel.testing.ptx.launch import Kernel, Module, compile, load, nvcc
+from bigkernel.testing.ptx.launch import Kernel, Module, compile, load
 from bigkernel.testing.ptx.memory import Memory
 
 __all__ = [

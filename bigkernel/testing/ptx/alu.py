@@ -235,7 +235,7 @@ def _min(i: Instruction) -> Rule:
         out = f"np.{i.op}imum({{0}}, {{1}})"
         return Rule(f"np.maximum({out}, 0)" if "relu" in mods else out, t, (t, t))
     nan = "NaN" in i.mods
-    return _floating(i, f"float_{i.op}({{}}, {{}}, {nan})", 2, "ftz", "NaN", "relu")
+    return _floating(i, f"extreme({{}}, {{}}, {nan}, {i.op == 'min'})", 2, "ftz", "NaN", "relu")
 
 
 _ORDERED = {

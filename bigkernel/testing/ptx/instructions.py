@@ -200,11 +200,11 @@ class BlockWriter(Writer):
     def op_cp(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Data Movement: cp.async", commit_group, wait_group, wait_all."""
         if i.mods[:2] == ("async", "commit_group"):
-            self.effect(i, guard, "M.commit", [], [])
+            self.effect(i, guard, "M.shared.commit", [], [])
         elif i.mods[:2] in (("async", "wait_group"), ("async", "wait_all")):
             left = i.operands[0] if i.operands else Imm(-1)
             assert isinstance(left, Imm)
-            self.effect(i, guard, "M.wait", [str(left.value)], [])
+            self.effect(i, guard, "M.shared.wait", [str(left.value)], [])
         elif i.mods[:2] in (("async", "ca"), ("async", "cg")):
             if set(i.mods[2:]) - _SPACES - _CACHE_HINTS:
                 raise unknown(i)

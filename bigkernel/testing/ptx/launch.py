@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bigkernel.testing.ptx.compiler import compiled, nvcc
+from bigkernel.testing.ptx.compiler import compiled
 from bigkernel.testing.ptx.counters import Counters
-from bigkernel.testing.ptx.errors import PtxError
 from bigkernel.testing.ptx.lanes import Layout
 from bigkernel.testing.ptx.machine import Job, Machine
 from bigkernel.testing.ptx.memory import Memory
@@ -189,6 +188,3 @@ def _extents(what: str, given: Sequence[int]) -> tuple[int, int, int]:
     if not 1 <= len(given) <= 3 or min(extents) < 1:
         raise ValueError(f"launch: {what} must be one to three positive numbers, got {given}")
     return extents[0], extents[1], extents[2]
-
-
-__all__ = ["Kernel", "Memory", "Module", "PtxError", "compile", "load", "nvcc"]

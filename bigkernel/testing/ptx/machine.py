@@ -255,14 +255,6 @@ class Machine:
         self.shared.copy(lanes, k, target, rows)
         self.counters.count_shared(self.line(k), lanes, target, size)
 
-    def commit(self, lanes: Lanes) -> None:
-        """cp.async.commit_group."""
-        self.shared.commit(lanes)
-
-    def wait(self, lanes: Lanes, groups_left: int) -> None:
-        """cp.async.wait_group, wait_all."""
-        self.shared.wait(lanes, groups_left)
-
     def count_instructions(self, executed: Array) -> None:
         """Add each block's instructions times the warps that executed it."""
         total: Counter[str] = Counter()

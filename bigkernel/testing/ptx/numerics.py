@@ -160,7 +160,8 @@ def rsqrt(x: Array) -> Array:
     return (1.0 / np.sqrt(x.astype(F64))).astype(x.dtype)
 
 
-def _extreme(a: Array, b: Array, nan: bool, minimum: bool) -> Array:
+def extreme(a: Array, b: Array, nan: bool, minimum: bool) -> Array:
+    """The lesser or greater; a NaN only if both are, or with ``nan`` if one is."""
     pick = np.minimum if minimum else np.maximum
     r: Array = pick(a, b) if nan else (np.fmin if minimum else np.fmax)(a, b)
     zero = r == 0
@@ -169,16 +170,6 @@ def _extreme(a: Array, b: Array, nan: bool, minimum: bool) -> Array:
         both = (a.view(bits) | b.view(bits)) if minimum else (a.view(bits) & b.view(bits))
         r = np.where(zero & (a == b), both.view(r.dtype), r)
     return r
-
-
-def float_min(a: Array, b: Array, nan: bool) -> Array:
-    """The lesser; a NaN only if both are, or with ``nan`` if one is."""
-    return _extreme(a, b, nan, True)
-
-
-def float_max(a: Array, b: Array, nan: bool) -> Array:
-    """The greater; a NaN only if both are, or with ``nan`` if one is."""
-    return _extreme(a, b, nan, False)
 
 
 def mul_hi(a: Array, b: Array) -> Array:
@@ -334,23 +325,6 @@ def cvt_pack(to: str, a: Array, b: Array, *c: Array) -> Array:
     return packed.astype(U32)
 
 
-HELPERS: dict[str, Any] = {
-    f.__name__: f
-    for f in (
-        *(
-            saturate,
-            relu,
-            saturating,
-            reciprocal,
-            rsqrt,
-            float_min,
-            float_max,
-            mul_hi,
-            int_div,
-            add_carry,
-            sub_borrow,
-        ),
-        *(bfe, bfi, prmt, clz, bfind, brev, dp4a, cvt_pair, cvt_tf32, cvt_clip, cvt_pack),
-        *(bf16_to_f32, fma, ftz, odd_sum, round_to, to_integer),
-    )
-} | {"np": np}
+# What the generated code calls: all of the above, and numpy.
+HELPERS: dict[str, Any] = {n: x for n, x in globals().items() if n[0] != "_" and callable(x)}
+HELPERS["np"] = np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Callable
@@ -97,11 +98,7 @@ class _Parser:
                 if name == "target":
                     self.result.target = line.split()[1].rstrip(",")
             elif name == "section":
-                self.until("{")
-                depth = 1
-                while depth:
-                    depth += {"{": 1, "}": -1}.get(self.text[self.at], 0)
-                    self.advance(self.at + 1)
+                self.until("}")
             elif name in ("entry", "func"):
                 self.function(entry=name == "entry")
             elif name in ("global", "const", "shared"):
@@ -257,16 +254,12 @@ class _Parser:
 _SIZES = {t: size_of(t) for t in DTYPES if t not in PACKED and t not in ("pred", "bf16", "tf32")}
 
 
+_COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # no closing bracket before the next opening one
+
+
 def _split(text: str) -> list[str]:
     """Operands at the commas that no bracket encloses."""
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "{[(") - (char in "}])")
-        if char == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
+    return [part for part in map(str.strip, _COMMA.split(text)) if part]
 
 
 def _immediate(text: str) -> Imm | None:
@@ -284,6 +277,7 @@ def _immediate(text: str) -> Imm | None:
     return Imm(32) if text == "WARP_SZ" else None
 
 
+@functools.lru_cache(maxsize=1 << 16)  # most occur many times
 def _operand(text: str) -> Operand:
     imm = _immediate(text)
     if imm is not None:

@@ -69,18 +69,9 @@ def shfl(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, b: Array, c:
     b, c = np.asarray(b).astype(np.int64) & 31, np.asarray(c).astype(np.int64)
     segment, clamp = (c >> 8) & 31, c & 31
     top, bottom = (lane & segment) | (clamp & ~segment), lane & segment
-    if mode == "up":
-        j = lane - b
-        inside = j >= top
-    elif mode == "down":
-        j = lane + b
-        inside = j <= top
-    elif mode == "bfly":
-        j = lane ^ b
-        inside = j <= top
-    else:
-        j = bottom | (b & ~segment)
-        inside = j <= top
+    moved = {"up": lane - b, "down": lane + b, "bfly": lane ^ b}
+    j = moved.get(mode, bottom | (b & ~segment))
+    inside = j >= top if mode == "up" else j <= top
     source = lanes.index - lane + np.where(inside, j, lane)
     everywhere = np.zeros(m.layout.lanes, value.dtype)
     everywhere[lanes.index] = value
