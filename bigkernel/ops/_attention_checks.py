@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import forward_ad
 
 from bigkernel.errors import check
@@ -15,7 +16,6 @@ Window = tuple[int | None, int | None]  # (left, right), None or -1: no limit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OPTIONAL = ("mask", "attn_mask", "alibi_slopes")
-SOFTCAPS = (1e-30, 1e30)
 _MAX_WINDOW = 2**31 - 1  # wider than any sequence that a kernel takes
 
 
@@ -26,8 +26,6 @@ def check_plain(op: str, **arguments: object) -> None:
             continue
         check(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, cls=TypeError)
         assert isinstance(x, Tensor)
-        if x.layout is torch.strided and not x.is_nested and not _has_tangent(x):
-            continue
         check(
             not x.is_nested,
             op,
@@ -53,6 +51,15 @@ def check_plain(op: str, **arguments: object) -> None:
             "without a forward-mode tangent",
             "a dual tensor",
             "Attention has a backward only: use torch.autograd.grad instead of jvp",
+            NotImplementedError,
+        )
+        check(
+            torch.compiler.is_compiling() or not is_gradtrackingtensor(x),
+            op,
+            name,
+            "outside of torch.func.grad and vjp, which custom ops do not support",
+            "a tensor inside",
+            "Use torch.autograd.grad or .backward()",
             NotImplementedError,
         )
 
@@ -254,7 +261,7 @@ def check_scalars(
     left, right = (min(side, _MAX_WINDOW) for side in sides)
     # float32, in which scores are kept, must hold softcap and 1 / softcap with room to spare.
     check(
-        softcap == 0 or SOFTCAPS[0] <= softcap <= SOFTCAPS[1],
+        softcap == 0 or 1e-30 <= softcap <= 1e30,
         op,
         "softcap",
         "0 (off) or a positive number from 1e-30 to 1e30",
@@ -263,7 +270,6 @@ def check_scalars(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     else:
-        kind = accumulate_dtype(q.dtype)
-        largest = torch.finfo(kind).max
-        check(-largest <= scale <= largest, op, "scale", f"finite in {kind}", scale)
+        largest = torch.finfo(accumulate_dtype(q.dtype)).max
+        check(-largest <= scale <= largest, op, "scale", "finite in the dtype of sums", scale)
     return scale, causal, align == "bottom_right", left, right, softcap, dropout_p
