@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,8 @@ def test_corpus_folder_reads_text_in_name_order(tmp_path):
         ("a.jsonl", b'{"body": "x"}', 'line 1: expected an object with a string field "text"'),
         ("a.jsonl", rb'{"text": "\ud83d"}', "line 1: half of a surrogate pair"),
         ("a.jsonl", b'{"text": 3}', 'line 1: expected an object with a string field "text"'),
+        ("a.jsonl", b"[" * 100_000, "line 1: unreadable JSON (maximum recursion depth"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1: unreadable JSON"),
     ],
 )
 def test_corpus_rejects_bad_files(tmp_path, name, content, message):
@@ -117,6 +120,10 @@ def test_corpus_rejects_missing_and_empty_places(tmp_path):
         load_corpus(tmp_path)
     with pytest.raises(DataError, match="sample:zh"):
         load_corpus("sample:tlh")
+    with pytest.raises(DataError, match="path of the corpus is empty"):
+        load_corpus("")
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        load_corpus("a" * 5000)
 
 
 @pytest.mark.parametrize("mode", ["contiguous", "document"])
@@ -241,6 +248,16 @@ def test_text_dataset_rejects_bad_arguments():
         TextDataset(["abc"], tokenizer, 0)
     with pytest.raises(TypeError, match=r"texts\[0\]"):
         TextDataset([3], tokenizer)[0]
+    with pytest.raises(TypeError, match="list of strings, got generator"):
+        TextDataset((text for text in "ab"), tokenizer)
+    with pytest.raises(TypeError, match=r"whole number, got 4\.0"):
+        TextDataset(["abc"], tokenizer, 4.0)
+    with pytest.raises(ValueError, match=r"texts\[0\] holds half of a surrogate pair"):
+        TextDataset(["\ud800"], tokenizer)[0]
+    marked = build_tokenizer("wordpiece", ["some words of a text"] * 9)
+    assert TextDataset(["some words"], marked, 2)[0]["input_ids"].shape == (2,)
+    with pytest.raises(ValueError, match="at least 2 for the tokenizer's special tokens, got 1"):
+        TextDataset(["some words"], marked, 1)
 
 
 def test_packed_dataset_keeps_documents_apart():
@@ -351,6 +368,27 @@ def test_image_folder_names_and_skips_unreadable_images(tmp_path):
         data = load_image_folder(tmp_path)
     assert len(data) == 4
     assert len(data.skipped) == 3
+
+
+def test_image_folder_takes_16_bits_and_refuses_32(tmp_path):
+    """PIL's own conversion to RGB cuts off at 255."""
+    from PIL import Image
+
+    save_image(tmp_path / "dog" / "a.png", (8, 8))
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "folder.png").mkdir()
+    levels = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "cat" / "grey.png")
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "cat" / "floats.tiff")
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(
+        UserWarning,
+        match=r"floats\.tiff \(F pixels of 32 bits.*gone\.png \(No such file or directory\)",
+    ):
+        data = load_image_folder(tmp_path)
+    assert [Path(file).name for file, _ in data.skipped] == ["floats.tiff", "gone.png"]
+    exact = torch.from_numpy(levels / 257)
+    assert (data.images[0].double() - exact).abs().max() <= 1
 
 
 def test_image_folder_rejects_what_cannot_be_trained_on(tmp_path):

@@ -63,7 +63,16 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
             raise DataError(f"there is no sample corpus {sample!r}; the package ships {known}.")
         return _from_files([SAMPLES[sample]], name=str(source), source=str(source))
 
+    if not str(source):
+        raise DataError("the path of the corpus is empty; give a file or folder.")
     path = Path(source).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{str(path)[:200]} cannot be read: {reason}.") from error
     if path.is_dir():
         files = sorted(
             file
@@ -196,6 +205,9 @@ def _json_lines(text: str, file: Path) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number}: not valid JSON ({error.msg}).") from error
+        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+            reason = str(error).split(";")[0]
+            raise DataError(f"{file}, line {number}: unreadable JSON ({reason}).") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(
                 f'{file}, line {number}: expected an object with a string field "text".'

@@ -226,7 +226,8 @@ class _Folder(Sequence[Tensor]):
 
 def _image_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+        named = file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        if named and not file.is_dir():
             yield file
 
 
@@ -241,13 +242,20 @@ def _read(file: Path) -> tuple[Tensor | None, str, str]:
         if not raw:
             return None, "", "empty file"
         with Image.open(io.BytesIO(raw)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            array = np.array(upright, dtype=np.uint8)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("I", "F"):
+                reason = f"{upright.mode} pixels of 32 bits, whose range is not known"
+                return None, "", f"{reason}; convert it to 8 or 16 bits"
+            if upright.mode.startswith("I;16"):  # convert("RGB") would cut it off at 255
+                grey = np.rint(np.array(upright, dtype=np.float64) / 257).astype(np.uint8)
+                upright = Image.fromarray(grey)
+            array = np.array(upright.convert("RGB"), dtype=np.uint8)
     except UnidentifiedImageError:
         return None, "", "not an image"  # PIL's own words name a buffer, not the file
     # PIL answers damaged files with these, and a decompression bomb with its own error.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return None, "", str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
+        text = getattr(error, "strerror", None) or str(error).strip()  # without the path again
+        return None, "", text.splitlines()[0] if text else "damaged"
     return (
         torch.from_numpy(array).permute(2, 0, 1).contiguous(),
         hashlib.sha256(raw).hexdigest(),

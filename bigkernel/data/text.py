@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -27,6 +29,10 @@ class TextDataset(Dataset[dict[str, Tensor]]):
         tokenizer: any transformers tokenizer; one without a padding token is padded with its
             end-of-text token, or 0, which the attention mask hides.
         max_length: tokens an item, special tokens included.
+
+    Raises:
+        TypeError, ValueError: texts are no list of strings, or max_length is no whole number that
+            leaves room for the tokenizer's special tokens.
     """
 
     def __init__(
@@ -34,8 +40,16 @@ class TextDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; wrap it in a list.")
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        if not hasattr(texts, "__len__") or not hasattr(texts, "__getitem__"):
+            raise TypeError(f"texts must be a list of strings, got {type(texts).__name__}.")
+        least = max(1, tokenizer.num_special_tokens_to_add())
+        try:
+            max_length = operator.index(max_length)
+        except TypeError:
+            raise TypeError(f"max_length must be a whole number, got {max_length!r}.") from None
+        if max_length < least:
+            why = " for the tokenizer's special tokens" if least > 1 else ""
+            raise ValueError(f"max_length must be at least {least}{why}, got {max_length}.")
         self.texts = texts
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -47,6 +61,8 @@ class TextDataset(Dataset[dict[str, Tensor]]):
         text = self.texts[index]
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}] must be a string, got {type(text).__name__}.")
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"texts[{index}] holds half of a surrogate pair, no character.")
         ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
         padding = self.max_length - len(ids)
         pad_id = _first_id(self.tokenizer, "pad", "eos")
