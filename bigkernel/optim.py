@@ -478,13 +478,16 @@ class _Planned:
         except KeyError:
             return None, False
         stochastic = self.bf16 and optimizer.stochastic_rounding and not optimizer.master_weights
-        return self.plan.step(
-            [_hyper_parameters(group) for group in groups],
-            params,
-            grads,  # type: ignore[arg-type]
-            optimizer.max_grad_norm,
-            optimizer.rounding_seed if stochastic else None,
-        )
+        try:
+            return self.plan.step(
+                [_hyper_parameters(group) for group in groups],
+                params,
+                grads,  # type: ignore[arg-type]
+                optimizer.max_grad_norm,
+                optimizer.rounding_seed if stochastic else None,
+            )
+        except NotImplementedError:  # a sparse gradient has no kernel: say so as in other steps
+            return None, False
 
 
 def _identical(a: list[Any], b: list[Any]) -> bool:

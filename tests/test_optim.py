@@ -618,6 +618,14 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"must be dense, got torch.sparse_coo.*SparseAdam"):
         AdamW(embedding.parameters()).step()
+    dense = nn.Embedding(5, 3)
+    optimizer = AdamW(dense.parameters())
+    for _ in range(4):  # long enough for a plan
+        dense.weight.grad = torch.ones(5, 3)
+        optimizer.step()
+    dense.weight.grad = torch.ones(5, 3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"must be dense, got torch.sparse_coo.*SparseAdam"):
+        optimizer.step()
 
 
 def test_empty_and_zero_size():
