@@ -109,6 +109,12 @@ def test_arrays() -> None:
     assert run(FULL, np.zeros((8, 9), dtype=np.uint8)).shape == (1, 6, 6)
     assert torch.equal(run(FULL, batch().numpy()), run(FULL, batch()))
     assert torch.equal(run(FULL, batch().movedim(1, -1).numpy()), run(FULL, batch()))
+    # Views that torch itself does not take: mirrored (BGR as RGB), and of another byte order.
+    mirrored = np.ascontiguousarray(array[:, ::-1, ::-1])[:, ::-1, ::-1]
+    assert torch.equal(run(FULL, mirrored), run(FULL, picture()))
+    assert torch.equal(run(FULL, [mirrored])[0], run(FULL, picture()))
+    swapped = (array / np.float32(255)).astype(">f4")
+    assert torch.equal(run(FULL, swapped), run(FULL, picture().float() / 255))
 
 
 def test_tensor_subclasses_stay() -> None:

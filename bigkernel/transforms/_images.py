@@ -69,7 +69,7 @@ def gather(images: Any, layout: str) -> Images:
     if isinstance(images, np.ndarray):
         if images.ndim <= 3 and layout == "auto":
             layout = "channels_last"  # as arrays of one picture are, for torchvision too
-        images = torch.from_numpy(np.atleast_3d(images))
+        images = _from_numpy(images)
     if isinstance(images, Tensor):
         check(
             images.dim() in (3, 4),
@@ -107,6 +107,14 @@ def gather(images: Any, layout: str) -> Images:
     return _from_list(list(images), "list", layout)
 
 
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """Copied only where torch cannot see it: mirrored views (BGR to RGB), another byte order."""
+    array = np.atleast_3d(array)
+    if min(array.strides) < 0 or not array.dtype.isnative:
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return torch.from_numpy(array)
+
+
 def _from_list(items: list[Any], kind: str, layout: str) -> Images:
     pictures = [_is_pil(item) for item in items]
     if items and all(pictures):
@@ -117,7 +125,7 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         if pictures[i]:
             tensor, last = _from_pil(item), True
         elif isinstance(item, np.ndarray):
-            tensor, last = torch.from_numpy(np.atleast_3d(item)), True
+            tensor, last = _from_numpy(item), True
         else:
             check(
                 isinstance(item, Tensor),
