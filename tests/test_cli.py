@@ -311,6 +311,8 @@ BAD_USAGE = {
     "epochs-inf": (["train", "images", "--epochs", "inf"], "--epochs must be above 0"),
     "batch": (["train", "images", "--batch-size", "0"], "--batch-size must be 1 or more"),
     "seed": (["train", "images", "--seed", "-1"], "--seed must be in"),
+    "empty-data": (["train", "text", "--data", ""], "--data is empty"),
+    "empty-init-from": (["train", "images", "--init-from", ""], "--init-from is empty"),
     "threads": (["train", "images", "--threads", "0"], "--threads must be above 0"),
     "max-length": (["train", "text", "--max-length", "1"], "2 tokens or more"),
     "model": (["train", "text", "--model", "nope"], "neither a preset nor a config file"),

@@ -75,6 +75,8 @@ def _inline(settings: Settings) -> Settings:
             changes["augment"] = augmentation.read_recipe(settings.augment)
     for name in ("data", "init_from", "tokenizer"):
         value = getattr(settings, name, None)
+        if value == "":  # an unset variable of a shell; as a path it would be this very folder
+            raise UsageError(f"{option(name)} is empty: leave it out, or say what to use.")
         if value is not None and Path(value).expanduser().exists():
             changes[name] = str(Path(value).expanduser().resolve())
     return dataclasses.replace(settings, **changes)
