@@ -5,7 +5,6 @@ A state dict goes both ways between these classes and torch's. Beyond torch's ar
 16-bit parameters), ``state_dtype`` (bf16 moments) and stochastic rounding for bf16 parameters.
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -213,12 +212,12 @@ class Adam(Optimizer):
         plan = self._planned
         if plan is None:
             return False
-        norm, done = plan.step(self)
-        if not done:
+        norm = plan.step(self)
+        if norm is None:
             self._planned, self._unplanned = None, 0
         elif self.max_grad_norm is not None:
-            self.grad_norm = norm
-        return done
+            self.grad_norm = torch.tensor(norm)
+        return norm is not None
 
     def _collect(self) -> "_Work":
         """The tensors of this step as arguments of the op; creates state that is missing.
@@ -412,25 +411,12 @@ class AdamW(Adam):
 
 
 class _Planned:
-    """A step on the CPU whose tensors are those of the step before, but for the gradients.
+    """A step on the CPU whose tensors are those of the step before, but for the gradients."""
 
-    Thousands of small tensors take longer to collect and hand over than to update. What can have
-    been replaced since (parameters, state, its entries) is compared by identity, memory by the
-    kernel.
-    """
-
-    def __init__(self, plan: op.Plan, optimizer: Adam, params: list[Tensor], bf16: bool) -> None:
+    def __init__(self, plan: op.Plan, optimizer: Adam, bf16: bool) -> None:
         self.plan = plan
-        self.params = params
         self.bf16 = bf16
-        self.states = list(optimizer.state.values())
-        keys = dict.fromkeys(key for state in self.states for key in state)
-        self.held = [
-            (owners, key, [state[key] for state in owners])
-            for key in keys
-            if (owners := [state for state in self.states if key in state])
-        ]
-        self.shape = self._shape(optimizer)
+        self.settings = self._settings(optimizer)
 
     @classmethod
     def of(cls, optimizer: Adam, work: "_Work") -> "_Planned | None":
@@ -444,54 +430,33 @@ class _Planned:
             or len(groups) != len(optimizer.param_groups)
             or len(params) != len(everything)
             or params[0].device.type != "cpu"
+            or params[0].is_inference()
             or torch.float64 in {p.dtype for p in params}
             or backend.decide("adam_step_", "cpu")[0] != "cpu"
         ):
             return None
-        plan = op.Plan.of(groups)
-        return None if plan is None else cls(plan, optimizer, params, work.bf16)
+        plan = op.Plan.of(groups, optimizer.state)
+        return None if plan is None else cls(plan, optimizer, work.bf16)
 
     @staticmethod
-    def _shape(optimizer: Adam) -> list[Any]:
-        groups = [
-            (len(group["params"]), bool(group["amsgrad"])) for group in optimizer.param_groups
-        ]
-        return [optimizer.master_weights, optimizer.state_dtype, *groups]
+    def _settings(optimizer: Adam) -> tuple[Any, ...]:
+        return optimizer.master_weights, optimizer.state_dtype
 
-    def step(self, optimizer: Adam) -> tuple[Tensor | None, bool]:
-        """(norm, whether the step was done); nothing is done where something was replaced."""
-        groups = optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        if not _identical(params, self.params) or self._shape(optimizer) != self.shape:
-            return None, False
+    def step(self, optimizer: Adam) -> float | None:
+        """The norm of the step; None, and nothing is done, where something was replaced."""
+        if self._settings(optimizer) != self.settings:
+            return None
         if backend.decide("adam_step_", "cpu")[0] != "cpu":
-            return None, False
-        grads = [p.grad for p in params]
-        if set(map(type, grads)) != {Tensor}:
-            return None, False
-        if not _identical(list(optimizer.state.values()), self.states):
-            return None, False
-        try:
-            for owners, key, tensors in self.held:
-                if not _identical([state[key] for state in owners], tensors):
-                    return None, False
-        except KeyError:
-            return None, False
+            return None
+        groups = optimizer.param_groups
         stochastic = self.bf16 and optimizer.stochastic_rounding and not optimizer.master_weights
-        try:
-            return self.plan.step(
-                [_hyper_parameters(group) for group in groups],
-                params,
-                grads,  # type: ignore[arg-type]
-                optimizer.max_grad_norm,
-                optimizer.rounding_seed if stochastic else None,
-            )
-        except NotImplementedError:  # a sparse gradient has no kernel: say so as in other steps
-            return None, False
-
-
-def _identical(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+        return self.plan.step(
+            [group["params"] for group in groups],
+            optimizer.state,
+            [_hyper_parameters(group) for group in groups],
+            optimizer.max_grad_norm,
+            optimizer.rounding_seed if stochastic else None,
+        )
 
 
 def _hyper_parameters(options: dict[str, Any]) -> AdamGroup:

@@ -584,9 +584,27 @@ def test_a_plan_is_dropped_with_its_optimizer():
     number = optimizer._planned.plan._number
     del optimizer
     gc.collect()
-    grads = [p.grad for p in net.parameters()]
     with pytest.raises(RuntimeError, match="does not exist"):
-        torch.ops.bigkernel.adam_run_plan_(number, grads, [0], *[[0.1]] * 5, None, None)
+        bigkernel._library.native.adam_run_plan(number, [], [], {}, [], [], None, None)
+
+
+def test_a_plan_reads_no_memory_that_says_the_opposite():
+    """A lazily negated gradient lies in memory without its sign."""
+    nets = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [AdamW(net.parameters(), lr=0.1) for net in nets]
+    for i in range(5):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, i + 1.0)
+        if i == 3:
+            assert optimizers[0]._planned is not None
+            for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+                p.grad = torch._neg_view(p.grad)
+                q.grad = -q.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_parameters(*nets, exact=True)
 
 
 def test_complex_parameters():

@@ -18,6 +18,8 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,51 +159,64 @@ def launch(
 
 
 class Plan:
-    """A CPU step whose tensors, but for the gradients, are handed to the kernel once.
+    """A CPU step on tensors that the kernel knows, but for the gradients.
 
-    The kernel looks at each tensor again before it uses it; ``step`` returns False, and has done
-    nothing, where one has changed. The caller sees to it that the tensors are still those that it
-    means. Gradients are not kept.
+    Thousands of small tensors take longer to collect and hand over than to update. What may have
+    been replaced since is compared first: the parameters' lists, the state's dicts and all their
+    entries by identity, then each tensor's memory, dtype and layout. Gradients are not kept.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, params: list[Tensor], state: dict[Any, Any]) -> None:
         self._number = number
         weakref.finalize(self, torch.ops.bigkernel.adam_drop_plan, number)
+        self._params = params
+        self._state_objects: list[Any] = []
+        for entries in state.values():
+            self._state_objects += [entries, *chain.from_iterable(entries.items())]
 
     @classmethod
-    def of(cls, groups: Sequence[AdamGroup]) -> "Plan | None":
-        """The plan of groups that ``launch`` took on the native CPU kernel; None if they are not
-        contiguous, or empty.
+    def of(cls, groups: Sequence[AdamGroup], state: dict[Any, Any]) -> "Plan | None":
+        """The plan of groups that ``launch`` took on the native CPU kernel, whose tensors but for
+        parameters and gradients are in ``state``; None if they are not contiguous, or empty, or
+        torch does not show tensors' memory to C.
         """
+        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            return None
+        if not all(isinstance(entries, dict) for entries in state.values()):
+            return None
         number: int = torch.ops.bigkernel.adam_plan(
             *_lists(groups), [len(group.params) for group in groups], list(map(_flags, groups))
         )
-        return cls(number) if number else None
+        return cls(number, [p for group in groups for p in group.params], state) if number else None
 
     def step(
         self,
+        params: list[list[Tensor]],
+        state: dict[Any, Any],
         groups: Sequence[AdamGroup],
-        params: list[Tensor],
-        grads: list[Tensor],
         max_norm: float | None,
         seed: int | None,
-    ) -> tuple[Tensor | None, bool]:
-        """(norm, whether it was done) of a step with the groups' hyper-parameters."""
-        norm, done = torch.ops.bigkernel.adam_run_plan_(
+    ) -> float | None:
+        """A step with the hyper-parameters of ``groups``, whose parameters are ``params``.
+
+        Returns the norm, 0 without ``max_norm``; None, and nothing was done, where a tensor is no
+        longer what it was or a gradient is missing.
+        """
+        assert _library.native is not None
+        make = _library.native.AdamHyperParameters
+        norm: float | None = _library.native.adam_run_plan(
             self._number,
-            grads,
-            list(map(_flags, groups)),
-            [float(group.lr) for group in groups],
-            [group.beta1 for group in groups],
-            [group.beta2 for group in groups],
-            [group.eps for group in groups],
-            [group.weight_decay for group in groups],
+            params,
+            self._params,
+            state,
+            self._state_objects,
+            [make(_flags(g), float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups],
             max_norm,
             seed,
         )
-        if done:
-            torch.autograd.graph.increment_version(params)
-        return (None if max_norm is None else norm), done
+        if norm is not None:
+            torch.autograd.graph.increment_version(self._params)
+        return norm
 
 
 def _flags(group: AdamGroup) -> int:

@@ -2,10 +2,9 @@
 #include <atomic>
 #include <cmath>
 #include <exception>
-#include <limits>
 #include <memory>
 #include <mutex>
-#include <tuple>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -50,17 +49,11 @@ class Row {
   std::vector<int64_t> first_;  // units up to and including tensor i
 };
 
-struct Gradient {
-  const void* data;
-  DType type;
-  int64_t numel;
-};
-
 // Every partial sum covers the same units however many threads there are, and they are added in
 // order: the norm does not depend on the number of threads.
-double norm_of(const std::vector<Gradient>& grads) {
+double norm_of(const std::vector<AdamGradient>& grads) {
   Row row(grads.size());
-  for (const Gradient& g : grads) row.add(g.numel);
+  for (const AdamGradient& g : grads) row.add(g.numel);
   const int64_t spans = (row.total() + kNormSpan - 1) / kNormSpan;
   std::vector<double> partial(spans);
   parallel_for(spans, 1 + kGrain / kNormSpan, [&](int64_t begin, int64_t end) {
@@ -97,14 +90,14 @@ Tensor scalar_like(const Tensor& t, double value) {
 Tensor adam_norm_cpu(std::vector<Tensor> grads, std::optional<Tensor> grad_scale) {
   BK_CHECK(!grads.empty(), "adam_norm", "grads must not be empty");
   Staging staging;
-  std::vector<Gradient> list;
+  std::vector<AdamGradient> list;
   list.reserve(grads.size());
   for (const Tensor& g : grads) {
     BK_CHECK(g.is_cpu(), "adam_norm", "grads must all be on the CPU");
     const DType type = dtype_of(g, "adam_norm", "grads");
     BK_CHECK(type <= DType::kFloat16, "adam_norm", "grads must be float32, bfloat16 or float16");
     const Tensor dense = is_dense(g) ? g : staging.read(g, g);
-    list.push_back({dense.const_data_ptr(), type, g.numel()});
+    list.push_back({dense.const_data_ptr(), g.numel(), type});
   }
   double norm = norm_of(list);
   if (grad_scale) norm /= read_scalar(*grad_scale, "adam_norm", "grad_scale");
@@ -128,9 +121,9 @@ AdamScalars scalars_of(const AdamGroup& group, double step, double factor) {
 }
 
 double norm_of(const std::vector<AdamTensor>& tensors) {
-  std::vector<Gradient> list;
+  std::vector<AdamGradient> list;
   list.reserve(tensors.size());
-  for (const AdamTensor& t : tensors) list.push_back({t.grad, t.grad_type, t.numel});
+  for (const AdamTensor& t : tensors) list.push_back({t.grad, t.numel, t.grad_type});
   return norm_of(list);
 }
 
@@ -207,8 +200,8 @@ Tensor adam_step_cpu(const AdamCall& call) {
 }
 
 // A step's tensors but for the gradients, handed over once: boxing thousands of small ones takes
-// longer than their update. Before each use every tensor is looked at again, since its memory may
-// have been replaced.
+// longer than their update (csrc/python/adam_plan.cpp). Before each use every tensor is looked at
+// again, since its memory may have been replaced.
 struct Held {
   Tensor tensor;
   const void* at;
@@ -229,7 +222,7 @@ auto& plans = *new std::unordered_map<int64_t, std::shared_ptr<Plan>>;
 std::shared_ptr<Plan> find_plan(int64_t number) {
   const std::lock_guard<std::mutex> guard(plans_lock);
   const auto found = plans.find(number);
-  BK_CHECK(found != plans.end(), "adam_run_plan_", "plan ", number, " does not exist");
+  BK_CHECK(found != plans.end(), "adam_run_plan", "plan ", number, " does not exist");
   return found->second;
 }
 
@@ -242,7 +235,7 @@ bool unchanged(const Plan& plan) {
         const Held& h = plan.held[i];
         here &= h.tensor.mutable_data_ptr() == h.at && h.tensor.numel() == h.numel &&
                 h.tensor.is_contiguous() &&
-                dtype_of(h.tensor, "adam_run_plan_", "a tensor") == h.type;
+                dtype_of(h.tensor, "adam_run_plan", "a tensor") == h.type;
       }
     } catch (const std::exception&) {  // a tensor without memory; adam_step_ says which
       here = false;
@@ -250,19 +243,6 @@ bool unchanged(const Plan& plan) {
     if (!here) same = false;
   });
   return same;
-}
-
-bool take_gradients(Plan& plan, const std::vector<Tensor>& grads) {
-  if (grads.size() != plan.tensors.size()) return false;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    AdamTensor& e = plan.tensors[i];
-    const Tensor& g = grads[i];
-    e.grad_type = dtype_of(g, "adam_run_plan_", "grads");
-    if (!g.is_cpu() || g.numel() != e.numel || !g.is_contiguous() || e.grad_type > DType::kFloat16)
-      return false;
-    e.grad = g.const_data_ptr();
-  }
-  return true;
 }
 
 // The number of a plan, or 0 if these tensors need copies or are not all there, and so have none.
@@ -301,7 +281,9 @@ int64_t adam_plan_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
     if (e.master) hold(call.masters[copies++], e.master, DType::kFloat32);
     hold(call.steps[i], e.step, DType::kFloat32);
   }
-  if (!unchanged(*plan) || !take_gradients(*plan, call.grads)) return 0;
+  for (const Tensor& grad : call.grads)
+    if (!grad.is_contiguous()) return 0;
+  if (!unchanged(*plan)) return 0;
   const std::lock_guard<std::mutex> guard(plans_lock);
   static int64_t count = 0;
   plans.emplace(++count, std::move(plan));
@@ -313,44 +295,29 @@ void adam_drop_plan(int64_t number) {
   plans.erase(number);
 }
 
-// adam_step_ of a plan's tensors. False, and nothing done, if a tensor is no longer what it was.
-std::tuple<Tensor, bool> adam_run_plan_cpu(int64_t number, std::vector<Tensor> grads,
-                                           std::vector<int64_t> flags, std::vector<double> lrs,
-                                           std::vector<double> beta1s, std::vector<double> beta2s,
-                                           std::vector<double> epss,
-                                           std::vector<double> weight_decays,
-                                           std::optional<double> max_norm,
-                                           std::optional<int64_t> seed) {
-  const std::shared_ptr<Plan> plan = find_plan(number);
-  const size_t count = plan->flags.size();
-  for (size_t size :
-       {flags.size(), lrs.size(), beta1s.size(), beta2s.size(), epss.size(), weight_decays.size()})
-    BK_CHECK(size == count, "adam_run_plan_", "there must be ", count, " groups, got ", size);
-  bool fits = false;
-  try {
-    fits = take_gradients(*plan, grads) && unchanged(*plan);
-  } catch (const std::exception&) {  // a tensor without memory; adam_step_ says which
-  }
-  for (size_t i = 0; i < count; ++i) fits &= (flags[i] & kAmsgrad) == (plan->flags[i] & kAmsgrad);
-  const Tensor& like = plan->held[0].tensor;
-  const Tensor none = torch::stable::new_empty(like, {0}, ScalarType::Float);
-  if (!fits) return {none, false};
-  double factor = 1.0, norm = 0.0;
-  if (max_norm) {
-    norm = float(norm_of(plan->tensors));
-    factor = std::fmin(*max_norm / (norm + 1e-6), 1.0);
-  }
-  const Tensor result = max_norm ? scalar_like(like, norm) : none;
-  if (!std::isfinite(norm)) return {result, true};
-  std::vector<AdamGroup> groups(count);
-  for (size_t i = 0; i < count; ++i)
-    groups[i] = {int32_t(flags[i]), lrs[i], beta1s[i], beta2s[i], epss[i], weight_decays[i]};
-  update_all(plan->tensors, groups, factor,
-             seed ? std::optional<uint64_t>(uint64_t(*seed)) : std::nullopt);
-  return {result, true};
-}
-
 }  // namespace
+
+bool adam_plan_is_unchanged(int64_t number) { return unchanged(*find_plan(number)); }
+
+std::optional<double> adam_run_plan(int64_t number, const std::vector<AdamGradient>& grads,
+                                    const std::vector<AdamGroup>& groups,
+                                    std::optional<double> max_norm, std::optional<uint64_t> seed) {
+  const std::shared_ptr<Plan> plan = find_plan(number);
+  std::vector<AdamTensor> tensors = plan->tensors;
+  bool fits = grads.size() == tensors.size() && groups.size() == plan->flags.size();
+  for (size_t i = 0; fits && i < groups.size(); ++i)
+    fits = (groups[i].flags & kAmsgrad) == (plan->flags[i] & kAmsgrad);
+  for (size_t i = 0; fits && i < grads.size(); ++i) {
+    fits = grads[i].numel == tensors[i].numel;
+    tensors[i].grad = grads[i].data;
+    tensors[i].grad_type = grads[i].type;
+  }
+  if (!fits) return std::nullopt;
+  const double norm = max_norm ? float(norm_of(grads)) : 0.0;
+  if (std::isfinite(norm))
+    update_all(tensors, groups, max_norm ? std::fmin(*max_norm / (norm + 1e-6), 1.0) : 1.0, seed);
+  return norm;
+}
 
 void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
                  const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
@@ -386,10 +353,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel, m) {
       "adam_plan(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
       "Tensor[] max_exp_avg_sqs, Tensor[] masters, Tensor[] steps, int[] group_sizes, "
       "int[] flags) -> int");
-  m.def(
-      "adam_run_plan_(int plan, Tensor[] grads, int[] flags, float[] lrs, float[] beta1s, "
-      "float[] beta2s, float[] epss, float[] weight_decays, float? max_norm, int? seed) "
-      "-> (Tensor, bool)");
   m.def("adam_drop_plan(int plan) -> ()");
 }
 
@@ -399,7 +362,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigkernel, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
   m.impl("adam_plan", TORCH_BOX(&bigkernel::adam_plan_cpu));
-  m.impl("adam_run_plan_", TORCH_BOX(&bigkernel::adam_run_plan_cpu));
   m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cpu));
   m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cpu>));
 }
