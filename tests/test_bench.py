@@ -8,7 +8,9 @@ bad usage -> test_bad_usage.
 """
 
 import json
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,8 @@ def test_interleave_runs_in_turn_and_gives_each_its_share():
         return call
 
     runs = {"fast": run("fast", 1e-3), "slow": run("slow", 0.03)}
-    times = interleave(runs, Plan(share=0.05, rounds=8, least=2, warmups=1, sample=1e-9))
+    plan = Plan(share=0.05, rounds=8, least=2, warmups=1, sample=1e-9, settle=0)
+    times = interleave(runs, plan)
     assert len(times["fast"].samples) == 8
     assert len(times["slow"].samples) == 2
     measured = "".join(name[0] for name in order[2:])  # without the first call of each
@@ -83,6 +86,24 @@ def test_interleave_repeats_what_is_too_short_for_the_clock():
     times = interleave({"short": short}, Plan(share=0.01, rounds=3, warmups=2, sample=1e-3))
     assert calls > 100
     assert times["short"].median < 1e-4
+
+
+def test_interleave_settles_short_functions_before_each_sample():
+    last = ""
+
+    def run(name: str):
+        def call() -> None:
+            nonlocal last
+            time.sleep(1e-3 if last == name else 1e-2)  # slower after another
+            last = name
+
+        return call
+
+    plan = Plan(share=0.1, rounds=5, warmups=2, sample=1e-9)
+    for settle, slowest in ((0.02, 8e-3), (0.0, math.inf)):
+        times = interleave({"a": run("a"), "b": run("b")}, replace(plan, settle=settle))
+        assert all(timing.median < slowest for timing in times.values())
+        assert settle or all(timing.median > 8e-3 for timing in times.values())
 
 
 def test_interleave_takes_the_time_that_a_run_reports():

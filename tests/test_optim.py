@@ -594,7 +594,7 @@ def test_a_plan_reads_no_memory_that_says_the_opposite():
     nets[1].load_state_dict(nets[0].state_dict())
     optimizers = [AdamW(net.parameters(), lr=0.1) for net in nets]
     for i in range(5):
-        for net, optimizer in zip(nets, optimizers, strict=True):
+        for net in nets:
             for p in net.parameters():
                 p.grad = torch.full_like(p, i + 1.0)
         if i == 3:

@@ -113,11 +113,15 @@ def build(shapes: list[tuple[int, ...]], clip: bool) -> Ready:
     problem = Problem(shapes)
     params = problem.params
     grads = [p.grad for p in params if p.grad is not None]
-    ours = problem.share_state(
-        AdamW(params, max_grad_norm=CLIP if clip else None, **_options()), params
+    # An optimizer each: one that changes its backend between steps prepares each step anew.
+    ours, plain = (
+        problem.share_state(
+            AdamW(params, max_grad_norm=CLIP if clip else None, **_options()), params
+        )
+        for _ in range(2)
     )
-    optimizers = {OURS: ours, REFERENCE: ours}
-    runs: dict[str, Run] = {OURS: ours.step, REFERENCE: on_torch(ours.step)}
+    optimizers = {OURS: ours, REFERENCE: plain}
+    runs: dict[str, Run] = {OURS: ours.step, REFERENCE: on_torch(plain.step)}
     skipped = {}
     for name, flags in THEIRS.items():
         theirs = problem.share_state(torch.optim.AdamW(params, **flags, **_options()), params)
@@ -158,11 +162,14 @@ def build_masters(shapes: list[tuple[int, ...]]) -> Ready:
         p.grad = g
     copies = [p.detach() for p in masters]
     targets = [p.detach() for p in narrow]
-    ours = problem.share_state(
-        AdamW(narrow, master_weights=True, **_options()), narrow, master_param=copies
+    ours, plain = (
+        problem.share_state(
+            AdamW(narrow, master_weights=True, **_options()), narrow, master_param=copies
+        )
+        for _ in range(2)
     )
-    optimizers = {OURS: ours, REFERENCE: ours}
-    runs: dict[str, Run] = {OURS: ours.step, REFERENCE: on_torch(ours.step)}
+    optimizers = {OURS: ours, REFERENCE: plain}
+    runs: dict[str, Run] = {OURS: ours.step, REFERENCE: on_torch(plain.step)}
 
     def through_masters(optimizer: torch.optim.Optimizer) -> None:
         torch._foreach_copy_(wide_grads, narrow_grads)

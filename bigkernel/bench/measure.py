@@ -19,7 +19,9 @@ class Plan:
     share: seconds that each function of a case may take; rounds: at most so many samples of each;
     least: at least so many, of however slow a function; warmups: calls before that, one for a
     function that takes longer than its share; sample: seconds that a sample lasts at least, over
-    as many calls as that takes. With ``least`` 1 the first call of a slow function is its sample.
+    as many calls as that takes; settle: a function that takes less is called once, untimed, before
+    each sample, so that it finds in the caches what it left there and not what another one did.
+    With ``least`` 1 the first call of a slow function is its sample.
     """
 
     share: float = 2.0
@@ -27,6 +29,7 @@ class Plan:
     least: int = 3
     warmups: int = 3
     sample: float = 2e-3
+    settle: float = 2e-2
 
 
 QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2)
@@ -79,6 +82,7 @@ def interleave(
     """
     names = list(runs)
     calls, wanted, only = {}, {}, {}
+    settled = set()
     for name, run in runs.items():
         first = (first_calls or {}).get(name) or once(run)
         slow = first > plan.share
@@ -86,6 +90,9 @@ def interleave(
             wanted[name], only[name] = 0, first
             continue
         took = min([first, *(once(run) for _ in range(0 if slow else plan.warmups - 1))])
+        if took < plan.settle:
+            settled.add(name)
+            took = min(took, once(run))
         calls[name] = max(1, math.ceil(plan.sample / max(took, 1e-9)))
         samples = int(plan.share / max(took * calls[name], 1e-9))
         wanted[name] = max(plan.least, min(plan.rounds, samples))
@@ -99,6 +106,8 @@ def interleave(
             start = i % len(names)
             for name in names[start:] + names[:start]:
                 if (i + 1) * wanted[name] // rounds > i * wanted[name] // rounds:
+                    if name in settled:
+                        runs[name]()
                     samples_of[name].append(once(runs[name], calls[name]))
     finally:
         if collecting:
