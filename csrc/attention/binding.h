@@ -221,4 +221,23 @@ inline AttentionProblem check_problem(const char* op, const Tensor& q, const Ten
   return p;
 }
 
+// What backward is given besides forward's arguments. Returns dout as the kernels take it, with a
+// contiguous last dimension: the gradient of a sum has stride 0.
+inline Tensor check_backward(const char* op, const Tensor& dout, const OptionalTensor& dlse,
+                             const Tensor& q, const Tensor& out, const Tensor& lse,
+                             const std::vector<int64_t>& out_sizes,
+                             const std::vector<int64_t>& lse_sizes, MaskKind mask,
+                             bool needs_dmask) {
+  check_rows(op, "out", out, q);
+  check_sizes(op, "out", out, out_sizes);
+  check_sizes(op, "dout", dout, out_sizes);
+  check_lse(op, "lse", lse, q, in_two(lse_sizes));
+  const Tensor rows = dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
+  check_rows(op, "dout", rows, q);
+  if (dlse.has_value()) check_lse(op, "dlse", *dlse, q, lse_sizes);
+  BK_CHECK(!needs_dmask || (mask != MaskKind::kNone && mask != MaskKind::kBool), op,
+           "only a floating point mask has a gradient");
+  return rows;
+}
+
 }  // namespace bigkernel

@@ -283,20 +283,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
                       {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
                        left, right, softcap, dropout_p});
   AttentionArgs& a = call.args;
-  check_rows(op, "out", out, q);
-  check_sizes(op, "out", out, call.out_sizes);
-  check_sizes(op, "dout", dout, call.out_sizes);
-  check_lse(op, "lse", lse, q, in_two(call.lse_sizes));
-  // The gradient of a sum has stride 0.
-  const Tensor dout_rows =
-      dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
-  check_rows(op, "dout", dout_rows, q);
-  if (dlse.has_value()) {
-    check_lse(op, "dlse", *dlse, q, call.lse_sizes);
-    a.dlse = view_lse(*dlse, call.packed);
-  }
-  BK_CHECK(!needs_dmask || (mask.has_value() && a.mask.kind != MaskKind::kBool), op,
-           "only a floating point mask has a gradient");
+  const Tensor dout_rows = check_backward(op, dout, dlse, q, out, lse, call.out_sizes,
+                                          call.lse_sizes, a.mask.kind, needs_dmask);
+  if (dlse.has_value()) a.dlse = view_lse(*dlse, call.packed);
   Tensor dq = empty_like_layout(q, a.dim);
   Tensor dk = empty_like_layout(k, a.dim);
   Tensor dv = empty_like_layout(v, a.dim_v);

@@ -24,8 +24,8 @@ int32_t window_side(int64_t side) {
 }
 
 int32_t narrow(const char* op, const char* what, int64_t n) {
-  BK_CHECK(n <= kAttentionMostRows, op, "the CUDA kernel takes at most ", kAttentionMostRows, " ",
-           what, ", got ", n);
+  BK_CHECK(n >= 0 && n <= kAttentionMostRows, op, "the CUDA kernel takes 0 to ", kAttentionMostRows,
+           " ", what, ", got ", n);
   return int32_t(n);
 }
 
@@ -110,20 +110,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   torch::stable::accelerator::DeviceGuard guard(call.device);
   const AttentionProblem& p = call.problem;
   AttentionCudaArgs& a = call.args;
-  check_rows(op, "out", out, q);
-  check_sizes(op, "out", out, p.out_sizes);
-  check_sizes(op, "dout", dout, p.out_sizes);
-  check_lse(op, "lse", lse, q, in_two(p.lse_sizes));
-  // The gradient of a sum has stride 0.
-  const Tensor dout_rows =
-      dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
-  check_rows(op, "dout", dout_rows, q);
-  if (dlse.has_value()) {
-    check_lse(op, "dlse", *dlse, q, p.lse_sizes);
-    a.dlse = view_lse(*dlse, p.packed);
-  }
-  BK_CHECK(!needs_dmask || (mask.has_value() && a.mask.kind != MaskKind::kBool), op,
-           "only a floating point mask has a gradient");
+  const Tensor dout_rows = check_backward(op, dout, dlse, q, out, lse, p.out_sizes, p.lse_sizes,
+                                          a.mask.kind, needs_dmask);
+  if (dlse.has_value()) a.dlse = view_lse(*dlse, p.packed);
   Tensor dq = empty_like_layout(q, p.dim);
   Tensor dk = empty_like_layout(k, p.dim);
   Tensor dv = empty_like_layout(v, p.dim_v);
