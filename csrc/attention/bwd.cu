@@ -17,11 +17,13 @@ template <class T, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionCudaArgs args) {
   constexpr int kWidth = 16 / sizeof(T);
-  const int rows = args.cu_q != nullptr ? int(args.total_q) : args.max_q;
-  const int blocks = (rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-  const int of_head = int(blockIdx.x) / blocks;
+  // A packed batch may have more rows than 32 bits count, though no sequence has.
+  const int64_t rows = args.cu_q != nullptr ? args.total_q : args.max_q;
+  const uint32_t blocks = uint32_t((rows + kThreads / kLanes - 1) / (kThreads / kLanes));
+  const int of_head = int(blockIdx.x / blocks);
   const int b = of_head / args.heads_q, head = of_head % args.heads_q;
-  const int row = int(blockIdx.x) % blocks * (kThreads / kLanes) + int(threadIdx.x) / kLanes;
+  const int64_t row =
+      int64_t(blockIdx.x % blocks) * (kThreads / kLanes) + int(threadIdx.x) / kLanes;
   const int lane = threadIdx.x % kLanes;
   if (row >= rows) return;
   const T* const out = row_pointer<T>(args.out, b, head, row);
