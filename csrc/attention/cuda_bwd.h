@@ -342,6 +342,34 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
   }
 
+  __device__ __forceinline__ int members() const { return kRowsAreKeys ? args.group : 1; }
+
+  // Whether the mask closes a tile of columns. Where there is a mask, the whole block asks.
+  __device__ __forceinline__ bool closed(int member, int tile) const {
+    if (args.mask.kind == MaskKind::kNone) return false;
+    const DeviceScores scores(args, seq, kRowsAreKeys ? column_head(member) : head);
+    const int col0 = tile * Tile::kCols;
+    if constexpr (kRowsAreKeys)
+      return mask_closes<Tile::kCols, Tile::kRows, Tile::kThreads>(scores, col0, cols_all - col0,
+                                                                   row0, rows_all - row0);
+    else
+      return mask_closes<Tile::kRows, Tile::kCols, Tile::kThreads>(scores, row0, rows_all - row0,
+                                                                   col0, cols_all - col0);
+  }
+
+  // Goes on to the first tile from this one on, of this member or the next ones, that the mask does
+  // not close.
+  __device__ __forceinline__ void find_open(int& member, int& tile) const {
+#pragma unroll 1
+    for (;; ++tile) {
+      if (tile == last) {
+        tile = first;
+        if (++member == members()) return;
+      }
+      if (!closed(member, tile)) return;
+    }
+  }
+
   __device__ __forceinline__ void run() {
 #pragma unroll
     for (int f = 0; f < kFrags; ++f)
@@ -349,7 +377,9 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
       for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum1[f][n][e] = sum2[f][n][e] = 0.0f;
-    if (first < last) {
+    if constexpr (kGeneral) {
+      if (first < last) stream_open();
+    } else if (first < last) {
       load_rows();
       if (!kResident2) start(0, first, 0);
       cp_async_commit_group();
@@ -375,53 +405,71 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
   }
 
+  // The general kernel's: every tile that the mask leaves open.
+  __device__ __forceinline__ void stream_open() {
+    int stage = 0, member = 0, tile = first - 1;  // before the first: the search stands here once
+#pragma unroll 1
+    do {
+      const bool begun = tile >= first;
+      int next_member = member, next = tile + 1;
+      find_open(next_member, next);
+      if (begun) {
+        cp_async_wait_group<0>();
+        __syncthreads();
+        stage ^= 1;
+      } else if (next_member < members()) {
+        load_rows();
+      }
+      if (next_member < members()) start(next_member, next, stage);
+      cp_async_commit_group();
+      if (begun) step<true>(member, tile, stage ^ 1);
+      member = next_member;
+      tile = next;
+    } while (member < members());
+  }
+
   __device__ __forceinline__ void stream() {
-    const int members = kRowsAreKeys ? args.group : 1;
     int stage = 0;
 #pragma unroll 1
-    for (int member = 0; member < members; ++member) {
+    for (int member = 0; member < members(); ++member) {
       const ColumnLoader a = loader(cols1(), args.dim, member);
       const ColumnLoader b = loader(cols2(), args.dim_v, member);
       const float* const stat = stat_of(member, threadIdx.x % Tile::kCols);
-      if constexpr (!kGeneral) {
-        // Their loads leave these columns alone.
-        if (member == 0 && a.dim < kDim) a.pad(shared + Tile::kStages + Tile::kStageBytes);
-        if (member == 0 && b.dim < kDim)
-          b.pad(shared + Tile::kStages + Tile::kStageBytes + Tile::kColBytes);
-      }
+      // Their loads leave these columns alone.
+      if (member == 0 && a.dim < kDim) a.pad(shared + Tile::kStages + Tile::kStageBytes);
+      if (member == 0 && b.dim < kDim)
+        b.pad(shared + Tile::kStages + Tile::kStageBytes + Tile::kColBytes);
 #pragma unroll 1
       for (int tile = first; tile < last; ++tile) {
-        if constexpr (!kGeneral) {
-          // The main loop: this tile and the next are seen by all rows.
-          const int64_t next = int64_t(tile + 1) * Tile::kCols;
-          ColumnLoader next_a = a, next_b = b;
-          next_a.from += next * a.row_bytes;
-          next_b.from += next * b.row_bytes;
-          const float* next_stat = stat + next;
+        // The main loop: this tile and the next are seen by all rows.
+        const int64_t next = int64_t(tile + 1) * Tile::kCols;
+        ColumnLoader next_a = a, next_b = b;
+        next_a.from += next * a.row_bytes;
+        next_b.from += next * b.row_bytes;
+        const float* next_stat = stat + next;
 #pragma unroll 1
-          for (; tile >= full_first && tile + 1 < full_last; ++tile) {
-            cp_async_wait_group<0>();
-            __syncthreads();
-            stage ^= 1;
-            uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
-            asm volatile("" : "+r"(to));  // or each copy's branch derives it anew
-            next_a.load(to, 0);
-            next_b.load(to + Tile::kColBytes, 0);
-            if (kRowsAreKeys && threadIdx.x < Tile::kStatPlanes * Tile::kCols)
-              cp_async_4(stat_address(stage), next_stat, 4);
-            next_a.from += Tile::kCols * next_a.row_bytes;
-            next_b.from += Tile::kCols * next_b.row_bytes;
-            next_stat += Tile::kCols;
-            cp_async_commit_group();
-            step<false>(member, tile, stage ^ 1);
-          }
+        for (; tile >= full_first && tile + 1 < full_last; ++tile) {
+          cp_async_wait_group<0>();
+          __syncthreads();
+          stage ^= 1;
+          uint32_t to = shared + Tile::kStages + stage * Tile::kStageBytes;
+          asm volatile("" : "+r"(to));  // or each copy's branch derives it anew
+          next_a.load(to, 0);
+          next_b.load(to + Tile::kColBytes, 0);
+          if (kRowsAreKeys && threadIdx.x < Tile::kStatPlanes * Tile::kCols)
+            cp_async_4(stat_address(stage), next_stat, 4);
+          next_a.from += Tile::kCols * next_a.row_bytes;
+          next_b.from += Tile::kCols * next_b.row_bytes;
+          next_stat += Tile::kCols;
+          cp_async_commit_group();
+          step<false>(member, tile, stage ^ 1);
         }
         cp_async_wait_group<0>();
         __syncthreads();
         stage ^= 1;
         if (tile + 1 < last)
           start(member, tile + 1, stage);
-        else if (member + 1 < members)
+        else if (member + 1 < members())
           start(member + 1, first, stage);
         cp_async_commit_group();
         step<true>(member, tile, stage ^ 1);

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, Part::kMask, true>::kThr
       for (int r = row_tile; r < (by_row ? row_tile + 1 : row_tiles); ++r) {
         Block part(args, memory, b, h, r);
         if (col_tile < part.first || col_tile >= part.last) continue;
+        if (part.closed(0, col_tile)) continue;
         __syncthreads();  // everyone is done with the tiles before
         part.load_rows();
         part.start(0, col_tile, 0);

@@ -328,6 +328,20 @@ struct Forward {
     hide(s, first_key);
   }
 
+  // The first step from this one on whose tile the mask does not close.
+  __device__ __forceinline__ int open_step(const ForwardSteps& steps, int step) const {
+    if (args.mask.kind == MaskKind::kNone) return step;
+    const DeviceScores rule(args, sequence, head);
+#pragma unroll 1
+    for (; step < steps.count; ++step) {
+      const int first_key = steps.tile(step) * kKeys;
+      if (!mask_closes<Shape::kRows, kKeys, Shape::kThreads>(
+              rule, first_row, sequence.rows - first_row, first_key, sequence.keys - first_key))
+        break;
+    }
+    return step;
+  }
+
   __device__ __forceinline__ void drop(Scores& p, const DeviceDropout& dropout,
                                        int first_key) const {
     const int odd = lane & 1;
@@ -403,14 +417,17 @@ struct Forward {
                    args.dim_v, threadIdx.x);
     const uint32_t key_tile = shared + Shape::kKeyTile, value_tile = shared + Shape::kValueTile;
 
-    if (steps.count > 0) {
-      const QLoader queries(row_pointer<T>(args.q, sequence.index, head, sequence.first_q),
-                            args.q.row, args.dim, threadIdx.x);
-      load_edge(queries, shared, first_row, sequence.rows);
-      load_edge(keys, key_tile, steps.tile(0) * kKeys, sequence.keys);
-      if (!Shape::kGeneral) values.pad(value_tile);
-    }
-    cp_async_commit_group();
+    auto begin = [&](int step) {
+      if (step < steps.count) {
+        const QLoader queries(row_pointer<T>(args.q, sequence.index, head, sequence.first_q),
+                              args.q.row, args.dim, threadIdx.x);
+        load_edge(queries, shared, first_row, sequence.rows);
+        load_edge(keys, key_tile, steps.tile(step) * kKeys, sequence.keys);
+        if (!Shape::kGeneral) values.pad(value_tile);
+      }
+      cp_async_commit_group();
+    };
+    if (!Shape::kGeneral) begin(0);
 
     RowCursor row_cursor(shared, warp_row, lane), value_cursor(value_tile, 0, lane);
     KeyCursor key_cursor(key_tile, 0, lane);
@@ -458,16 +475,27 @@ struct Forward {
       else
         add_values(s, value_cursor);
     };
-    const int edges = Shape::kGeneral ? steps.count : steps.edges;
+    if constexpr (Shape::kGeneral) {
+      int step = -1;  // the search for open tiles is long code: it stands here once
 #pragma unroll 1
-    for (int step = 0; step < edges; ++step)
-      take(step + 1 < steps.count, steps.tile(step) * kKeys, steps.tile(step + 1) * kKeys,
-           std::true_type{});
-    if constexpr (!Shape::kGeneral) {
+      do {
+        const int next = open_step(steps, step + 1);
+        if (step < 0)
+          begin(next);
+        else
+          take(next < steps.count, steps.tile(step) * kKeys, steps.tile(next) * kKeys,
+               std::true_type{});
+        step = next;
+      } while (step < steps.count);
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < steps.edges; ++step)
+        take(step + 1 < steps.count, steps.tile(step) * kKeys, steps.tile(step + 1) * kKeys,
+             std::true_type{});
       values.advance(steps.full_begin * kKeys);
       keys.advance((steps.full_begin + 1) * kKeys);
 #pragma unroll 1
-      for (int left = steps.count - edges; left > 0; --left)
+      for (int left = steps.count - steps.edges; left > 0; --left)
         take(left > 1, 0, 0, std::false_type{});
     }
     finish();

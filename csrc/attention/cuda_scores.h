@@ -151,6 +151,58 @@ struct DeviceScores {
   }
 };
 
+// Whether none of a tile's elements of a mask, of type M, is anything but `shut`.
+template <class M, int kRows, int kKeys, int kThreads>
+__device__ __forceinline__ bool mask_is_shut(const DeviceScores& scores, M shut, int first_row,
+                                             int rows, int first_key, int keys) {
+  constexpr int kStep = kThreads / kKeys;  // a thread looks at one key and every so-manieth row
+  constexpr int kBatch = kRows / kStep < 8 ? kRows / kStep : 8;
+  static_assert(kThreads % kKeys == 0 && kRows % (kStep * kBatch) == 0, "warps stay together");
+  const int key = int(threadIdx.x) % kKeys, last = keys > key ? rows : 0;
+  int row = int(threadIdx.x) / kKeys;
+  const M* at = reinterpret_cast<const M*>(scores.mask) + (first_row + row) * scores.mask_row +
+                int64_t(first_key + key) * scores.mask_col;
+  bool open = false;
+#pragma unroll 1
+  for (int i = 0; i < rows && !__any_sync(~0u, open); i += kStep * kBatch) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (row < last) open |= *at != shut;
+      row += kStep;
+      at += kStep * scores.mask_row;
+    }
+  }
+  return !open;
+}
+
+// Whether the mask closes a tile: these rows of q and keys, of which `rows` and `keys` are there.
+// The whole block asks. A warp stops at the first open elements, so this costs a few loads where
+// the tile is open, and where it is closed far less than its products.
+template <int kRows, int kKeys, int kThreads>
+__device__ __forceinline__ bool mask_closes(const DeviceScores& scores, int first_row, int rows,
+                                            int first_key, int keys) {
+  rows = scores.mask_row == 0 ? 1 : min(rows, kRows);
+  const auto is_shut = [&](auto shut) {
+    return mask_is_shut<decltype(shut), kRows, kKeys, kThreads>(scores, shut, first_row, rows,
+                                                                first_key, keys);
+  };
+  bool shut;  // by the bits of -inf, or false
+  switch (DeviceScores::mask_size(scores.kind)) {
+    case 1:
+      shut = is_shut(uint8_t{0});
+      break;
+    case 2:
+      shut = is_shut(scores.kind == MaskKind::kBFloat16 ? uint16_t{0xff80} : uint16_t{0xfc00});
+      break;
+    case 4:
+      shut = is_shut(uint32_t{0xff800000});
+      break;
+    default:
+      shut = is_shut(uint64_t{0xfff0000000000000});
+  }
+  return __syncthreads_and(shut);
+}
+
 // Dropout: key 4 c + w of row i of head h of sequence b is kept if word w of Philox at the counter
 // (c, i, h, b) is at least the threshold (reference/attention.py, dropout_keep).
 struct DeviceDropout {

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigkernel.reference.attention import Rule, attention_reference
 from bigkernel.testing import ptx
+from bigkernel.testing.tolerance import assert_as_accurate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import attention_ptx
@@ -88,6 +90,65 @@ def test_attention_kernel_traffic(dtype, dim, feature):
     if dtype != "f32":
         tile = 2 * (plan.tile_rows // 16) * (plan.tile_keys // 8) * (plan.tile_dim // 16)
         assert counters.mma == heads * tile * sum(stop - start for start, stop in tiles)
+
+
+def open_tiles(mask, rows, columns):
+    """How many tiles have an open element, and how many rows of tiles have such a tile."""
+    tiles = mask.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).any(-3).any(-1)
+    return int(tiles.sum()), int(tiles.any(-1).sum())
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_attention_kernel_closed_tiles(kind):
+    """Tiles that the mask closes are neither read nor multiplied, forward and backward."""
+    torch.manual_seed(0)
+    length, dim, heads = 256, 64, 2
+    ids = torch.zeros(heads, length)
+    ids[0, 100:160], ids[0, 160:] = 1, 2  # three documents
+    open_ = ids[:, :, None] == ids[:, None, :]
+    open_[1, :, :130] = open_[1, 128:] = False  # nothing at the beginning; rows that see nothing
+    mask = open_[None]
+    if kind == "float":
+        mask = torch.randn(mask.shape).masked_fill(~mask, -torch.inf).bfloat16().requires_grad_()
+    q = torch.randn(1, heads, length, dim).bfloat16().requires_grad_()
+    k, v = (torch.randn(1, 1, length, dim).bfloat16().requires_grad_() for _ in range(2))
+    dout = torch.randn(q.shape).bfloat16()
+    leaves = [q, k, v, mask] if kind == "float" else [q, k, v]
+    with attention_ptx.emulated():
+        out = attention_ptx.op.attention(q, k, v, mask=mask)
+        (forward,), ((rows, keys),) = list(attention_ptx.launches), attention_ptx.tiles()
+        gradients = torch.autograd.grad(out, leaves, dout)
+        (_, *backward), (_, *tiles) = list(attention_ptx.launches), attention_ptx.tiles()
+
+    sectors = dim * 2 // SECTOR  # of a row
+    tiles_open, blocks_open = open_tiles(open_, rows, keys)
+    assert tiles_open < heads * (length // rows) * (length // keys) / 2
+    assert forward.counters.mma == 2 * tiles_open * rows * keys * dim // (16 * 8 * 16)
+    assert forward.counters.loads["q"].sectors == blocks_open * rows * sectors
+    for name in ("k", "v"):
+        assert forward.counters.loads[name].sectors == tiles_open * keys * sectors
+    for launch, (rows, columns), products, by_keys in zip(
+        backward, tiles, (4, 3, 2), (True, False, False), strict=False
+    ):
+        seen = open_.transpose(1, 2) if by_keys else open_
+        count, _ = open_tiles(seen, rows, columns)
+        assert launch.counters.mma == products * count * rows * columns * dim // (16 * 8 * 16)
+        for name in ("q", "dout") if by_keys else ("k", "v"):
+            assert launch.counters.loads[name].sectors == count * columns * sectors
+    assert len(backward) == (3 if kind == "float" else 2)
+
+    def reference(dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        rule = Rule(dim**-0.5, False, False, -1, -1, 0.0, 0.0)
+        given = inputs[3] if kind == "float" else mask
+        result, _ = attention_reference(*inputs[:3], rule, mask=given)
+        return result.detach(), *torch.autograd.grad(result, inputs, dout.to(dtype))
+
+    results = zip(
+        (out.detach(), *gradients), reference(torch.float64), reference(q.dtype), strict=True
+    )
+    for mine, exact, same in results:
+        assert_as_accurate(mine, exact, same)
 
 
 @pytest.mark.parametrize(
