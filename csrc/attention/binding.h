@@ -232,6 +232,11 @@ inline Tensor check_backward(const char* op, const Tensor& dout, const OptionalT
   check_sizes(op, "out", out, out_sizes);
   check_sizes(op, "dout", dout, out_sizes);
   check_lse(op, "lse", lse, q, in_two(lse_sizes));
+  bool in_pairs = lse.stride(lse.dim() - 1) == 1 && uintptr_t(lse.data_ptr()) % 8 == 0;
+  for (int64_t d = 0; d + 1 < lse.dim(); ++d)
+    in_pairs &= lse.size(d) <= 1 || lse.stride(d) % 2 == 0;
+  BK_CHECK(in_pairs || lse.numel() == 0, op,
+           "lse must hold its pairs side by side, as forward does");
   const Tensor rows = dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
   check_rows(op, "dout", rows, q);
   if (dlse.has_value()) check_lse(op, "dlse", *dlse, q, lse_sizes);
