@@ -26,9 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # One process runs all that is emulated, so that each kernel is compiled once.
-        if "ptx" in item.nodeid or "kernel" in item.path.name:
-            item.add_marker(pytest.mark.xdist_group("emulator"))
+        # One process runs what a file has emulated: each parses and translates the kernels, which
+        # nvcc compiled for all.
+        if "ptx" in item.nodeid or "kernel" in item.path.name or "cuda_report" in item.path.name:
+            item.add_marker(pytest.mark.xdist_group(f"emulator {item.path.stem}"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
