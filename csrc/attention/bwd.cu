@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int offset = 1; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(together, sum, offset);
   if (lane != 0) return;
   constexpr float kUnit = sizeof(T) == 2 ? kLog2E : 1.0f;
-  const float* const lse = row_pointer<float>(args.lse, b, head, row);
-  const float top = lse[0], log_sum = lse[1];
+  // Both at once: one by one, each would ask for the same sectors.
+  const float2 lse = *reinterpret_cast<const float2*>(row_pointer<float>(args.lse, b, head, row));
+  const float top = lse.x, log_sum = lse.y;
   const bool open = top != -BK_INFINITY;
   float delta = -sum;
   if (args.dlse.data != nullptr) delta += *row_pointer<float>(args.dlse, b, head, row);

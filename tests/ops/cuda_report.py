@@ -140,13 +140,14 @@ def attention(dim: int, causal: bool, dtype: torch.dtype = BF16, **options: Any)
             before, dkdv, dq = attention_ptx.launches
         seen = keys_seen(length, rows, keys, causal) * row
         least = [{"q": once, "k": seen, "v": seen, "out": once, "lse": 2 * stats}]
-        least.append({"out": once, "dout": once, "lse": 2 * stats, "delta": 2 * stats})
+        planes = 3 if dtype == F32 else 2  # of delta: fp32 has the general kernel alone
+        least.append({"out": once, "dout": once, "lse": 2 * stats, "delta": planes * stats})
         seen = queries_seen(length, *by_keys, causal)
         least.append({"k": once, "v": once, "dk": once, "dv": once, "q": seen * row,
-                      "dout": seen * row, "delta": 2 * seen * 4 // SECTOR})  # fmt: skip
+                      "dout": seen * row, "delta": planes * seen * 4 // SECTOR})  # fmt: skip
         seen = keys_seen(length, *by_queries, causal) * row
         least.append({"q": once, "dout": once, "dq": once, "k": seen, "v": seen,
-                      "delta": 2 * stats})  # fmt: skip
+                      "delta": planes * stats})  # fmt: skip
         roles = ("forward", "backward, rows", "backward, dK dV", "backward, dQ")
         launches = (forward, before, dkdv, dq)
         parts = [Part(role, launch, text_of(host, launch), minimum)
