@@ -51,16 +51,23 @@ def _philox4x32(
 ) -> tuple[_Words, _Words, _Words, _Words]:
     """``bigkernel.random.philox4x32`` in NumPy, whose unsigned numbers make it three times faster.
 
-    A call's draws are a thousand words or so: the time is that of the number of operations.
+    A call's draws are a thousand words or so: the time is that of the number of operations, so the
+    two halves of a round are computed as one array.
     """
+    shape = (2, *np.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape))
+    even, odd = np.empty(shape, dtype=np.uint64), np.empty(shape, dtype=np.uint64)
+    even[0], even[1], odd[0], odd[1] = c0, c2, c1, c3
+    multipliers = np.asarray([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1, 1)
+    keys = [
+        [(seed + i * 0x9E3779B9) & _MASK, ((seed >> 32) + i * 0xBB67AE85) & _MASK]
+        for i in range(10)
+    ]
     low, half = np.uint64(_MASK), np.uint64(32)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1 = (b >> half) ^ c1 ^ np.uint64(k0), b & low
-        c2, c3 = (a >> half) ^ c3 ^ np.uint64(k1), a & low
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+    for key in np.asarray(keys, dtype=np.uint64).reshape(10, 2, 1, 1):
+        product = even * multipliers
+        even = (product >> half)[::-1] ^ odd ^ key
+        odd = (product & low)[::-1]
+    return even[0], odd[0], even[1], odd[1]
 
 
 def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:

@@ -256,8 +256,8 @@ def _apply(
             torch.from_numpy(part.color.astype(np.float32)),
             size=(height, width),
             fill=torch.from_numpy(part.fill.astype(np.float32)),
-            mean=part.mean,
-            std=part.std,
+            mean=_constants(part.mean),
+            std=_constants(part.std),
             interpolation="bilinear" if part.bilinear else "nearest",
             antialias=part.antialias,
             in_scale=part.in_scale,
@@ -267,6 +267,10 @@ def _apply(
         )
         results.append((places, result))
     return results
+
+
+def _constants(numbers: tuple[float, ...] | None) -> Tensor | None:
+    return None if numbers is None else torch.from_numpy(np.asarray(numbers, dtype=np.float32))
 
 
 def _join(parts: list[tuple[Ints, Tensor]], count: int) -> Tensor | list[Tensor]:

@@ -101,6 +101,7 @@ struct AugmentTask {
   int32_t first_color, last_color;
   float mean_grey;  // for a contrast at first_color
   bool sampling;    // else the lines come from `held`
+  bool stream;      // fp32 results go past the caches, which they would only empty
   bool storing;     // else they go to `held`, and their grey sums to line_sums
   void* held;       // [channels, out_h, pitch] of bytes or fp32, as the contrast takes it, or null
   double* line_sums;  // [out_h]

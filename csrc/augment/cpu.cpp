@@ -12,6 +12,8 @@
 namespace bigkernel {
 namespace {
 
+constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of a result that no cache would keep
+
 class Augmentation {
  public:
   explicit Augmentation(const AugmentCall& call)
@@ -72,6 +74,7 @@ class Augmentation {
     task.sample = i;
     task.begin = begin;
     task.end = end;
+    task.stream = call_.out.numel() * int64_t(call_.out.element_size()) >= kStreamed;
     task.sampling = number == 0;
     task.storing = number + 1 < passes(i);
     task.first_color = number == 0 ? 0 : chain.contrasts[number - 1];

@@ -25,8 +25,13 @@ BK_INLINE void store_pixels(bf16* p, VecF v) {
 #endif
 
 template <class T>
-inline void finish_plane(const float* from, float gain, float offset, int64_t n, T* to) {
+inline void finish_plane(const float* from, float gain, float offset, int64_t n, T* to,
+                         bool past_caches) {
   int64_t x = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (past_caches && reinterpret_cast<uintptr_t>(to) % sizeof(VecF) == 0)
+      for (; x + kLanes <= n; x += kLanes) stream(to + x, load(from + x) * gain + offset);
+  }
   for (; x + kLanes <= n; x += kLanes) store_pixels(to + x, load(from + x) * gain + offset);
   if (x == n) return;
   T last[kLanes];
@@ -62,14 +67,14 @@ inline void finish_line(const AugmentTask& task, const Line& line, int64_t y, vo
   if (!args.channels_last_out) {
     for (int64_t c = 0; c < channels; ++c)
       finish_plane(line.p + c * line.pitch, args.gain[c], args.offset[c], w,
-                   out + ((task.sample * channels + c) * args.out_h + y) * w);
+                   out + ((task.sample * channels + c) * args.out_h + y) * w, task.stream);
     return;
   }
   T* row = out + (task.sample * args.out_h + y) * w * channels;
   if (channels == 3) return finish_rgb(line, args, row);
   T* spare = static_cast<T*>(converted);
   for (int64_t c = 0; c < channels; ++c) {
-    finish_plane(line.p + c * line.pitch, args.gain[c], args.offset[c], w, spare);
+    finish_plane(line.p + c * line.pitch, args.gain[c], args.offset[c], w, spare, false);
     for (int64_t x = 0; x < w; ++x) row[x * channels + c] = spare[x];
   }
 }
@@ -152,6 +157,7 @@ void augment_lines(const AugmentTask& task) {
     walk_lines<bf16>(task);
   else
     walk_lines<fp16>(task);
+  if (task.stream) stream_fence();
 }
 
 }  // namespace bigkernel::BK_ISA

@@ -29,6 +29,20 @@ BK_INLINE void store_bytes(uint8_t* p, VecF v) {
   __builtin_memcpy(p, &bytes, sizeof bytes);
 }
 
+// A store that leaves the caches alone, to an aligned address; stream_fence() lets others see it.
+BK_INLINE void stream(float* p, VecF v) {
+#ifdef BK_MM
+  BK_MM(stream_ps)(p, v);
+#else
+  store(p, v);
+#endif
+}
+BK_INLINE void stream_fence() {
+#ifdef BK_MM
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 BK_INLINE VecF load_pixels(const T* p) {
   return load<T>(p);

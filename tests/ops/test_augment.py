@@ -675,3 +675,20 @@ def test_augment_reference_handles_float64():
     expected = F.resized_crop(image, *box, [24, 24], antialias=True)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
     assert reference.OUT_DTYPES[4] == torch.float64
+
+
+@pytest.mark.parametrize("width", [224, 217], ids=["aligned", "not-aligned"])
+def test_augment_large_results(cpu_isa, width):
+    """Results that no cache would keep are stored in another way; one image's is small."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (30, 3, 20, 24), dtype=torch.uint8, generator=generator)
+    rows = torch.zeros(30, 16, dtype=torch.float64)
+    rows[:, 0], rows[:, 4] = 24 / width, 20 / 224
+    rows[:, 8:10] = torch.tensor([24.0, 20.0])
+    rows[:, 12:14] = torch.tensor([float(width), 224.0])
+    rows[:, 14] = 1
+    options = {"size": (224, width), "dtype": torch.float32, "mean": 0.5, "std": 0.25}
+    whole = augment(images, rows, **options)
+    assert whole.nbytes > 1 << 24
+    for i in range(30):
+        assert torch.equal(whole[i], augment(images[i : i + 1], rows[i : i + 1], **options)[0])
