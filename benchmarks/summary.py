@@ -1,7 +1,9 @@
-"""Several runs of `bigkernel bench ... --json FILE` as one table: python benchmarks/summary.py FILE...
+"""Several runs of `bigkernel bench ... --json FILE` as one table.
 
-For each case the ratio to every peer and the share of the limit, as the median of the runs, with the
-lowest and the highest; for each bar whether the median holds it.
+    python benchmarks/summary.py FILE...
+
+For each case the ratio to every peer and the share of the limit, as the median of the runs, with
+the lowest and the highest; for each bar whether the median holds it.
 """
 
 import json
@@ -46,7 +48,8 @@ def main(files: list[str]) -> None:
     machine = {key: value for key, value in runs[0].items() if key != "results"}
     print(f"Medians of {len(runs)} runs (lowest to highest), times the speed of each peer.\n")
     print("```json", json.dumps(machine, indent=1, ensure_ascii=False), "```\n", sep="\n")
-    print("| case | bigkernel | times a peer's speed | of the limit | bars |\n|---|---|---|---|---|")
+    print("| case | bigkernel | times a peer's speed | of the limit | bars |")
+    print("|---|---|---|---|---|")
     for cases in zip(*(run["results"] for run in runs), strict=True):
         assert len({case["case"] for case in cases}) == 1, "runs of different cases"
         print("|", " | ".join(row(list(cases))), "|")
