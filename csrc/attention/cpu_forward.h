@@ -62,8 +62,6 @@ struct ForwardTile {
   int64_t batch, head;
   int64_t begin, rows;  // the block
   int64_t offset;       // of the diagonal
-  float factor;         // what scores are multiplied with in the exponent of 2
-  float slack;          // kSlack in units of the scores
   const Spans& spans;   // of the rows in the tile
   // The tile.
   const float *keys, *values;
@@ -72,9 +70,9 @@ struct ForwardTile {
 };
 
 // A row's weights are relative to its base, the highest score it has met, which follows only where
-// one exceeds it by more than kSlack in the exponent: results so far are rarely rescaled, and most
-// tiles need no maximum across lanes.
-constexpr float kSlack = 4.0f;  // no weight exceeds 2^kSlack
+// one exceeds it by more than kSlack: results so far are rarely rescaled, and most tiles need no
+// maximum across lanes.
+constexpr float kSlack = 2.75f;  // no weight exceeds e^kSlack, about 16
 
 // Scores of kMr rows on their way from registers and back, for what is rare or long: [kMr, kNr].
 struct Spilled {
@@ -96,8 +94,8 @@ struct Spilled {
   }
 };
 
-// Products of rows [row, row + kMr) with keys from column c on to scores; closes what a row does
-// not see.
+// Products of rows [row, row + kMr) with keys from column c on to scores, which plain ones are
+// already; closes what a row does not see.
 template <int N, bool kPlain>
 __attribute__((noinline)) void finish_scores(const ForwardTile& f, Spilled& s, int64_t row,
                                              int64_t c) {
@@ -134,9 +132,9 @@ __attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& 
     const float top = reduce_max(most);
     float &limit = w.limit[row + m], &base = w.base[row + m];
     if (!(top > limit)) continue;
-    const VecF rescale = limit == -kInf ? VecF{} : exp_softmax(set1(base - top), f.factor);
+    const VecF rescale = limit == -kInf ? VecF{} : exp_softmax(set1(base - top), kLog2E);
     base = top;
-    limit = top + f.slack;
+    limit = top + kSlack;
     const auto multiply_by = [&](float* p, int64_t n) {
       for (int64_t i = 0; i < n; i += kLanes) store(p + i, load(p + i) * rescale);
     };
@@ -163,6 +161,14 @@ void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
         {q, t.ld_q, keys, t.ld_s, spilled.at[0], kNr * kLanes, t.depth_q, Start::kZero}, kMr, N);
     spilled.restore(x);
   }
+  if constexpr (kPlain) {
+    // Rounded here, not once in the exponent, because backward meets the same scores: the
+    // probabilities that it gets from lse then add up to 1, however large the scores are.
+#pragma GCC unroll 8
+    for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) x[m][n] = rounded(x[m][n] * f.args.scale);
+  }
   if (!kPlain || f.spans.lo[row + kMr - 1] > c || f.spans.hi[row] < c + N * kLanes) {
     spilled.save(x);
     finish_scores<N, kPlain>(f, spilled, row, c);
@@ -184,7 +190,7 @@ void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
   float* to = w.weights + c / Words::kPack;
 #pragma GCC unroll 8
   for (int m = 0; m < kMr; ++m) {
-    weights<Words>(x[m], f.factor, w.base[row + m]);
+    weights<Words>(x[m], w.base[row + m]);
     float* sums = w.sums + (row + m) * kLanes;
     VecF total = load(sums);
 #pragma GCC unroll 4
@@ -244,8 +250,6 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
   const int64_t padded = round_up(rows, kMr);
   const Reach reach = reach_of(args, seq);
   const bool plain = plain_scores(args) && args.dropout_p == 0;
-  const float scale = plain ? args.scale : 1.0f;  // else the scores are finished first
-  const float factor = scale * kLog2E;
 
   row_tile<Words>(w.q, t.ld_q, args.q, args.dtype, seq.index, head, seq.first_q + block.begin, rows,
                   args.dim);
@@ -256,8 +260,7 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
   for (int64_t r = 0; r < padded; ++r) fill(w.out + r * t.ld_v, 0, t.width_v, 0.0f);
 
   Spans spans;
-  ForwardTile f{w,    t,         args,   seq.index,       head, block.begin,
-                rows, reach.off, factor, kSlack / factor, spans};
+  ForwardTile f{w, t, args, seq.index, head, block.begin, rows, reach.off, spans};
   const int64_t first = reach.lo(block.begin) / t.block_k;
   const int64_t last = (reach.hi(block.begin + rows - 1) + t.block_k - 1) / t.block_k;
   for (int64_t tile = first; tile < last; ++tile) {
@@ -286,7 +289,7 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     float* lse = static_cast<float*>(args.lse.data) + offset_of(args.lse, seq.index, head, i);
-    lse[0] = dead ? -kInf : w.base[r] * scale;
+    lse[0] = dead ? -kInf : w.base[r];
     lse[1] = dead ? 0.0f : __builtin_logf(sum);
   }
 }

@@ -39,21 +39,21 @@ BK_INLINE VecF exp_softmax(VecF x, float factor) {
   return one[0];
 }
 
-// Weights of scores relative to a base: exp(scale * (score - base)), factor = scale * log2(e). For
-// pairs of bf16 the exponent is rounded once more, and the polynomial is shorter by a degree: both
-// are far below the rounding of the pairs. Exactly 1 for the base, exactly 0 for -inf.
+// Weights of scores relative to a base: exp(score - base). For pairs of bf16 the exponent is
+// rounded once more, and the polynomial is shorter by a degree: both are far below the rounding of
+// the pairs. Exactly 1 for the base, exactly 0 for -inf.
 template <class Words, int N>
-BK_INLINE void weights(VecF (&x)[N], float factor, float base) {
+BK_INLINE void weights(VecF (&x)[N], float base) {
   if constexpr (Words::kPack == 1) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) x[n] = x[n] - base;
-    exp_softmax(x, factor);
+    exp_softmax(x, kLog2E);
   } else {
     const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: rounds, and leaves the integer in low bits
     VecF whole[N], f[N], p[N];
     // At -127, f is 0 and p is 1, whose bits the exponent takes to those of 0.
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) x[n] = vmax(set1(-127.0f), (x[n] - base) * factor);
+    for (int n = 0; n < N; ++n) x[n] = vmax(set1(-127.0f), (x[n] - base) * kLog2E);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) whole[n] = x[n] + magic;
 #pragma GCC unroll 8

@@ -323,6 +323,69 @@ def test_attention_large_scores(backend):
     assert torch.allclose(shifted, ops.attention(q, k, v), atol=5e-3)
 
 
+@pytest.mark.parametrize("slope", [-3.0, -0.02, 0.02, 0.3, 3.0])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_attention_slanting_scores(backend, dtype, slope):
+    """Scores that rise or fall with the key: each tile's highest is far above that of the tile
+    before, or a little, or below."""
+    device, kind = device_of(backend), attention_cases.DTYPES[dtype]
+    rule = Rule(0.25, causal=True, bottom_right=True)
+    errors = torch.zeros(5)  # PyTorch's, the largest of several draws
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, dout = (
+            torch.randn(1, 2, rows, 16, generator=generator) for rows in (8, 200, 200, 8)
+        )
+        q[..., 0], k[..., 0] = 1.0, slope / rule.scale * torch.arange(200)
+        dlse = torch.randn(1, 2, 8, generator=generator)
+
+        def results(function, dtype, *given, tensors=(q, k, v), gradients=(dout, dlse), **options):
+            leaves = [x.to(kind).to(device, dtype).requires_grad_() for x in tensors]
+            outputs = function(*leaves, *given, **options)
+            gradients = [g.to(kind).to(o) for g, o in zip(gradients, outputs, strict=True)]
+            grads = torch.autograd.grad(outputs, leaves, gradients)
+            return [x.detach().cpu() for x in (*outputs, *grads)]
+
+        exact = results(attention_reference, torch.float64, rule)
+        pairs = zip(results(attention_reference, kind, rule), exact, strict=True)
+        errors = errors.maximum(torch.tensor([largest_error(x, y) for x, y in pairs]))
+    actual = results(
+        ops.attention, kind, scale=0.25, causal=True, align="bottom_right", return_lse=True
+    )
+    for mine, right, error in zip(actual, exact, errors.tolist(), strict=True):
+        half_ulp = 0.5 * torch.finfo(kind).eps * right.abs().max().item()
+        assert largest_error(mine, right) <= 2 * error + half_ulp
+
+
+@pytest.mark.parametrize("height", [1e4, 1e6, 3e7])
+def test_attention_probabilities_add_up(backend, height):
+    """However large the scores, backward's probabilities add up to 1, as those of softmax do.
+
+    Where forward and backward round a score in different ways, they do not: what all keys have in
+    common then no longer cancels in dq, and a part of it is left that grows with the scores.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, rows, 24) for rows in (9, 200, 200))
+    q[..., 0], k[..., 0] = height, 1.0
+    q, k, v = (x.to(device_of(backend)).requires_grad_() for x in (q, k, v))
+    _, lse = ops.attention(q, k, v, return_lse=True)
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    total = dq[..., 0] * 24**0.5  # each key adds its probability
+    assert (total - 1).abs().max() <= 32 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1e-40, 4e18), (1e-37, 4e18), (3e38, 0.0)])
+def test_attention_extreme_scales(backend, scale, size):
+    """Products that fill what float32 holds, and scales near its ends: scores are near 1 or 0."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, rows, 8).to(device_of(backend)) for rows in (9, 70, 70))
+    out, lse = ops.attention(q * size, k * size, v, scale=scale, return_lse=True)
+    exact = attention_reference(q.double() * size, k.double() * size, v.double(), Rule(scale))
+    same = attention_reference(q * size, k * size, v, Rule(scale))
+    assert_as_accurate(out.cpu(), exact[0].cpu(), same[0].cpu())
+    assert_as_accurate(lse.cpu(), exact[1].cpu(), same[1].cpu())
+
+
 @st.composite
 def cases(draw) -> Case:
     kv_heads = draw(st.integers(1, 3))
