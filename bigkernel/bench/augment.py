@@ -25,6 +25,7 @@ from bigkernel.bench.measure import Run
 
 TORCHVISION, ALBUMENTATIONS, KORNIA = "torchvision v2", "albumentations", "Kornia"
 PEERS = (TORCHVISION, ALBUMENTATIONS, KORNIA)
+SHORT, QUARTER = "rotation and normalisation alone", "the same to a quarter of the pixels"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SEED = 0
 DEGREES, JITTER = 15.0, (0.4, 0.4, 0.4, 0.1)
@@ -75,7 +76,14 @@ def cases(small: bool = False) -> list[Case]:
         (Spec(f"{simple}, 1,000 of 250..500 a side to 224", ragged=True, **ragged), None),
         (Spec("resize + normalise, 4 of 3000x2000 to 224", crop=False, **large), None),
     ]
-    return [_case(spec, bars) for spec, bars in table]
+    return [*(_case(spec, bars) for spec, bars in table), _cost_case(few, shape)]
+
+
+def _cost_case(few: str, shape: dict[str, Any]) -> Case:
+    """The cost grows with the pixels of the result, not with the number of transforms."""
+    spec = Spec(f"six transforms in a chain, {few}", **shape)
+    bars = (Bar(0.8, SHORT), Bar(1 / 3, QUARTER))
+    return Case("augment", spec.name, (OURS, SHORT, QUARTER), partial(build_cost, spec), bars)
 
 
 def _case(spec: Spec, bars: tuple[float, float] | None) -> Case:
@@ -114,6 +122,45 @@ def build(spec: Spec) -> Ready:
         tensors=(images[0],),
         limit=copy(source + result),
         skipped=skipped,
+    )
+
+
+def build_cost(spec: Spec) -> Ready:
+    """Our long chain, a short one, and the long one to half the side."""
+    batch = torch.stack(_images(spec))
+
+    def chain(side: int, many: bool) -> T.Compose:
+        turn: list[T.Transform] = [T.RandomRotation(DEGREES, "bilinear")]
+        flips: list[T.Transform] = [T.RandomHorizontalFlip(), T.RandomVerticalFlip()]
+        first: list[T.Transform] = [T.Pad(4), T.RandomCrop(side), *flips]
+        head = first if many else [T.CenterCrop(side)]
+        return T.Compose([*head, *turn, T.Normalize(MEAN, STD)])
+
+    long = chain(spec.output, True)
+    short, quarter = chain(spec.output, False), chain(spec.output // 2, True)
+    runs: dict[str, Run] = {
+        OURS: lambda: long(batch),
+        SHORT: lambda: short(batch),
+        QUARTER: lambda: quarter(batch),
+    }
+
+    def check(runs: dict[str, Run]) -> str:
+        for run in runs.values():
+            run()
+        some, ids = batch[:4], list(range(len(batch[:4])))
+        generator = torch.Generator().manual_seed(SEED)
+        mine, theirs = long(some, generator, ids), on_torch(long)(some, generator, ids)
+        distance = float((mine - theirs).abs().mean()) / _LEVEL
+        assert distance < 0.05, f"{distance:.3f} levels from the PyTorch backend"
+        return f"{spec.name}: as the PyTorch backend, to {distance:.3f} levels of 255"
+
+    result = spec.count * 3 * spec.output**2 * 4
+    return Ready(
+        runs=runs,
+        check=check,
+        op="augment",
+        tensors=(batch,),
+        limit=copy(batch.numel() + result),
     )
 
 
