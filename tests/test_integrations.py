@@ -471,9 +471,7 @@ def test_masks_are_as_small_as_they_can_be():
     assert compact_mask(**window) is None
     assert dense_mask(**window, local_size=3).shape == (2, 1, 6, 6)
     document = torch.tensor([[0, 0, 1, 1, 1, 2], [0] * 6])
-    packed = mu.packed_sequence_compatibility_function(
-        mu.causal_mask_function, torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]), document
-    )
+    packed = mu.and_masks(mu.causal_mask_function, mu.packed_sequence_mask_function(document))
     assert compact_mask(**sizes, mask_function=packed).tolist() == [[0, 2, 5, 6, 12]]
     own = mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: k < 2)
     assert compact_mask(**sizes, mask_function=own, allow_is_causal_skip=False).shape[-2:] == (6, 6)
