@@ -83,7 +83,9 @@ def _cost_case(few: str, shape: dict[str, Any]) -> Case:
     """The cost grows with the pixels of the result, not with the number of transforms."""
     spec = Spec(f"six transforms in a chain, {few}", **shape)
     bars = (Bar(0.8, SHORT), Bar(1 / 3, QUARTER))
-    return Case("augment", spec.name, (OURS, SHORT, QUARTER), partial(build_cost, spec), bars)
+    return Case(
+        "augment", spec.name, (OURS, REFERENCE, SHORT, QUARTER), partial(build_cost, spec), bars
+    )
 
 
 def _case(spec: Spec, bars: tuple[float, float] | None) -> Case:
@@ -140,6 +142,7 @@ def build_cost(spec: Spec) -> Ready:
     short, quarter = chain(spec.output, False), chain(spec.output // 2, True)
     runs: dict[str, Run] = {
         OURS: lambda: long(batch),
+        REFERENCE: on_torch(lambda: long(batch)),
         SHORT: lambda: short(batch),
         QUARTER: lambda: quarter(batch),
     }

@@ -69,8 +69,8 @@ class Compose(_Container):
     - The outermost pixels of a padded image that is then warped bilinearly blend plainly with the
       fill; torchvision's blend, when it is given a fill, weighs them twice.
     - A nearest rotation or affine map takes the pixels that torchvision's takes, to the last one,
-      where the call holds no flip or padding before it and no crop or padding after it (and torch's
-      products are fused, as on Intel's processors; on others torchvision's own ties differ). With one,
+      where the call holds no flip or padding before it and no crop or padding after it, and where
+      torch's products are fused, as on Intel's processors. With one,
       a point on the edge of two pixels takes the even one, not the one that the rounding of
       torchvision's float32 positions picks: one pixel in 100,000 at angles drawn at random, up to
       half of them where points lie on edges by design (45 degrees and twice the size), and always
