@@ -229,12 +229,10 @@ void forward_tile(const ForwardTile& f) {
       with_vectors((to - c) / kLanes,
                    [&](auto n) { weigh<Words, decltype(n)::value, kPlain>(f, row, from, c); });
     const int64_t word = lo / Words::kPack;
-    for (int64_t d = 0; d < t.width_v; d += kNr * kLanes)
-      with_vectors((t.width_v - d) / kLanes, [&](auto n) {
-        micro_kernel<Words, kMr, decltype(n)::value, false>(
-            {f.w.weights + word, t.ld_s, f.values + word * t.ld_v + d, t.ld_v,
-             f.w.out + row * t.ld_v + d, t.ld_v, words<Words>(hi) - word, Start::kAdd});
-      });
+    micro_row<Words, kMr, false>(
+        {f.w.weights + word, t.ld_s, f.values + word * t.ld_v, t.ld_v, f.w.out + row * t.ld_v,
+         t.ld_v, words<Words>(hi) - word, Start::kAdd},
+        t.width_v / kLanes);
   }
 }
 
