@@ -277,4 +277,5 @@ def _check(
             assert_as_accurate(part(got).detach(), want.detach(), part(torchs).detach())
     where = "last document" if spec.documents else "last sequence"
     what = "output and gradients" if spec.backward else "output"
-    return f"{what} of the {where}, {heads} of {kv_heads} key heads, to twice torch SDPA's error against float64"
+    what += f" of the {where}, {heads} of {kv_heads} key heads"
+    return f"{what}, to twice torch SDPA's error against float64"
