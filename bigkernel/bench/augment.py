@@ -9,7 +9,7 @@ bytes as source and result have together.
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,9 +152,7 @@ def build_cost(spec: Spec) -> Ready:
             run()
         some, ids = batch[:4], list(range(len(batch[:4])))
         generator = torch.Generator().manual_seed(SEED)
-        mine, theirs = long(some, generator, ids), on_torch(long)(some, generator, ids)
-        distance = float((mine - theirs).abs().mean()) / _LEVEL
-        assert distance < 0.05, f"{distance:.3f} levels from the PyTorch backend"
+        distance = _from_pytorch(lambda: long(some, generator, ids))
         return f"{spec.name}: as the PyTorch backend, to {distance:.3f} levels of 255"
 
     result = spec.count * 3 * spec.output**2 * 4
@@ -389,6 +387,21 @@ def _normalised(x: Tensor) -> Tensor:
 _LEVEL = 1 / 255 / 0.225  # one of the 256 levels, after normalisation
 
 
+def _apart(a: Tensor, b: Tensor) -> float:
+    """Mean distance of two results, in levels of 255."""
+    return float((a.float() - b.float()).abs().mean()) / _LEVEL
+
+
+def _from_pytorch(call: Callable[[], Tensor]) -> float:
+    """The distance of our result from the PyTorch backend's, once it is found small."""
+    ours = call()
+    # fp32 differs by the order of its sums; bf16 has eight bits, half a level near white.
+    allowed = 0.05 if ours.dtype == torch.float32 else 0.5
+    distance = _apart(ours, on_torch(call)())
+    assert distance < allowed, f"{distance:.3f} levels from the PyTorch backend"
+    return distance
+
+
 def _check(
     spec: Spec,
     images: list[Tensor],
@@ -403,20 +416,14 @@ def _check(
     def call(chain: T.Compose) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
         out: Tensor = chain(given[:count], generator, list(range(count)), layout)
-        return (out.permute(0, 3, 1, 2) if spec.interleaved else out).float()
-
-    def apart(a: Tensor, b: Tensor) -> float:
-        return float((a - b).abs().mean()) / _LEVEL
+        return out.permute(0, 3, 1, 2) if spec.interleaved else out
 
     ours = _ours(spec)
-    # fp32 differs by the order of its sums; bf16 has eight bits, half a level near white.
-    allowed = 0.05 if spec.dtype == torch.float32 else 0.5
-    distance = apart(call(ours), on_torch(call)(ours))
-    assert distance < allowed, f"{distance:.3f} levels from the PyTorch backend"
+    _from_pytorch(lambda: call(ours))
     said = []
     for name, peer in peers.items():
         theirs = [peer.apply(image, d) for image, d in zip(images, drawn, strict=False)]
-        distance = apart(call(peer.alike()), torch.stack(theirs))
+        distance = _apart(call(peer.alike()), torch.stack(theirs))
         assert distance < 2, f"{name} is {distance:.2f} levels of 255 away on average"
         said.append(f"{distance:.2f} from {name} ({peer.compared})")
     return f"{spec.name}: mean distance in levels of 255: {', '.join(said)}"
