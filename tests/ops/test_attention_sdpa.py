@@ -1,5 +1,6 @@
 """bigkernel.scaled_dot_product_attention in the place of torch's: signature, shapes, results."""
 
+import copy
 import inspect
 
 import attention_cases
@@ -209,11 +210,12 @@ def test_sdpa_in_the_place_of_torchs(backend, monkeypatch):
     padding = torch.zeros(3, 11, dtype=torch.bool, device=device)
     padding[1, 7:] = True
 
-    def run():
-        out, _ = layer(x, x, x, key_padding_mask=padding, need_weights=False)
-        return out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+    def run(dtype=torch.float32):
+        module, wide = copy.deepcopy(layer).to(dtype), x.to(dtype)
+        out, _ = module(wide, wide, wide, key_padding_mask=padding, need_weights=False)
+        return out, *torch.autograd.grad(out.square().sum(), [wide, *module.parameters()])
 
-    expected = run()
+    exact, same = run(torch.float64), run()
     calls = []
 
     def ours(*args, **keywords):
@@ -221,8 +223,8 @@ def test_sdpa_in_the_place_of_torchs(backend, monkeypatch):
         return sdpa(*args, **keywords)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", ours)
-    for a, e in zip(run(), expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    for a, e, s in zip(run(), exact, same, strict=True):
+        assert_as_accurate(a.detach().cpu(), e.detach().cpu(), s.detach().cpu())
     assert calls
 
 
