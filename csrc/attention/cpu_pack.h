@@ -63,6 +63,16 @@ BK_INLINE void* row_of(const AttentionTensor& t, DType dtype, int64_t b, int64_t
   return static_cast<char*>(t.data) + offset_of(t, b, h, i) * dtype_size(dtype);
 }
 
+// Rows that lie apart, as those of a head between other heads, are no stream that the processor
+// foresees; what it has in flight by itself are the next few.
+constexpr int64_t kRowsAhead = 8;
+
+BK_INLINE void prefetch_row(const AttentionTensor& t, DType dtype, int64_t b, int64_t h, int64_t i,
+                            int64_t dim) {
+  const char* row = static_cast<const char*>(row_of(t, dtype, b, h, i));
+  for (int64_t at = 0; at < dim * dtype_size(dtype); at += 64) __builtin_prefetch(row + at);
+}
+
 // The lower and upper half of a0 b0 a1 b1 ...
 BK_INLINE void interleave(VecF a, VecF b, VecF& low, VecF& high) {
 #if BK_LANES == 4
@@ -120,8 +130,10 @@ template <class Words>
 void row_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, int64_t b, int64_t h,
               int64_t first, int64_t n, int64_t dim) {
   const int64_t width = round_up(words<Words>(dim), kLanes);
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + kRowsAhead < n) prefetch_row(t, dtype, b, h, first + i + kRowsAhead, dim);
     row_words<Words>(dst + i * ld, row_of(t, dtype, b, h, first + i), dtype, dim, width);
+  }
 }
 
 // dst[w][d] = column d of the kPack rows from first + w * kPack: [words of n, ld]. Columns from dim
@@ -133,6 +145,8 @@ void column_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, 
     row_tile<Words>(dst, ld, t, dtype, b, h, first, n, dim);
   } else {
     for (int64_t i = 0; i < n; i += 2) {
+      for (int64_t r = i + kRowsAhead; r < i + kRowsAhead + 2 && r < n; ++r)
+        prefetch_row(t, dtype, b, h, first + r, dim);
       const auto* low = static_cast<const uint16_t*>(row_of(t, dtype, b, h, first + i));
       const bool both = i + 1 < n;
       const auto* high =
@@ -168,6 +182,8 @@ void transposed_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dty
       dim == width * Words::kPack && (Words::kPack > 1 || dtype == DType::kFloat32);
   const int64_t bytes = t.row * dtype_size(dtype);
   for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t r = i + kLanes; r < i + 2 * kLanes && r < n; ++r)
+      prefetch_row(t, dtype, b, h, first + r, dim);
     if (as_they_are && i + kLanes <= n) {
       const char* from = static_cast<const char*>(row_of(t, dtype, b, h, first + i));
       for (int64_t d = 0; d < width; d += kLanes)
