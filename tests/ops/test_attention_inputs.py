@@ -347,7 +347,7 @@ def test_attention_varlen_rejects_what_is_no_tensor(lengths):
 
 
 def test_attention_varlen_rejects_a_bound_that_is_no_whole_number():
-    with pytest.raises(TypeError, match="max_seqlen_q must be a whole number, got 5.0"):
+    with pytest.raises(TypeError, match=r"max_seqlen_q must be a whole number, got 5\.0"):
         ops.attention_varlen(*packed(), max_seqlen_q=5.0)
 
 
