@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 from bigkernel import _library
 
@@ -99,6 +100,26 @@ def test_architectures_are_chosen_and_named(wanted, compiled):
     done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
     assert done.returncode == 0, done.stderr
     assert f"; {compiled})" in done.stdout
+
+
+ARM = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(ARM is None, reason="no aarch64-linux-gnu-g++ on the path")
+def test_cpu_sources_compile_for_arm():
+    """Of the generated files ARM gets the portable ones; `setup.py` makes them in every build."""
+    generated = ROOT / "build" / "generated"
+    if not (generated / "attention_portable.cpp").exists():
+        pytest.skip("the native module was not built here")
+    sources = [*generated.glob("*_portable.cpp"), *ROOT.glob("csrc/*/cpu.cpp")]
+    sources += ROOT.glob("csrc/cpu/*.cpp")
+    assert len(sources) >= 7
+    folders = [ROOT / "csrc", generated, *cpp_extension.include_paths()]
+    options = ["-std=c++20", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fsyntax-only"]
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{folder}" for folder in folders)]
+    done = subprocess.run([ARM, *options, *map(str, sources)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
 
 
 def test_contradicting_switches_are_refused():

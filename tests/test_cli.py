@@ -146,6 +146,30 @@ def test_image_run_leaves_everything(pictures: Path) -> None:
     assert "roc auc" in (run / "README.md").read_text()
 
 
+def test_a_recipe_file_is_used_and_kept(pictures: Path) -> None:
+    recipe = pictures / "recipe.yaml"
+    recipe.write_text("- RandomRotation: {degrees: [90, 90]}\n- RandomVerticalFlip: {p: 1.0}\n")
+    arguments = train_images(pictures, "recipe", "--augment", str(recipe), "--max-steps", "2")
+    assert main(arguments) == 0
+    config = yaml.safe_load((pictures / "recipe" / "config.yaml").read_text())
+    assert config["augment"] == [
+        {"RandomRotation": {"degrees": [90, 90]}},
+        {"RandomVerticalFlip": {"p": 1.0}},
+    ]
+    grids = [(pictures / run / "sample.png").read_bytes() for run in ("run", "recipe")]
+    assert grids[0] != grids[1]
+
+
+def test_dtype_is_what_is_computed_in(texts: Path) -> None:
+    assert main(train_text(texts, "bf16", "--dtype", "bfloat16")) == 0
+    first = [
+        json.loads((texts / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for run in ("run", "bf16")
+    ]
+    assert first[0] != first[1]
+    assert first[0] == pytest.approx(first[1], rel=1e-2)
+
+
 def test_shown_while_training(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(train_text(texts, "shown")) == 0
     out = capsys.readouterr().out
