@@ -115,7 +115,14 @@ def test_cpu_sources_compile_for_arm():
     sources += ROOT.glob("csrc/cpu/*.cpp")
     assert len(sources) >= 7
     folders = [ROOT / "csrc", generated, *cpp_extension.include_paths()]
-    options = ["-std=c++20", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fsyntax-only"]
+    options = [
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        "-fsyntax-only",
+    ]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{folder}" for folder in folders)]
     done = subprocess.run([ARM, *options, *map(str, sources)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
