@@ -112,7 +112,7 @@ def select(op: str, device: torch.device, reason: str | None = None) -> Any:
     ``reason`` says why the native kernel cannot take this particular call, None if it can.
     """
     backend, why = decide(op, device.type, reason)
-    if backend != "torch":
+    if backend != "torch" or device.type == "meta":  # there, shapes are all that is asked for
         return torch.ops.bigkernel
     if _forced is None and why is not None and not torch.compiler.is_compiling():
         _fall_back(op, why)
@@ -129,10 +129,12 @@ def _fall_back(op: str, why: str) -> None:
 
 
 def _level_of_caller() -> int:
-    """The stack level, as `_fall_back` counts, of the first frame outside this package."""
-    package = os.path.dirname(__file__)
+    """The stack level, as `_fall_back` counts, of the first frame outside this package and torch,
+    whose modules and decorators stand between a caller and a transform or an optimizer's step.
+    """
+    inner = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
         level, frame = level + 1, frame.f_back
     return level
 

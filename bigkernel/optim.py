@@ -105,12 +105,14 @@ class Adam(Optimizer):
             "None, torch.float32 or torch.bfloat16",
             state_dtype,
         )
+        seed = isinstance(rounding_seed, int) and -(2**63) <= rounding_seed < 2**63
+        check(seed, name, "rounding_seed", "a signed 64-bit integer", repr(rounding_seed))
         self._name = name
         self.max_grad_norm = max_grad_norm
         self.master_weights = bool(master_weights)
         self.state_dtype = state_dtype
         self.stochastic_rounding = bool(stochastic_rounding)
-        self.rounding_seed = int(rounding_seed)
+        self.rounding_seed = rounding_seed
         self.grad_norm: Tensor | None = None
         defaults = {
             "lr": lr,
@@ -134,6 +136,10 @@ class Adam(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_options(self._name, group)
+            for key in _OWN_SETTINGS:
+                mend = "Give it to the optimizer: it holds for all groups"
+                given = group.get(key, "none")
+                check(key not in group, self._name, f"{key} of a group", "left out", given, mend)
             for i, p in enumerate(group["params"]):
                 check(
                     p.is_floating_point() or p.is_complex(),
@@ -334,6 +340,14 @@ class Adam(Optimizer):
     def _adopt(self, number: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
         """One parameter's loaded state, copied to its device and layout and to our dtypes."""
         adopted: dict[str, Any] = {}
+        check(
+            not saved or {"step", *MOMENTS[:2]} <= saved.keys(),
+            self._name,
+            f"the state of parameter {number} in the loaded state_dict",
+            f"of an Adam, with step, {' and '.join(MOMENTS[:2])}",
+            ", ".join(map(str, saved)),
+            "another kind of optimizer's state cannot be gone on with",
+        )
         for key, value in saved.items():
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32, device=p.device)
@@ -455,7 +469,7 @@ class _Planned:
             optimizer.state,
             [_hyper_parameters(group) for group in groups],
             optimizer.max_grad_norm,
-            optimizer.rounding_seed if stochastic else None,
+            optimizer.rounding_seed % 2**64 if stochastic else None,
         )
 
 

@@ -49,6 +49,13 @@ def test_fallback_warning_points_at_the_caller():
     assert caught[0].filename == __file__
 
 
+def test_fallback_warning_points_past_torchs_own_frames():
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    with pytest.warns(backend.FallbackWarning) as caught:
+        bigkernel.transforms.Resize(2)(image)  # through nn.Module's call
+    assert caught[0].filename == __file__
+
+
 def test_fallback_is_an_error_under_strict(monkeypatch):
     monkeypatch.setenv("BIGKERNEL_STRICT", "1")
     with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT=1"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 from bigkernel import _library
 
@@ -48,6 +49,38 @@ def test_without_nvcc_the_build_is_for_the_cpu():
     assert "building for the CPU only: nvcc was found neither" in done.stdout
 
 
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+--dryrun) printf '#$ _SPACE_=\\n#$ TOP={top}\\n#$ PATH=/usr/bin\\n' >&2 ;;
+--version) echo 'Cuda compilation tools, release 99.3, V99.3.1' ;;
+esac
+"""
+
+
+def test_nvcc_itself_is_asked_where_its_toolkit_is(tmp_path):
+    """nvcc on the path is a wrapper in another place, as it often is."""
+    toolkit, wrapper = tmp_path / "toolkit 99", tmp_path / "bin" / "nvcc"
+    toolkit.mkdir()
+    wrapper.parent.mkdir()
+    (tmp_path / "link").symlink_to(toolkit)
+    path = f"{wrapper.parent}:{os.environ['PATH']}"
+    show = "import setuptools; setuptools.setup = lambda **_: None; import setup; "
+    show += "print(setup.find_toolkit())"
+
+    def found(script):
+        wrapper.write_text(script)
+        wrapper.chmod(0o755)
+        environment = {**os.environ, "PATH": path, "BIGKERNEL_NATIVE": "0", "CUDA_HOME": "/nowhere"}
+        done = subprocess.run(
+            [sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    assert found(FAKE_NVCC.format(top=tmp_path / "link" / ".")) == str((str(toolkit), "99.3"))
+    assert found("#!/bin/sh\n") == f"{wrapper} does not say where its toolkit is"
+
+
 @pytest.mark.parametrize("variable", ["BIGKERNEL_CUDA", "BIGKERNEL_NATIVE"])
 def test_nonsense_in_a_switch_is_refused(variable):
     done = setup_py("--name", **{variable: "yes"})
@@ -67,6 +100,33 @@ def test_architectures_are_chosen_and_named(wanted, compiled):
     done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
     assert done.returncode == 0, done.stderr
     assert f"; {compiled})" in done.stdout
+
+
+ARM = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(ARM is None, reason="no aarch64-linux-gnu-g++ on the path")
+def test_cpu_sources_compile_for_arm():
+    """Of the generated files ARM gets the portable ones; `setup.py` makes them in every build."""
+    generated = ROOT / "build" / "generated"
+    if not (generated / "attention_portable.cpp").exists():
+        pytest.skip("the native module was not built here")
+    sources = [*generated.glob("*_portable.cpp"), *ROOT.glob("csrc/*/cpu.cpp")]
+    sources += ROOT.glob("csrc/cpu/*.cpp")
+    assert len(sources) >= 7
+    folders = [ROOT / "csrc", generated, *cpp_extension.include_paths()]
+    options = [
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        "-fsyntax-only",
+    ]
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{folder}" for folder in folders)]
+    done = subprocess.run([ARM, *options, *map(str, sources)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
 
 
 def test_contradicting_switches_are_refused():

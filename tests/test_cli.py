@@ -12,17 +12,21 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
+from bigkernel import optim
 from bigkernel.cli import main
 from bigkernel.cli.errors import guarded
 
@@ -142,6 +146,30 @@ def test_image_run_leaves_everything(pictures: Path) -> None:
     assert "roc auc" in (run / "README.md").read_text()
 
 
+def test_a_recipe_file_is_used_and_kept(pictures: Path) -> None:
+    recipe = pictures / "recipe.yaml"
+    recipe.write_text("- RandomRotation: {degrees: [90, 90]}\n- RandomVerticalFlip: {p: 1.0}\n")
+    arguments = train_images(pictures, "recipe", "--augment", str(recipe), "--max-steps", "2")
+    assert main(arguments) == 0
+    config = yaml.safe_load((pictures / "recipe" / "config.yaml").read_text())
+    assert config["augment"] == [
+        {"RandomRotation": {"degrees": [90, 90]}},
+        {"RandomVerticalFlip": {"p": 1.0}},
+    ]
+    grids = [(pictures / run / "sample.png").read_bytes() for run in ("run", "recipe")]
+    assert grids[0] != grids[1]
+
+
+def test_dtype_is_what_is_computed_in(texts: Path) -> None:
+    assert main(train_text(texts, "bf16", "--dtype", "bfloat16")) == 0
+    first = [
+        json.loads((texts / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for run in ("run", "bf16")
+    ]
+    assert first[0] != first[1]
+    assert first[0] == pytest.approx(first[1], rel=1e-2)
+
+
 def test_shown_while_training(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(train_text(texts, "shown")) == 0
     out = capsys.readouterr().out
@@ -152,9 +180,19 @@ def test_shown_while_training(texts: Path, capsys: pytest.CaptureFixture[str]) -
     assert str(texts / "shown") in out
 
 
-@pytest.mark.parametrize("optim", ["adam", "sgd"])
-def test_other_optimizers(texts: Path, optim: str) -> None:
-    assert main(train_text(texts, optim, "--optim", optim, "--max-steps", "2")) == 0
+OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": torch.optim.SGD}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_other_optimizers(texts: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+    usual = transformers.Trainer.create_scheduler
+    monkeypatch.setattr(
+        "bigkernel.trainer.Trainer.create_scheduler",
+        lambda self, *more, **options: used.append(self.optimizer) or usual(self, *more, **options),
+    )
+    assert main(train_text(texts, kind, "--optim", kind, "--max-steps", "2")) == 0
+    assert {type(one.optimizer) for one in used} == {OPTIMIZERS[kind]}
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece"])
@@ -193,6 +231,11 @@ def test_generate_shows_no_broken_characters(
     out = capsys.readouterr().out
     assert out.startswith("狐")
     assert "\ufffd" not in out
+
+
+def test_an_empty_prompt_begins_with_nothing(texts: Path) -> None:
+    assert main(train_text(texts, "empty-prompt", "--prompt", "", "--max-steps", "2")) == 0
+    assert not (texts / "empty-prompt" / "sample.txt").read_text().startswith("The ")
 
 
 def test_generate_from_nothing(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +356,17 @@ BAD_USAGE = {
     "seed": (["train", "images", "--seed", "-1"], "--seed must be in"),
     "empty-data": (["train", "text", "--data", ""], "--data is empty"),
     "empty-init-from": (["train", "images", "--init-from", ""], "--init-from is empty"),
+    "empty-out": (["train", "text", "--out", ""], "--out is empty"),
+    "empty-resume": (["train", "text", "--resume", ""], "--resume is empty"),
+    "empty-config": (["train", "images", "--config", ""], "--config is empty"),
+    "empty-preset": (["train", "images", "--preset", ""], "--preset is empty"),
+    "out-not-utf8": (["train", "text", "--out", "a\udcff"], r"--out is not UTF-8 text: 'a\udcff'"),
+    "config-folder": (["train", "text", "--config", "/"], "/ cannot be read: Is a directory"),
+    "huge-batch": (["train", "text", "--batch-size", "1" + "0" * 20], "--batch-size must be below"),
+    "huge-vocabulary": (
+        ["train", "text", "--vocab-size", "1" + "0" * 30],
+        "--vocab-size must be",
+    ),
     "threads": (["train", "images", "--threads", "0"], "--threads must be above 0"),
     "max-length": (["train", "text", "--max-length", "1"], "2 tokens or more"),
     "model": (["train", "text", "--model", "nope"], "neither a preset nor a config file"),
@@ -325,6 +379,10 @@ BAD_USAGE = {
     "resume-and-force": (["train", "text", "--resume", "auto", "--force"], "one of the two"),
     "no-run": (["generate", "/nowhere"], "not a run folder"),
     "temperature": (["generate", "/nowhere", "--temperature", "-1"], "--temperature must be"),
+    "temperature-tiny": (
+        ["generate", "/nowhere", "--temperature", "1e-320"],
+        "--temperature must be 0, or 1e-6 or more",
+    ),
     "temperature-nan": (["generate", "/nowhere", "--temperature", "nan"], "--temperature must be"),
     "generate-seed": (["generate", "/nowhere", "--seed", "-1"], "--seed must be in"),
     "top-p": (["generate", "/nowhere", "--top-p", "0"], "--top-p must be"),
@@ -460,6 +518,20 @@ def test_generate_refuses_what_does_not_fit(
     assert "31 at most" in sentence_of(capsys.readouterr().err)
     assert main(["generate", str(pictures / "run"), "--prompt", "x"]) == 2
     assert "needs a text run" in sentence_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_damaged_run_is_named(
+    texts: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(texts / "run", tmp_path / "run")
+    (run / "tokenizer.json").write_text("{")
+    assert main([command, str(run)]) == 1
+    assert f"{run} holds no tokenizer that can be loaded" in sentence_of(capsys.readouterr().err)
+    (run / "config.yaml").write_text("command: train text\nrecord: 5\n")
+    if command == "evaluate":
+        assert main([command, str(run)]) == 2
+        assert "record must hold facts" in sentence_of(capsys.readouterr().err)
 
 
 def test_a_prompt_without_room_after_it_is_refused_before_training(

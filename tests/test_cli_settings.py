@@ -53,6 +53,7 @@ def test_config_file_round_trip(command: str, tmp_path: Path) -> None:
         ("batchsize: 1", "Did you mean 'batch_size'"),
         ("- lr", "must hold settings"),
         ("lr: {", "line 1"),
+        ("record: 5", "record must hold facts as `name: value`, got 5"),
         ("command: train images", "is for `bigkernel train images`"),
         (b"\xff\xfe", "UTF-8"),
     ],
@@ -140,6 +141,8 @@ def test_bad_augmentation_files(content: str, expected: str, tmp_path: Path) -> 
     [
         ({"model_type": "llamma"}, "llamma"),
         ({"model_type": "llama", "hidden_size": "wide"}, "not a valid llama"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "a valid llama: integer division"),
+        ({"model_type": "llama", "hidden_act": "nope"}, "cannot be built: KeyError: 'nope'"),
         ({"model_type": "vit"}, "not a causal language model"),
     ],
 )

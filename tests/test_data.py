@@ -7,6 +7,7 @@ bad input named in the documentation.
 
 import hashlib
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -122,6 +123,9 @@ def test_corpus_rejects_missing_and_empty_places(tmp_path):
         load_corpus("sample:tlh")
     with pytest.raises(DataError, match="path of the corpus is empty"):
         load_corpus("")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is neither a file nor a folder; write what"):
+        load_corpus(tmp_path / "pipe")
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         load_corpus("a" * 5000)
 
@@ -407,6 +411,24 @@ def test_image_folder_rejects_what_cannot_be_trained_on(tmp_path):
         pytest.raises(DataError, match="none of the 2 images"),
     ):
         load_image_folder(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Files may have such names; a class may not, for no label file could hold it."""
+    broken = os.fsdecode(b"\xff")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / f"{broken}.txt").write_text("text")
+    assert load_corpus(tmp_path / "texts").documents == ["text"]
+    images = tmp_path / "images"
+    for name in ("cat", "dog"):
+        save_image(images / name / f"{broken}.png")
+    data = load_image_folder(images)
+    assert len(data) == 2
+    (images / "cat" / f"{broken}.png").rename(images / "cat" / "a.png")
+    assert load_image_folder(images).sha256 != data.sha256
+    (images / "cat").rename(images / broken)
+    with pytest.raises(DataError, match=r"class folder '.*\\udcff' has a name that is not UTF-8"):
+        load_image_folder(images)
 
 
 def test_image_split_needs_two_images_of_some_class():

@@ -509,6 +509,28 @@ def test_accelerate_says_what_it_did_and_restore_undoes_it(capsys):
     assert not [name for name in vars(model) if "bigkernel" in name]
 
 
+def test_accelerate_again_after_another_choice():
+    model = accelerate(build("llama"), quiet=True)
+    model.set_attn_implementation("eager")
+    assert accelerate(model, quiet=True).config._attn_implementation == "bigkernel_compact"
+    assert report(model).replaced == ["attention in 2 x LlamaAttention (was eager)"]
+    assert restore(model).config._attn_implementation == "eager"
+    accelerate(model, quiet=True).set_attn_implementation("sdpa")
+    assert restore(model).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_part_and_the_whole_are_restored_in_any_order(inner_first):
+    model = build("llama")
+    parts = [model.model, model]
+    for part in parts:
+        accelerate(part, quiet=True)
+    for part in parts if inner_first else parts[::-1]:
+        assert "bigkernel" in model.config._attn_implementation or inner_first
+        restore(part)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):
     outer = nn.ModuleDict(
         {

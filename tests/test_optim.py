@@ -670,6 +670,8 @@ def test_empty_and_zero_size():
         ({"differentiable": True}, "differentiable must be False, got True. torch.optim's own"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or None"),
         ({"state_dtype": torch.float16}, "state_dtype must be None, torch.float32 or"),
+        ({"rounding_seed": 2**63}, "rounding_seed must be a signed 64-bit integer, got 9223"),
+        ({"rounding_seed": 1.5}, "rounding_seed must be a signed 64-bit integer, got 1.5"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -677,11 +679,46 @@ def test_rejects_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         AdamW(model().parameters(), **options)
     optimizer = AdamW([nn.Parameter(torch.ones(2))])
-    own = {"differentiable", "max_grad_norm", "state_dtype"}
+    own = {"differentiable", "max_grad_norm", "state_dtype", "rounding_seed"}
     if not own & set(options):
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
         assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("setting", ["max_grad_norm", "master_weights", "rounding_seed"])
+def test_settings_of_the_optimizer_are_refused_in_a_group(setting):
+    """torch passes over unknown options of a group; these would seem to hold for it alone."""
+    group = {"params": [nn.Parameter(torch.ones(2))], setting: 1}
+    with pytest.raises(ValueError, match=f"{setting} of a group must be left out, got 1. Give it"):
+        AdamW([group])
+    optimizer = AdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=f"{setting} of a group must be left out"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_any_rounding_seed_holds_for_steps_on_known_tensors(seed):
+    """The same at every step, whether or not the kernel knows the tensors by then."""
+    parameters = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizers = [AdamW([p], lr=1e-3, rounding_seed=seed) for p in parameters]
+    for _ in range(5):
+        for p, optimizer in zip(parameters, optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        optimizers[1]._planned, optimizers[1]._unplanned = None, 0
+    assert optimizers[0]._planned is not None
+    assert torch.equal(*parameters)
+
+
+def test_another_optimizers_state_is_refused():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    other = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    other.step()
+    with pytest.raises(ValueError, match=r"state of parameter 0 .* of an Adam, .*momentum_buffer"):
+        AdamW([p]).load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])

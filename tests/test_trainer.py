@@ -689,3 +689,46 @@ def test_a_checkpoint_holds_what_is_documented(tmp_path):
     assert state["augmentation"] == {"seed": 42, "seen": 0}
     transformers.AutoModelForCausalLM.from_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(folder)
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import test_trainer
+
+trainer = test_trainer.text_trainer(
+    sys.argv[1], dropout=0.1, max_steps=4, save_strategy="steps", save_steps=2
+)
+trainer.train(resume_from_checkpoint="auto")
+if trainer.is_world_process_zero():
+    Path(sys.argv[1], "losses.json").write_text(json.dumps(test_trainer.losses(trainer)))
+"""
+
+
+def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
+    """Every process writes its part to the folder that the first puts in place."""
+    script, run = tmp_path / "ranks.py", tmp_path / "run"
+    script.write_text(RANKS)
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join((here, os.path.dirname(here)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+    def train():
+        done = subprocess.run(
+            [*launcher, "--nproc_per_node", "2", str(script), str(run)],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads((run / "losses.json").read_text())
+
+    whole = train()
+    assert [step for step, name, _ in whole if name == "loss"] == [1, 2, 3, 4]
+    last = run / "checkpoint-4"
+    checkpoint.verify_checkpoint(last)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in last.iterdir()}
+    assert sorted(os.listdir(run)) == ["checkpoint-2", "checkpoint-4", "losses.json"]
+    (last / "optimizer.pt").write_bytes(b"cut off")
+    assert train() == whole

@@ -1,6 +1,7 @@
 """What a transform takes and gives back, and how it says no."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,25 @@ def test_masks_and_videos_are_refused() -> None:
         CROP([picture(), mask])
     with pytest.raises(TypeError, match=r"got a tv_tensors\.Video"):
         CROP(tv_tensors.Video(torch.zeros(2, 3, 8, 8)))
+    boxes = tv_tensors.BoundingBoxes(torch.ones(2, 4), format="XYXY", canvas_size=(8, 8))
+    with pytest.raises(TypeError, match=r"got a tv_tensors\.BoundingBoxes\. Masks, boxes and"):
+        CROP(boxes)
+
+
+def test_arrays_that_cannot_be_written_are_read_in_silence() -> None:
+    array = picture().movedim(0, -1).numpy().copy()
+    expected = CROP(array, ids=[0])
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(CROP(array, ids=[0]), expected)
+
+
+@pytest.mark.parametrize("sizes", [[(0, 4)], [(3, 4, 5)], "x", [(1.5, 2.0)], [3, 4]])
+def test_bad_sizes_to_sample_for(sizes: Any) -> None:
+    with pytest.raises(ValueError, match="sizes must be positive pairs"):
+        CROP.sample(sizes)
+    assert len(CROP.sample([]).top) == 0
 
 
 def test_image_smaller_than_the_crop() -> None:

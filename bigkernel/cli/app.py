@@ -26,9 +26,9 @@ def _text(help: str) -> Any:
 Data = Annotated[str | None, _text("Text: a file, a folder, .jsonl. Images: a folder of classes.")]
 ModelOption = Annotated[str | None, _text("A model preset, or a config file (JSON or YAML).")]
 InitFrom = Annotated[str | None, _text("A trained model to go on with: a folder or a hub name.")]
-Out = Annotated[Path | None, _text("The run folder (default: a free one under runs/).")]
+Out = Annotated[str | None, _text("The run folder (default: a free one under runs/).")]
 Preset = Annotated[str | None, _text("A recipe: demo (default), small, ... (see presets.py).")]
-Config = Annotated[Path | None, _text("A YAML file of settings, such as a run's config.yaml.")]
+Config = Annotated[str | None, _text("A YAML file of settings, such as a run's config.yaml.")]
 Epochs = Annotated[float | None, _text("Passes over the training part.")]
 MaxSteps = Annotated[int | None, _text("Optimiser steps; with --epochs too, this one counts.")]
 Optim = Annotated[str | None, _text("adamw, adam or sgd.")]
@@ -134,8 +134,8 @@ def generate(
     from bigkernel.cli import device as devices
     from bigkernel.cli import models, settings, text
 
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"--temperature must be 0 or more, got {temperature}.")
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # scores are divided by it
+        raise UsageError(f"--temperature must be 0, or 1e-6 or more, got {temperature}.")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p must be in (0, 1], got {top_p}.")
     if not 0 <= seed < 2**32:

@@ -64,7 +64,7 @@ def _config(kind: str, model: Model, **from_data: Any) -> Any:
     model_type = content.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **content)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise UsageError(f"the model's config is not a valid {model_type}: {_one(error)}") from None
 
 
@@ -125,10 +125,13 @@ def new_image_model(
 def _build(auto: Any, config: Any, what: str) -> PreTrainedModel:
     try:
         return auto.from_config(config, dtype=torch.float32)
-    except ValueError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds, for a width of 0 or an activation without a name
         if "Unrecognized configuration class" in str(error):
             raise UsageError(f"model_type {config.model_type} is not {what}.") from None
-        raise UsageError(f"the model cannot be built: {_one(error)}") from None
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        raise UsageError(f"the model cannot be built: {kind}{_one(error)}") from None
 
 
 def load(kind: str, name: str, **arguments: Any) -> PreTrainedModel:

@@ -56,6 +56,10 @@ class Settings:
 
     def check(self) -> None:
         """UsageError for the first value out of range."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            small = not isinstance(value, int) or field.name == "seed" or value < 2**31
+            self._range(field.name, small, "below 2**31")
         self._range("lr", 0 < self.lr < math.inf, "above 0")
         self._range("warmup", 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
         self._range("min_lr", 0 <= self.min_lr <= 1, "a share of --lr in [0, 1]")
@@ -129,7 +133,8 @@ def gather(
     given = {name: value for name, value in options.items() if value is not None}
     recipes = presets.TEXT_RECIPES if kind is TextSettings else presets.IMAGE_RECIPES
     fine_tunes = (given.get("init_from") or config.get("init_from")) is not None
-    name = given.get("preset") or config.get("preset") or ("finetune" if fine_tunes else "demo")
+    usual = "finetune" if fine_tunes else "demo"
+    name = given.get("preset", config.get("preset", usual))
     try:
         recipe = presets.pick("preset", recipes, str(name))
         extra = presets.pick("sample", presets.TEXT_SAMPLES, sample) if sample else {}
@@ -162,6 +167,8 @@ def read_config(path: Path, command: str) -> tuple[dict[str, Any], dict[str, Any
     """(settings, record) of a YAML config file for ``command``, names and types checked."""
     content = _read_mapping(path)
     record = content.pop(RECORD, None) or {}
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}: {RECORD} must hold facts as `name: value`, got {record!r}.")
     meant_for = content.pop(COMMAND, command)
     if meant_for != command:
         raise UsageError(f"{path} is for `bigkernel {meant_for}`, not for `bigkernel {command}`.")
@@ -196,6 +203,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such config file.") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a YAML file: it is not UTF-8 text.") from None
     except yaml.YAMLError as error:

@@ -30,7 +30,9 @@ def start(command: str, options: dict[str, Any]) -> None:
         raise UsageError(
             "--force replaces a run and --resume goes on with it: give one of the two."
         )
-    out: Path | None = options.pop("out")
+    _check_text({**options, "config": config, "resume": resume, "sample": sample})
+    out_given = options.pop("out")
+    out = None if out_given is None else Path(out_given)
     stored: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     going_on = False
@@ -41,7 +43,7 @@ def start(command: str, options: dict[str, Any]) -> None:
             stored, recorded = read_config(out / run_folder.CONFIG, command)
         elif out.exists():
             run_folder.check_new(out, force=False)
-    given = read_config(config, command)[0] if config is not None else stored
+    given = read_config(Path(config), command)[0] if config is not None else stored
     # Where a file's run went to is not where its repetition goes.
     given = {name: value for name, value in given.items() if name != "out"}
     settings = _inline(gather(command, options, given, sample))
@@ -63,6 +65,17 @@ def start(command: str, options: dict[str, Any]) -> None:
     train(task, resume if going_on else None)
 
 
+def _check_text(options: Mapping[str, Any]) -> None:
+    """UsageError for what a shell makes of an unset variable or of bytes that are no text."""
+    for name, value in options.items():
+        if value == "" and name != "prompt":  # as a path it would be this very folder
+            raise UsageError(f"{option(name)} is empty: leave it out, or say what to use.")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # neither config.yaml nor the card could hold it
+            raise UsageError(f"{option(name)} is not UTF-8 text: {value!r}.") from None
+
+
 def _inline(settings: Settings) -> Settings:
     """Settings that hold wherever they are read: files by content, folders by absolute path."""
     kind = presets.TEXT if isinstance(settings, TextSettings) else presets.IMAGES
@@ -75,7 +88,7 @@ def _inline(settings: Settings) -> Settings:
             changes["augment"] = augmentation.read_recipe(settings.augment)
     for name in ("data", "init_from", "tokenizer"):
         value = getattr(settings, name, None)
-        if value == "":  # an unset variable of a shell; as a path it would be this very folder
+        if value == "":  # of a config file
             raise UsageError(f"{option(name)} is empty: leave it out, or say what to use.")
         if value is not None and Path(value).expanduser().exists():
             changes[name] = str(Path(value).expanduser().resolve())

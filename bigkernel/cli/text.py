@@ -92,7 +92,7 @@ def _fitting_prompt(
     settings: TextSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """What the sample begins with; UsageError, before training, if nothing could follow it."""
-    prompt = settings.prompt or PROMPT
+    prompt = PROMPT if settings.prompt is None else settings.prompt
     room = getattr(model.config, "max_position_embeddings", None)
     length = len(_prompt_ids(tokenizer, prompt))
     if room is None or length < room:
@@ -233,7 +233,11 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"bigkernel train text --resume auto --out {run}"
         )
     model = models.load(presets.TEXT, str(run))
-    return model.eval(), AutoTokenizer.from_pretrained(str(run))
+    try:
+        return model.eval(), AutoTokenizer.from_pretrained(str(run))
+    except Exception as error:  # of many kinds; all mean that a file is missing or damaged
+        reason = " ".join(str(error).split())[:160]
+        raise Failure(f"{run} holds no tokenizer that can be loaded: {reason}") from error
 
 
 def evaluate(

@@ -87,6 +87,10 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
         return _from_files(files, name=path.resolve().name, source=str(path))
     if path.is_file():
         return _from_files([path], name=path.name, source=str(path))
+    if path.exists():
+        raise DataError(
+            f"{path} is neither a file nor a folder; write what comes out of it into a file."
+        )
     raise DataError(
         f"there is no file or folder {path}; give the path of a text, .jsonl or folder."
     )

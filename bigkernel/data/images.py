@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +164,12 @@ def load_image_folder(
             f"{root} holds no images in class folders; expected {root}/<class>/<image> with files "
             f"ending in {', '.join(IMAGE_SUFFIXES)}."
         )
+    for folder in folders:
+        if re.search("[\ud800-\udfff]", folder.name):
+            raise DataError(
+                f"the class folder {str(folder)!r} has a name that is not UTF-8, which no label "
+                "file can hold; rename it."
+            )
     digest = hashlib.sha256()
     kept: list[Path] = []
     classes: list[str] = []
@@ -174,7 +182,8 @@ def load_image_folder(
             if image is None:
                 skipped.append((str(file), reason))
                 continue
-            digest.update(f"{file.relative_to(root).as_posix()}\0{raw_digest}\n".encode())
+            # Names that are not UTF-8 come as the bytes that they are.
+            digest.update(os.fsencode(f"{file.relative_to(root).as_posix()}\0{raw_digest}\n"))
             keep_bytes -= image.numel()
             kept.append(file)
             classes.append(label)

@@ -34,7 +34,8 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
     Every transformers model in ``model`` (itself, or one inside it) whose layers go through
     transformers' AttentionInterface is switched. Parameters, results and saved checkpoints stay
     what they were: the choice is not saved, and a model that is loaded again needs this call again.
-    Calling it twice is the same as once. Undo it with :func:`restore`.
+    Calling it twice is the same as once, unless another attention was chosen in between. Undo it
+    with :func:`restore`.
 
     Args:
         model: any module.
@@ -51,7 +52,9 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
         type(model).__name__,
         cls=TypeError,
     )
-    if getattr(model, _UNDO, None) is None:
+    known = model.__dict__.get(_UNDO)
+    if known is None or any(_now(config) != ours for config, _, ours in known[1]):
+        restore(model)
         result, undo = _switch(model)
         # Through __dict__: nn.Module would take a module in the list for a child.
         model.__dict__[_UNDO] = (result, undo)
@@ -61,7 +64,10 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
 
 
 def restore(model: ModelT) -> ModelT:
-    """Undo :func:`accelerate` exactly; a model that was not accelerated is left as it is."""
+    """Undo :func:`accelerate` exactly; a model that was not accelerated is left as it is.
+
+    So is a part for which another attention was chosen since, or that was restored by itself.
+    """
     check(
         isinstance(model, nn.Module),
         "restore",
@@ -71,9 +77,14 @@ def restore(model: ModelT) -> ModelT:
         cls=TypeError,
     )
     _, undo = model.__dict__.pop(_UNDO, (None, []))
-    for config, implementation in undo:
-        config._attn_implementation_internal = implementation
+    for config, implementation, ours in undo:
+        if _now(config) == ours:
+            config._attn_implementation_internal = implementation
     return model
+
+
+def _now(config: Any) -> Any:
+    return config._attn_implementation_internal
 
 
 def report(model: nn.Module) -> Report:
@@ -82,22 +93,23 @@ def report(model: nn.Module) -> Report:
     return known[0] if known is not None else Report()
 
 
-def _switch(model: nn.Module) -> tuple[Report, list[tuple[Any, Any]]]:
+def _switch(model: nn.Module) -> tuple[Report, list[tuple[Any, Any, Any]]]:
+    """The report, and (config, attention before, attention now) of each config."""
     from transformers import PreTrainedModel
 
-    undo: list[tuple[Any, Any]] = []
+    undo: list[tuple[Any, Any, Any]] = []
     reasons: dict[int, str] = {}  # by id of the config that was not switched
     before: dict[int, Any] = {}
     for top in _outermost(model, PreTrainedModel):
         configs = _configs(top)
-        saved = [(config, config._attn_implementation_internal) for config in configs]
+        saved = [(config, _now(config)) for config in configs]
         before.update({id(config): implementation for config, implementation in saved})
         reason = _why_not(top, configs)
         if reason is not None:
             reasons.update({id(config): reason for config in configs})
             continue
         top.set_attn_implementation(_name_for(top))
-        undo += saved
+        undo += [(config, implementation, _now(config)) for config, implementation in saved]
     return _describe(model, before, reasons), undo
 
 

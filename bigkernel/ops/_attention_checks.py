@@ -12,7 +12,7 @@ from bigkernel.errors import check
 from bigkernel.reference.attention_blocks import accumulate_dtype, sequence_cuts
 
 Align = Literal["top_left", "bottom_right"]
-Window = tuple[int | None, int | None]  # (left, right), None or -1: no limit
+Window = tuple[int | None, int | None] | None  # (left, right), None or -1: no limit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OPTIONAL = ("mask", "attn_mask", "alibi_slopes")
@@ -188,6 +188,11 @@ def check_tensors(
             "Learned slopes can enter as a floating mask, which gets one",
         )
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
+        # On a GPU, looking at them would wait for the device.
+        if not torch.compiler.is_compiling() and alibi_slopes.device.type == "cpu":
+            finite = bool(alibi_slopes.isfinite().all())
+            check(finite, op, "alibi_slopes", "finite in float32", alibi_slopes.tolist())
+    _check_number(op, "dropout_p", dropout_p)
     check(0 <= dropout_p <= 1, op, "dropout_p", "between 0 and 1", dropout_p)
     return alibi_slopes, _seed(op, q.device, seed) if dropout_p > 0 else None
 
@@ -200,9 +205,20 @@ def _seed(op: str, device: torch.device, seed: Tensor | int | None) -> Tensor:
         check(seed.numel() == 1, op, "seed", "one number", f"shape {tuple(seed.shape)}")
         check(seed.device == device, op, "seed", f"on q's device, {device}", seed.device)
         return seed.reshape(1)
-    check(not isinstance(seed, (float, str)), op, "seed", "a whole number", seed, cls=TypeError)
+    check(_is_whole(seed), op, "seed", "a whole number", seed, cls=TypeError)
     check(-(2**63) <= seed < 2**63, op, "seed", "a signed 64-bit integer", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _check_number(op: str, name: str, value: object) -> None:
+    """Python's, NumPy's and torch's numbers (symbolic ones too), so that they can be compared."""
+    number = torch.compiler.is_compiling() or hasattr(value, "__float__")
+    check(number, op, name, "a number", repr(value), cls=TypeError)
+
+
+def _is_whole(value: object) -> bool:
+    # What torch.compile traces instead of a number cannot be asked for its methods.
+    return torch.compiler.is_compiling() or hasattr(value, "__index__")
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, x: Tensor, longest: int) -> None:
@@ -224,6 +240,8 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, x: Tensor, longest:
         f"shape {tuple(cu_seqlens.shape)}",
     )
     check(cu_seqlens.device == x.device, op, name, f"on q's device, {x.device}", cu_seqlens.device)
+    bound = f"max_seqlen_{name[-1]}"
+    check(_is_whole(longest), op, bound, "a whole number", repr(longest), cls=TypeError)
     if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
         sequence_cuts(name, cu_seqlens, x.shape[0], longest)
 
@@ -234,16 +252,18 @@ def check_scalars(
     causal: bool,
     align: Align,
     window: Window,
-    softcap: float,
+    softcap: float | None,
     dropout_p: float,
     scale: float | None,
 ) -> tuple[float, bool, bool, int, int, float, float]:
     """The scalar arguments of the ops, in the order of the schema."""
     check(align in ("top_left", "bottom_right"), op, "align", "'top_left' or 'bottom_right'", align)
+    check(not isinstance(causal, str), op, "causal", "True or False", repr(causal), cls=TypeError)
+    window = (None, None) if window is None else window
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     check(pair, op, "window", "a pair (left, right)", window)
     check(
-        not any(isinstance(side, (float, str)) for side in window),
+        all(side is None or _is_whole(side) for side in window),
         op,
         "window",
         "two whole numbers, or None for no limit",
@@ -259,6 +279,8 @@ def check_scalars(
         window,
     )
     left, right = (min(side, _MAX_WINDOW) for side in sides)
+    softcap = 0.0 if softcap is None else softcap
+    _check_number(op, "softcap", softcap)
     # float32, in which scores are kept, must hold softcap and 1 / softcap with room to spare.
     check(
         softcap == 0 or 1e-30 <= softcap <= 1e30,
@@ -270,6 +292,7 @@ def check_scalars(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     else:
+        _check_number(op, "scale", scale)
         largest = torch.finfo(accumulate_dtype(q.dtype)).max
         check(-largest <= scale <= largest, op, "scale", "finite in the dtype of sums", scale)
     return scale, causal, align == "bottom_right", left, right, softcap, dropout_p

@@ -37,7 +37,7 @@ class _Options(TypedDict, total=False):
     causal: bool
     align: Align
     window: Window
-    softcap: float
+    softcap: float | None
     alibi_slopes: Tensor | None
     dropout_p: float
     seed: Tensor | int | None
@@ -172,7 +172,7 @@ def attention(
     causal: bool = False,
     align: Align = "top_left",
     window: Window = (None, None),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
@@ -193,10 +193,12 @@ def attention(
         align: "top_left" (off = 0, as torch's `is_causal`) or "bottom_right" (off = Sk - Sq, as
             FlashAttention): where the diagonal of causal, window and ALiBi lies.
         window: (left, right): query i sees keys i + off - left to i + off + right. None or -1: no
-            limit on that side.
+            limit on that side; None in place of the pair: on neither.
         softcap: if positive, scores become softcap * tanh(score / softcap), before ALiBi and mask;
-            from 1e-30 to 1e30.
-        alibi_slopes: [Hq] or [B, Hq]; slope * |i + off - j| is subtracted. Gets no gradient.
+            from 1e-30 to 1e30. 0 or None: off.
+        alibi_slopes: [Hq] or [B, Hq], finite; slope * |i + off - j| is subtracted. Gets no
+            gradient. On a GPU the values are not checked, which would wait for the device: the
+            heads of a slope that is not finite give NaN.
         dropout_p: probability with which an attention weight is zeroed; the others are divided by
             1 - dropout_p. Which ones is a documented function of (seed, batch, head, row, column),
             the same on every backend: `bigkernel.reference.attention.dropout_keep`.
@@ -213,7 +215,9 @@ def attention(
     A row in which every key is masked gives 0, lse -inf and no gradient. Inside torch.autocast
     the inputs are cast as torch's own attention casts them. Sums are kept in float32. float64 and
     head dims above 256 run in plain PyTorch (`bigkernel.backend` says so, once). Results are the
-    same bits at each run. There is no second derivative.
+    same bits at each run. There is no second derivative. A row that sees a score of +inf or NaN
+    has out and lse NaN. Values are summed before they are divided by the sum of the weights, as in
+    torch's fused kernels: to stay finite they must be below 2e37 / Sk.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
@@ -276,7 +280,7 @@ def attention_varlen(
     causal: bool = False,
     align: Align = "top_left",
     window: Window = (None, None),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,

@@ -12,7 +12,8 @@ For query i and key j of one head, with off = Sk - Sq when aligned bottom-right,
     P = exp(s - lse_i)
     out_i = sum_j P * keep / (1 - p) * v_j       keep: see `dropout_keep`
 
-A row in which every key is masked has out 0 and lse -inf, and sends no gradient anywhere.
+A row in which every key is masked has out 0 and lse -inf, and sends no gradient anywhere. One that
+sees a score of +inf or NaN has out and lse NaN.
 
 `attention_reference` writes this down with the whole score matrix and leaves the gradient to
 autograd. What users get without native code works in blocks of rows: `attention_blocks.py`.
@@ -178,7 +179,9 @@ def _dense(
     # The softmax of a row of -inf is NaN, in its gradient too: keep such rows out of it.
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
-    lse = torch.logsumexp(scores, -1, keepdim=True).masked_fill(dead, -torch.inf).squeeze(-1)
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    lse = lse.masked_fill((scores == torch.inf).any(-1, keepdim=True), torch.nan)
+    lse = lse.masked_fill(dead, -torch.inf).squeeze(-1)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     if rule.dropout_p > 0:
         assert seed is not None

@@ -71,6 +71,7 @@ def gather(images: Any, layout: str) -> Images:
             layout = "channels_last"  # as arrays of one picture are, for torchvision too
         images = _from_numpy(images)
     if isinstance(images, Tensor):
+        wrapper = _wrapper("images", images)
         check(
             images.dim() in (3, 4),
             "transforms",
@@ -80,7 +81,6 @@ def gather(images: Any, layout: str) -> Images:
         )
         last = _channels_last(images, layout)
         single = images.dim() == 3
-        wrapper = _wrapper("images", images)
         plain = images.detach().as_subclass(Tensor)
         batch = plain[None] if single else plain
         count = batch.shape[0]
@@ -108,10 +108,12 @@ def gather(images: Any, layout: str) -> Images:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    """Copied only where torch cannot see it: mirrored views (BGR to RGB), another byte order."""
+    """Copied only where torch cannot see it: mirrored views (BGR to RGB), another byte order, or
+    where it would warn, of arrays that cannot be written (those of PIL images, for one).
+    """
     array = np.atleast_3d(array)
-    if min(array.strides) < 0 or not array.dtype.isnative:
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if min(array.strides) < 0 or not array.dtype.isnative or not array.flags.writeable:
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(array)
 
 

@@ -141,7 +141,11 @@ class Transform(nn.Module):
         entry an image; a chain returns a list with one entry a transform, depth first (a
         RandomApply before those inside it).
         """
-        table = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+        table = np.asarray(sizes)
+        whole = np.issubdtype(table.dtype, np.integer) or table.size == 0
+        fits = whole and (table.size == 0 or (table.shape[1:] == (2,) and table.min() > 0))
+        check(fits, "transforms", "sizes", "positive pairs (height, width)", repr(sizes))
+        table = table.astype(np.int64).reshape(-1, 2)
         numbers = self._next_ids(len(table)) if ids is None else sample_ids(ids, len(table))
         params = self._draw(table[:, 0], table[:, 1], generator, numbers, pil=False).params
         return params if self.is_chain else params[0]

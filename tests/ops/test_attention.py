@@ -323,6 +323,36 @@ def test_attention_large_scores(backend):
     assert torch.allclose(shifted, ops.attention(q, k, v), atol=5e-3)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_attention_infinite_scores(backend, bad, dtype):
+    """A row that sees a score of +inf or NaN has out and lse NaN; the others know nothing of it."""
+    device, kind = device_of(backend), attention_cases.DTYPES[dtype]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 70, 16).to(device, kind) for _ in range(3))
+    mask = torch.zeros(70, 70, device=device)
+    mask[3, 5] = mask[40, 69] = bad
+    for causal in (False, True):
+        out, lse = ops.attention(q, k, v, mask=mask, causal=causal, return_lse=True)
+        exact = attention_reference(q, k, v, Rule(0.25, causal), mask=mask)
+        # Key 5 lies behind row 3, and key 69 behind row 40: causal attention sees neither.
+        seen = [] if causal else [3, 40]
+        for mine in (out.isnan().all(-1), out.isnan().any(-1), lse.isnan()):
+            assert mine[0, 0].nonzero().flatten().tolist() == seen
+        for x in exact:
+            assert torch.equal(x.isnan().flatten(3).any(-1) if x.dim() > 3 else x.isnan(), mine)
+
+
+def test_attention_huge_values(backend):
+    """As large as is promised: below 2e37 / Sk, in rows whose highest score comes last."""
+    device = device_of(backend)
+    keys, largest = 70, 1.99e37 / 70
+    q = torch.ones(1, 1, 9, 16, device=device)
+    k = torch.linspace(0, 2.7, keys, device=device)[:, None].expand(1, 1, keys, 16) / 4
+    v = torch.full((1, 1, keys, 16), largest, device=device)
+    torch.testing.assert_close(ops.attention(q, k, v), v[:, :, :9], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("slope", [-3.0, -0.02, 0.02, 0.3, 3.0])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_attention_slanting_scores(backend, dtype, slope):

@@ -164,6 +164,16 @@ BAD_VALUES = {
         {"alibi_slopes": torch.zeros(4, requires_grad=True)},
         "alibi_slopes must be without requires_grad.*floating mask",
     ),
+    "slopes_infinite": (
+        tensors(),
+        {"alibi_slopes": torch.tensor([1.0, torch.inf, 1.0, 1.0])},
+        r"alibi_slopes must be finite in float32, got \[1.0, inf, 1.0, 1.0\]",
+    ),
+    "slopes_too_large": (
+        tensors(),
+        {"alibi_slopes": torch.full((4,), 1e300, dtype=torch.float64)},
+        "alibi_slopes must be finite in float32",
+    ),
     "align": (tensors(), {"align": "left"}, "align must be 'top_left' or 'bottom_right', got left"),
     "window": (tensors(), {"window": (-2, 0)}, "window must be two numbers of keys"),
     "window_pair": (tensors(), {"window": (1, 2, 3)}, "window must be a pair"),
@@ -193,7 +203,17 @@ BAD_TYPES = {
     "slopes": (tensors(), {"alibi_slopes": torch.zeros(4, dtype=torch.int32)}, "slopes.*floating"),
     "seed": (tensors(), {"dropout_p": 0.5, "seed": torch.zeros(1)}, "seed must be.*int64"),
     "seed_float": (tensors(), {"dropout_p": 0.5, "seed": 1.5}, "seed must be a whole number"),
+    "seed_generator": (
+        tensors(),
+        {"dropout_p": 0.5, "seed": torch.Generator()},
+        "seed must be a whole number",
+    ),
     "window_float": (tensors(), {"window": (1.5, None)}, "window must be two whole numbers"),
+    "window_complex": (tensors(), {"window": (1j, None)}, "window must be two whole numbers"),
+    "softcap_text": (tensors(), {"softcap": "50"}, "softcap must be a number, got '50'"),
+    "scale_text": (tensors(), {"scale": "1"}, "scale must be a number, got '1'"),
+    "dropout_none": (tensors(), {"dropout_p": None}, "dropout_p must be a number, got None"),
+    "causal_text": (tensors(), {"causal": "no"}, "causal must be True or False, got 'no'"),
     "none": ([None, *tensors()[1:]], {}, "q must be a tensor, got NoneType"),
     "array": ([tensors()[0].numpy(), *tensors()[1:]], {}, "q must be a tensor, got ndarray"),
     "list": (tensors(), {"alibi_slopes": [1.0] * 4}, "alibi_slopes must be a tensor, got list"),
@@ -217,6 +237,25 @@ def test_attention_rejects_bad_dtypes(wrong):
     inputs, keywords, message = BAD_TYPES[wrong]
     with pytest.raises(TypeError, match=f"^bigkernel.attention: .*{message}"):
         ops.attention(*inputs, **keywords)
+
+
+def test_attention_none_is_no_limit():
+    q, k, v = (torch.randn_like(x) for x in tensors())
+    given = ops.attention(q, k, v, softcap=None, window=None, scale=None, seed=None, mask=None)
+    assert torch.equal(given, ops.attention(q, k, v))
+    arguments = packed()
+    packed_given = ops.attention_varlen(*arguments, softcap=None, window=None)
+    assert torch.equal(packed_given, ops.attention_varlen(*arguments))
+
+
+def test_attention_on_the_meta_device():
+    """Shapes alone, without a warning and without reading a value."""
+    q, k, v = (x.to("meta").requires_grad_() for x in tensors())
+    slopes = torch.ones(4, device="meta")
+    out, lse = ops.attention(q, k, v, alibi_slopes=slopes, dropout_p=0.5, return_lse=True)
+    out.sum().backward()
+    assert (out.shape, lse.shape, k.grad.shape) == ((2, 4, 5, 8), (2, 4, 5), k.shape)
+    assert {x.device.type for x in (out, lse, k.grad)} == {"meta"}
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -305,6 +344,11 @@ def test_attention_varlen_takes_strided_lengths(backend):
 def test_attention_varlen_rejects_what_is_no_tensor(lengths):
     with pytest.raises(TypeError, match=r"cu_seqlens_q must be a tensor, got (list|NoneType)"):
         ops.attention_varlen(*packed()[:3], lengths, packed()[4])
+
+
+def test_attention_varlen_rejects_a_bound_that_is_no_whole_number():
+    with pytest.raises(TypeError, match=r"max_seqlen_q must be a whole number, got 5\.0"):
+        ops.attention_varlen(*packed(), max_seqlen_q=5.0)
 
 
 def test_attention_varlen_rejects_int64_lengths():
