@@ -105,14 +105,14 @@ class Adam(Optimizer):
             "None, torch.float32 or torch.bfloat16",
             state_dtype,
         )
-        seed = isinstance(rounding_seed, int) and -(2**63) <= rounding_seed < 2**63
-        check(seed, name, "rounding_seed", "a signed 64-bit integer", repr(rounding_seed))
+        whole = hasattr(rounding_seed, "__index__") and -(2**63) <= rounding_seed < 2**63
+        check(whole, name, "rounding_seed", "a signed 64-bit integer", repr(rounding_seed))
         self._name = name
         self.max_grad_norm = max_grad_norm
         self.master_weights = bool(master_weights)
         self.state_dtype = state_dtype
         self.stochastic_rounding = bool(stochastic_rounding)
-        self.rounding_seed = rounding_seed
+        self.rounding_seed = int(rounding_seed)
         self.grad_norm: Tensor | None = None
         defaults = {
             "lr": lr,
