@@ -273,9 +273,15 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
       if (scores.slope != 0)
         for_each([&](float& x, float&, int i, int j) { x = scores.biased(x, i, j); });
       scores.with_mask([&](auto tag) {
-        for_each([&](float& x, float&, int i, int j) {
-          if (i < seq.rows && j < seq.keys) x = scores.template masked<decltype(tag)>(x, i, j);
-        });
+        const int col = col0 + 2 * t;
+#pragma unroll
+        for (int m = 0; m < 2 * kFrags; ++m) {
+          const int row = row0 + own_row(m);
+          scores.template mask_line<decltype(tag), kRowsAreKeys, kTiles>(
+              kRowsAreKeys ? col : row, kRowsAreKeys ? row : col,
+              row < rows_all ? cols_all - col : 0,
+              [&](int n, int e) -> float& { return s[m / 2][n][m % 2 * 2 + e]; });
+        }
       });
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {

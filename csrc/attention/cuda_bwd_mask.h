@@ -26,8 +26,10 @@ __device__ __forceinline__ void store_mask_gradient(const AttentionMask& dmask, 
   }
 }
 
+// Left to itself, the compiler spills in the 16-bit kernel of kDim 128, to fit in two blocks.
 template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardTile<T, kDim, Part::kMask, true>::kThreads)
+__global__ void __launch_bounds__(BackwardTile<T, kDim, Part::kMask, true>::kThreads,
+                                  sizeof(T) == 2 && kDim == 128 ? 1 : 0)
     attention_bwd_mask_kernel(const __grid_constant__ AttentionCudaArgs args) {
   extern __shared__ __align__(128) char memory[];
   using Block = Backward<T, kDim, Part::kMask, true>;

@@ -42,6 +42,14 @@ struct ForwardShape {
                                                    : kDim > 32 ? 96
                                                                : 128)
                                                 : (kDim > 192 ? 32 : 64);
+  // Blocks on a multiprocessor that the compiler is to leave registers for, 0 where it does so
+  // unasked: as many as there can be without spills in the loop over tiles (make cuda-report).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kWanted = kDim == 64 ? 4 : kDim == 96 ? 3 : 0;
+#else
+  static constexpr int kWanted = 0;
+#endif
+  static constexpr int kBlocksPerSm = !kGeneral ? 0 : !kFma ? kWanted : kDim == 32 ? 5 : 0;
   static constexpr int kRowBytes = kDim * int(sizeof(T));
   static constexpr int kKeyTile = kRows * kRowBytes;                  // K starts here
   static constexpr int kValueTile = kKeyTile + kKeys * kRowBytes;     // V
@@ -320,10 +328,16 @@ struct Forward {
     if (rule.slope != 0)
       for_each(s, first_key, [&](float& x, int row, int key) { x = rule.biased(x, row, key); });
     rule.with_mask([&](auto tag) {
-      for_each(s, first_key, [&](float& x, int row, int key) {
-        if (row < sequence.rows && key < sequence.keys)
-          x = rule.template masked<decltype(tag)>(x, row, key);
-      });
+      const int key = first_key + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int row = row_of(i, e);
+          rule.template mask_line<decltype(tag), false, kKeyGroups>(
+              row, key, row < sequence.rows ? sequence.keys - key : 0,
+              [&](int n, int c) -> float& { return s[i][n][2 * e + c]; });
+        }
     });
     hide(s, first_key);
   }
@@ -345,21 +359,24 @@ struct Forward {
   __device__ __forceinline__ void drop(Scores& p, const DeviceDropout& dropout,
                                        int first_key) const {
     const int odd = lane & 1;
+    static_assert(kKeyGroups <= 8, "a bit for each element");
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
+      uint32_t bits = 0;  // 4 n + 2 e + c: all at a time, the draws would not fit the registers
+#pragma unroll 2
       for (int n = 0; n < kKeyGroups; ++n) {
         // Two lanes share a quad of keys: each draws it for one of their two rows.
         const uint32_t mine = dropout.kept(row_of(i, odd), first_key / 4 + 2 * n + lane % 4 / 2);
         const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint32_t bits = (e == odd ? mine : other) >> (2 * odd);
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-            if (!(bits >> c & 1)) p[i][n][2 * e + c] = 0;
-        }
+        const uint32_t low = (odd ? other : mine) >> 2 * odd & 3;
+        const uint32_t high = (odd ? mine : other) >> 2 * odd & 3;
+        bits |= (low | high << 2) << 4 * n;
       }
+#pragma unroll
+      for (int n = 0; n < kKeyGroups; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x)
+          if (!(bits >> (4 * n + x) & 1)) p[i][n][x] = 0;
     }
   }
 
@@ -380,20 +397,25 @@ struct Forward {
         now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
         now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
         const float from = kEdge && now == -BK_INFINITY ? 0.0f : now;
-        const float base = from * factor;
+        float base = from * factor;
         const float shrink =
             ex2_approx_ftz(kExact ? (top[i][e] - from) * factor : top[i][e] * factor - base);
         top[i][e] = now;
-        float total = 0;
+        // In fp32 a tile is summed on its own, as add_values does; in 16 bits that is a step more.
+        float total = Shape::kFma ? 0.0f : sum[i][e] * shrink;
 #pragma unroll
         for (int n = 0; n < kKeyGroups; ++n) {
+          // Adds 0, and makes the other keys wait for the sum of the first. Else the compiler puts
+          // all sums off to the end of the round: the exponentials, kept until then next to their
+          // roundings, leave too few registers.
+          if (!kExact && n == 2) base = fmaf(total, 0.0f, base);
           float& x = s[i][n][2 * e];
           float& y = s[i][n][2 * e + 1];
           x = ex2_approx_ftz(kExact ? (x - from) * factor : fmaf(x, factor, -base));
           y = ex2_approx_ftz(kExact ? (y - from) * factor : fmaf(y, factor, -base));
           total += x + y;
         }
-        sum[i][e] = fmaf(sum[i][e], shrink, total);
+        sum[i][e] = Shape::kFma ? fmaf(sum[i][e], shrink, total) : total;
         if constexpr (Shape::kFma) {
           c[e] = shrink;
           continue;
@@ -557,7 +579,7 @@ struct Forward {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     attention_fwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
   extern __shared__ __align__(128) uint4 attention_shared[];
   // The tiles of a head side by side, so that its keys stay in the cache; the last rows, which

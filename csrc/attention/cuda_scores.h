@@ -117,10 +117,9 @@ struct DeviceScores {
   __device__ __forceinline__ float biased(float s, int row, int key) const {
     return s - __fmul_rn(slope, fabsf(float(row + off - key)));
   }
-  // M: the type of the mask's elements, uint8_t for a boolean one. The row must reach the key.
+  // M: the type of the mask's elements, uint8_t for a boolean one.
   template <class M>
-  __device__ __forceinline__ float masked(float s, int row, int key) const {
-    const M element = reinterpret_cast<const M*>(mask)[row * mask_row + int64_t(key) * mask_col];
+  static __device__ __forceinline__ float masked(float s, M element) {
     if constexpr (sizeof(M) == 1) {
       return element != 0 ? s : -BK_INFINITY;
     } else {
@@ -130,6 +129,23 @@ struct DeviceScores {
       else
         m = to_float(element);
       return m == -BK_INFINITY ? m : s + m;  // a closed key stays closed, whatever its score
+    }
+  }
+  // Masks the scores score(n, e), n < kTiles and e < 2, that a thread has of one line: of a query
+  // (row, keys from `key` on) or, kDown, of a key. They are 8 n + e positions on; `left` positions
+  // are there. Each line's loads stand behind a branch of their own: all lines' at a time, with
+  // their addresses, would not fit the registers.
+  template <class M, bool kDown, int kTiles, class Score>
+  __device__ __forceinline__ void mask_line(int row, int key, int left, Score&& score) const {
+    if (left <= 0) return;
+    const int64_t step = kDown ? mask_row : mask_col;
+    const M* at = reinterpret_cast<const M*>(mask) + row * mask_row + key * mask_col;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * n + e < left) score(n, e) = masked(score(n, e), at[e * step]);
+      at += 8 * step;
     }
   }
   template <class F>

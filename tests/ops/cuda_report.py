@@ -404,9 +404,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     spilling = [f"{row['arch']} {row['kernel']} ({row['main_loop']['local']})"
                 for row in report["kernels"] if row["main_loop"]["local"]]  # fmt: skip
-    if spilling:
-        lines += ["Accesses of local memory in a main loop, masks and rare cases included: "]
-        lines += [", ".join(f"`{one}`" for one in spilling) + ".", ""]
+    lines += ["Accesses of local memory in a main loop, masks and rare cases included: "]
+    lines += [(", ".join(f"`{one}`" for one in spilling) or "none, which is a bar") + ".", ""]
     cells = [
         [row["arch"], row["kernel"], row["registers"], row["stack"], spills(row), row["shared"],
          row["threads"], None if row["occupancy"] is None else f"{row['occupancy']:.0%}",
@@ -457,7 +456,8 @@ def main() -> int:
         (RESULTS / "cuda_report.json").write_text(as_json(report))
         (RESULTS / "cuda_report.md").write_text(text)
     print(text)
-    return 0 if all(held for row in report["cases"] for _, held in row["bars"]) else 1
+    held = all(held for row in report["cases"] for _, held in row["bars"])
+    return 0 if held and not any(row["main_loop"]["local"] for row in report["kernels"]) else 1
 
 
 if __name__ == "__main__":

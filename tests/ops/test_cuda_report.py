@@ -1,12 +1,13 @@
 """The bars of `make cuda-report`, on shorter inputs; Triton's kernels against float64."""
 
+import importlib
 import json
 
 import cuda_report
 import pytest
 import torch
 
-from bigkernel.testing import ptx
+from bigkernel.testing import ptx, sass
 from bigkernel.testing.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
@@ -35,6 +36,27 @@ def test_bars(case):
     assert f"| {case.op} {case.name} {rows[0]['role']} | bigkernel |" in cuda_report.markdown(
         report
     )
+
+
+@pytest.mark.parametrize("op", ["adam", "attention", "augment"])
+def test_no_kernel_spills_in_a_main_loop(op):
+    """Every kernel for sm_80; fp16's are bf16's."""
+    modules = importlib.import_module(f"{op}_ptx").host().modules
+    counted = 0
+    for module in modules:
+        if op == "attention" and all("fp16" in name for name in module.kernels):
+            continue
+        for name, kernel in sass.disassemble(sass.assemble(module.text, "sm_80")[0]).items():
+            loop = kernel.main_loop
+            assert loop is None or loop.local == 0, name
+            counted += 1
+    assert counted > 8
+
+
+def test_no_kernel_of_the_record_spills_in_a_main_loop():
+    rows = json.loads((cuda_report.RESULTS / "cuda_report.json").read_text())["kernels"]
+    assert rows, "make cuda-report ARCH=all"
+    assert not [(row["arch"], row["kernel"]) for row in rows if row["main_loop"]["local"]]
 
 
 def test_a_bar_that_is_missed_is_seen():
