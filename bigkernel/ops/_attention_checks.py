@@ -205,20 +205,20 @@ def _seed(op: str, device: torch.device, seed: Tensor | int | None) -> Tensor:
         check(seed.numel() == 1, op, "seed", "one number", f"shape {tuple(seed.shape)}")
         check(seed.device == device, op, "seed", f"on q's device, {device}", seed.device)
         return seed.reshape(1)
-    check(_is_whole(seed), op, "seed", "a whole number", seed, cls=TypeError)
+    check(_has(seed, "__index__"), op, "seed", "a whole number", seed, cls=TypeError)
     check(-(2**63) <= seed < 2**63, op, "seed", "a signed 64-bit integer", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check_number(op: str, name: str, value: object) -> None:
-    """Python's, NumPy's and torch's numbers (symbolic ones too), so that they can be compared."""
-    number = torch.compiler.is_compiling() or hasattr(value, "__float__")
-    check(number, op, name, "a number", repr(value), cls=TypeError)
+    """Python's, NumPy's and torch's numbers, so that they can be compared."""
+    if not _has(value, "__float__"):
+        check(False, op, name, "a number", repr(value), cls=TypeError)
 
 
-def _is_whole(value: object) -> bool:
-    # What torch.compile traces instead of a number cannot be asked for its methods.
-    return torch.compiler.is_compiling() or hasattr(value, "__index__")
+def _has(value: object, method: str) -> bool:
+    # What torch.compile traces in place of a number can be asked for nothing, not even its repr.
+    return torch.compiler.is_compiling() or hasattr(value, method)
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, x: Tensor, longest: int) -> None:
@@ -241,7 +241,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, x: Tensor, longest:
     )
     check(cu_seqlens.device == x.device, op, name, f"on q's device, {x.device}", cu_seqlens.device)
     bound = f"max_seqlen_{name[-1]}"
-    check(_is_whole(longest), op, bound, "a whole number", repr(longest), cls=TypeError)
+    check(_has(longest, "__index__"), op, bound, "a whole number", longest, cls=TypeError)
     if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
         sequence_cuts(name, cu_seqlens, x.shape[0], longest)
 
@@ -263,7 +263,7 @@ def check_scalars(
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     check(pair, op, "window", "a pair (left, right)", window)
     check(
-        all(side is None or _is_whole(side) for side in window),
+        all(side is None or _has(side, "__index__") for side in window),
         op,
         "window",
         "two whole numbers, or None for no limit",
