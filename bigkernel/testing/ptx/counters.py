@@ -85,7 +85,7 @@ class Counters:
     def count_global(self, table: dict[str, Traffic], name: str, lanes: Lanes, at: Array,
                      size: int) -> None:  # fmt: skip
         """Add the sectors of one instruction at byte addresses ``at``."""
-        rows = np.sort(lanes.by_warp(at), axis=1)
+        rows = np.sort(lanes.by_warp(at, -1), axis=1)
         fresh = _first_of_run(rows) & (rows >= 0)
         distinct = fresh.sum(1) * size
         sectors = int((_first_of_run(rows // SECTOR) & (rows >= 0)).sum())
@@ -99,7 +99,7 @@ class Counters:
         32 banks of 4 bytes; 8-byte accesses go by half warps, 16-byte ones by quarters. Each such
         group needs as many wavefronts as its busiest bank has different words.
         """
-        rows = lanes.by_warp(at)
+        rows = lanes.by_warp(at, -1)
         words = rows // 4
         if size > 4:
             wide = words[:, :, None] + np.arange(size // 4)

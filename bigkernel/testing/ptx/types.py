@@ -41,7 +41,12 @@ PACKED = {"f16x2", "bf16x2", "u16x2", "s16x2"}
 FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "tf32"}
 BITS = {1: U8, 2: U16, 4: U32, 8: U64}
 SIGNED = {1: S8, 2: S16, 4: S32, 8: S64}
-HALF_MAX = {"f16": 65504.0, "bf16": float(np.uint32(0x7F7F0000).view(np.float32))}
+# Bits of the significand, exponent of the least value, the largest value.
+FORMATS = {
+    "f16": (11, -24, 65504.0),
+    "bf16": (8, -133, float(np.uint32(0x7F7F0000).view(F32))),
+    "f32": (24, -149, float(np.finfo(F32).max)),
+}
 
 
 def size_of(type_: str) -> int:
@@ -49,11 +54,6 @@ def size_of(type_: str) -> int:
     return 4 if type_ in PACKED else DTYPES[type_].itemsize
 
 
-def bits_dtype(type_: str) -> DType:
-    """The dtype in which a register of this type is kept."""
-    return BOOL if type_ == "pred" else BITS[max(2, size_of(type_))]
-
-
 def canonical(type_: str) -> DType:
     """The dtype in which the register file keeps a register declared with this type."""
-    return DTYPES[type_] if type_ in ("f32", "f64") else bits_dtype(type_)
+    return DTYPES[type_] if type_ in ("f32", "f64", "pred") else BITS[max(2, size_of(type_))]
