@@ -75,7 +75,10 @@ def _unfold(index: int, shape: tuple[int, int, int]) -> str:
 
 
 class Lanes:
-    """Lanes that run an instruction, in ascending order."""
+    """Lanes that run an instruction, in ascending order.
+
+    ``within``: their places among the lanes of the set that they are part of, None for all of it.
+    """
 
     def __init__(self, layout: Layout, index: Array, within: Array | None = None) -> None:
         self.layout, self.index, self.within = layout, index, within
@@ -138,11 +141,6 @@ class Lanes:
         rows = np.full((self.warp_count, WARP), fill, values.dtype)
         rows[self.row, self.index % WARP] = values
         return rows
-
-    @cached_property
-    def whole_warps(self) -> bool:
-        """Whether each warp that takes part does so with all of its 32 lanes."""
-        return self.full or self.n == WARP * self.warp_count
 
 
 def guarded(m: Any, lanes: Lanes, guard: Array, call: Any, dtypes: Sequence[Any],

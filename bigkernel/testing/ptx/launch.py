@@ -105,11 +105,6 @@ class Kernel:
         flat = flatten(self.program, self.function)
         return flat, translate(flat)
 
-    @property
-    def source(self) -> str:
-        """The Python that the kernel became."""
-        return "\n".join(piece.source for piece in self._translated[1])
-
     def launch(
         self,
         grid: Sequence[int],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +22,10 @@ from bigkernel.testing.ptx.memory import (
     Memory,
     Region,
 )
+from bigkernel.testing.ptx.numerics import bf16_to_f32, round_to
 from bigkernel.testing.ptx.program import Flat
 from bigkernel.testing.ptx.shared import Shared
-from bigkernel.testing.ptx.types import BITS, Array, canonical
+from bigkernel.testing.ptx.types import BITS, DTYPES, PACKED, Array, canonical, size_of
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Machine:
 
     def __init__(self, job: Job, layout: Layout) -> None:
         self.job, self.layout, self.flat = job, layout, job.flat
-        self.counters = job.counters
+        self.counters, self.symbols = job.counters, job.symbols
         everyone = np.arange(layout.lanes)
         self.everyone = Lanes(layout, everyone)
         self.alive = everyone % layout.padded < layout.threads
@@ -67,13 +67,9 @@ class Machine:
     def register(self, name: str) -> Array:
         """A register's lanes; zero before the first write."""
         if name not in self.registers:
-            dtype = canonical(self.flat.registers.get(name, "u32"))
+            dtype = canonical(self.flat.registers[name])
             self.registers[name] = np.zeros(self.layout.lanes, dtype)
         return self.registers[name]
-
-    def symbol(self, name: str) -> int:
-        """The address of a parameter or a module's variable."""
-        return self.job.symbols[name]
 
     # Findings
 
@@ -156,13 +152,27 @@ class Machine:
                 if len(overwritten):
                     raise clash(int(overwritten[0]))
 
+    def update(self, lanes: Lanes, k: int, space: str, at: Array, op: str, type_: str, keep: bool,
+               *values: Array) -> list[Array]:  # fmt: skip
+        """One atomic update per lane, in lane order; the values found, where they are kept."""
+        size = size_of(type_)
+        out = np.zeros(lanes.n, BITS[size])
+        for some, view, place, _ in self.access("atomic", lanes, k, space, at, size):
+            mine = [some.take(value) for value in values]
+            if not keep and op in _UFUNCS and size >= 4 and type_ not in PACKED:
+                dtype = DTYPES[type_]
+                _UFUNCS[op].at(view.view(dtype), place, mine[0].view(dtype))
+            else:
+                out = some.put(out, _one_by_one(view, place, op, type_, mine))
+        return [out] if keep else []
+
     def is_space(self, at: Array, space: str) -> Array:
         """Whether generic addresses are in a state space."""
         windows = {"shared": SHARED_BASE, "local": LOCAL_BASE, "param": PARAM_BASE}
         base = windows.get(space.split(":")[0])
         return at >= GLOBAL_BASE if base is None else (at >= base) & (at < base + WINDOW)
 
-    # cp.async
+    # cp.async (PTX ISA, "Data Movement and Conversion: cp.async")
 
     def copy(self, lanes: Lanes, k: int, to: Array, of: Array, size: int, taken: Array) -> None:
         """Start an asynchronous copy of ``size`` bytes, zeros past the first ``taken`` ones."""
@@ -194,9 +204,45 @@ class Machine:
 
     def count_instructions(self, executed: Array) -> None:
         """Add each block's instructions times the warps that executed it."""
-        total: Counter[str] = Counter()
         for block, times in zip(self.flat.blocks, executed.tolist(), strict=True):
             for k in [*block.body, block.end] if times else ():
                 if k is not None:
-                    total[self.flat.instructions[k].opcode] += times
-        self.counters.instructions += total
+                    self.counters.instructions[self.flat.instructions[k].opcode] += times
+
+
+# Atomic updates (PTX ISA, "Parallel Synchronization": atom, red)
+
+_UFUNCS: dict[str, Any] = {
+    "add": np.add, "min": np.fmin, "max": np.fmax,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+def _one_by_one(view: Array, place: Array, op: str, type_: str, values: list[Array]) -> Array:
+    """Update view[place] once per entry, in order; what each found."""
+    out = np.zeros(len(place), view.dtype)
+    left = np.arange(len(place))
+    while len(left):  # all places once, the first that wants it
+        _, first = np.unique(place[left], return_index=True)
+        now = left[first]
+        out[now] = view[place[now]]
+        view[place[now]] = _combine(op, type_, out[now], [v[now] for v in values])
+        left = np.delete(left, first)
+    return out
+
+
+def _combine(op: str, type_: str, old: Array, values: list[Array]) -> Array:
+    """The new bits."""
+    a, b = (x.view(DTYPES[type_]) for x in (old, values[0]))
+    if op == "exch":
+        return values[0]
+    if op == "cas":
+        return np.where(old == values[0], values[1], old)
+    if op == "inc":
+        return np.where(a >= b, 0, a + 1)
+    if op == "dec":
+        return np.where((a == 0) | (a > b), b, a - 1)
+    if type_.startswith("bf16"):
+        return round_to(_UFUNCS[op](bf16_to_f32(a), bf16_to_f32(b)), "bf16").view(old.dtype)
+    new: Array = _UFUNCS[op](a, b)
+    return new.view(old.dtype)

@@ -208,6 +208,8 @@ class _Parser:
             kind = match.lastgroup or ""
             start = match.start(kind)
             self.line += text.count("\n", at, start)
+            if kind in ("label", "instruction") and match[kind] and not self.scopes:
+                raise self.fail(f"directive expected, got '{match[kind][:40]}'")
             getattr(self, kind)(match[kind])
             self.line += text.count("\n", start, match.end())
             at = match.end()
@@ -317,8 +319,6 @@ class _Parser:
         rest = text = " ".join(text.split())
         if not text:
             return
-        if not self.scopes:
-            raise self.fail(f"directive expected, got '{text[:40]}'")
         guard = None
         if text.startswith("@"):
             word, rest = text[1:].split(None, 1)

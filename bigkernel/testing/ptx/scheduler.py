@@ -73,18 +73,12 @@ class Scheduler:
         """Run one basic block."""
         m = self.m
         piece, block = m.job.pieces[pc], m.flat.blocks[pc]
-        lanes = m.everyone if len(index) == m.layout.lanes else Lanes(m.layout, index)
-        inputs = [m.register(name) for name in piece.inputs]
-        if not lanes.full:
-            inputs = [value[index] for value in inputs]
-        outputs, tail = piece.run(lanes, m, *inputs)
+        lanes = m.everyone if len(index) == m.layout.lanes else Lanes(m.layout, index, index)
+        inputs = [lanes.take(m.register(name)) for name in piece.inputs]
+        outputs, tail = piece.run(lanes.alone(), m, *inputs)
         self.executed[pc] += lanes.warp_count
         for name, value in zip(piece.outputs, outputs, strict=True):
-            if not lanes.full:
-                merged = m.register(name).copy()
-                merged[index] = value
-                value = merged
-            m.registers[name] = value
+            m.registers[name] = lanes.put(m.register(name), value)
         if block.end is None:
             self.go(pc + 1, index)
             return

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bigkernel.testing.ptx import atomics, numerics, warp
+from bigkernel.testing.ptx import numerics, warp
 from bigkernel.testing.ptx.alu import comparison, name_of, rule
-from bigkernel.testing.ptx.lanes import Lanes, guarded
+from bigkernel.testing.ptx.lanes import Lanes, Layout, guarded
 from bigkernel.testing.ptx.machine import Machine
 from bigkernel.testing.ptx.memory import SHARED_BASE
 from bigkernel.testing.ptx.parser import Imm, Instruction, Name, Operand, items_of
@@ -16,7 +16,8 @@ from bigkernel.testing.ptx.program import Flat
 from bigkernel.testing.ptx.types import BITS, DTYPES, FLOATS, PACKED, Array, size_of
 from bigkernel.testing.ptx.writer import Piece, Writer
 
-_CACHE_HINTS = {
+# Modifiers of memory instructions that change nothing here; vectors show in the operands.
+_NO_MATTER = {
     *("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire"),
     *("release", "acq_rel", "cta", "gpu", "sys", "cluster", "unified", "mmio", "noftz"),
     *("L1:evict_normal", "L1:evict_unchanged", "L1:evict_first", "L1:evict_last"),
@@ -26,6 +27,11 @@ _CACHE_HINTS = {
 _SPACES = {"global", "shared", "shared:cta", "local", "param", "param:entry", "param:func", "const"}
 _NOTHING = {"membar", "fence", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "discard"}
 _NOTHING |= {"applypriority", "pmevent", "setmaxnreg"}
+# The special registers and their types; %cc, which PTX does not name, is the carry flag.
+_SPECIAL = dict.fromkeys(("%dynamic_smem_size", "%total_smem_size"), "u32") | {
+    name: f"u{8 * lanes.itemsize}"
+    for name, lanes in Layout((1, 1, 1), (1, 1, 1), range(1)).special.items()
+}
 _ATOMIC = {"add", "min", "max", "and", "or", "xor", "inc", "dec", "exch", "cas"}
 # Warp-wide: modes, types of results, types of operands ("t": the instruction's).
 _WARP = {
@@ -41,7 +47,7 @@ _WARP = {
 
 def translate(flat: Flat) -> list[Piece]:
     """All blocks of a kernel as functions."""
-    flat.registers["%cc"] = "pred"  # the carry flag
+    flat.registers |= {"%cc": "pred", **_SPECIAL}
     writers = [_BlockWriter(flat, number) for number in range(len(flat.blocks))]
     read: set[str] = set().union(*(w.inputs for w in writers))
     return [w.finish(w.tail, read, _HELPERS) for w in writers]
@@ -160,7 +166,7 @@ class _BlockWriter(Writer):
 
     def space(self, i: Instruction, *allowed: str) -> str:
         """The state space; other modifiers must be known."""
-        rest = {*i.mods[:-1]} - _CACHE_HINTS - _SPACES - {*allowed}
+        rest = {*i.mods[:-1]} - _NO_MATTER - _SPACES - {*allowed}
         if rest or i.type not in DTYPES or i.type == "pred":
             raise i.unknown(f"modifier .{min(rest)}" if rest else "type")
         return repr(next((m.split(":")[0] for m in i.mods if m in _SPACES), "generic"))
@@ -182,13 +188,14 @@ class _BlockWriter(Writer):
 
     def op_atom(self, k: int, i: Instruction, guard: str | None) -> None:
         """PTX ISA, "Parallel Synchronization: atom" and "red"."""
+        space = self.space(i, *_ATOMIC)
         (operation,) = (m for m in i.mods if m in _ATOMIC)
         results, (place, *sources) = i.operands[: i.op == "atom"], i.operands[i.op == "atom" :]
         bits = f"b{8 * size_of(i.type)}"
         values = [self.array(o, bits) for o in sources[: 2 if operation == "cas" else 1]]
         keep = [(o, bits) for o in results if o != Name("_")]
-        call = [k, self.space(i, operation), self.address(place), repr(operation), repr(i.type)]
-        self.effect(guard, "atomics.update", [*call, bool(keep), *values], keep)
+        call = [k, space, self.address(place), repr(operation), repr(i.type)]
+        self.effect(guard, "Machine.update", [*call, bool(keep), *values], keep)
 
     op_red = op_atom
 
@@ -201,7 +208,7 @@ class _BlockWriter(Writer):
             left = i.operands[0] if i.operands else Imm(-1)
             assert isinstance(left, Imm)
             self.effect(guard, "Machine.wait", [left.value])
-        elif kind in ("ca", "cg") and not {*i.mods[2:]} - _SPACES - _CACHE_HINTS:
+        elif kind in ("ca", "cg") and not {*i.mods[2:]} - _SPACES - _NO_MATTER:
             to, of = (self.address(o) for o in i.operands[:2])
             size = i.operands[2]
             assert isinstance(size, Imm)
@@ -256,13 +263,11 @@ class _BlockWriter(Writer):
     def ending(self, i: Instruction) -> str:
         """What the scheduler needs from the block's last instruction: (guard, operands)."""
         guard = self.read(i.guard, "pred") if i.guard else "None"
-        operands = i.operands if i.op in ("bar", "barrier") else i.operands[:1]
-        if i.op not in ("bar", "barrier", "brx"):
-            operands = ()
+        operands = [*i.operands] if i.op in ("bar", "barrier") else [*i.operands][: i.op == "brx"]
         types = ["u32"] * len(operands)
         if "red" in i.mods:  # its result comes first, its predicate last
-            operands, types[-1] = operands[1:], "pred"
-            types = types[1:]
+            types[-1] = "pred"
+            del operands[0], types[0]
         values = "".join(f"{self.array(o, t)}, " for o, t in zip(operands, types, strict=True))
         return f"({guard}, ({values}))"
 
@@ -284,9 +289,8 @@ def _unpack(whole: Array, dtype: Any) -> list[Array]:
     return [np.ascontiguousarray(parts[:, j]) for j in range(parts.shape[1])]
 
 
-_HELPERS = numerics.HELPERS | {
+_HELPERS = vars(numerics) | {
     "warp": warp,
-    "atomics": atomics,
     "Machine": Machine,
     "guarded": guarded,
     "fill": _fill,

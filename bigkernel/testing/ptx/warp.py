@@ -8,7 +8,7 @@ from bigkernel.testing.ptx.errors import BarrierError
 from bigkernel.testing.ptx.lanes import WARP, Lanes
 from bigkernel.testing.ptx.machine import Machine
 from bigkernel.testing.ptx.numerics import bf16_to_f32
-from bigkernel.testing.ptx.types import F16, F32, U32, Array
+from bigkernel.testing.ptx.types import Array
 
 
 def _ballot(lanes: Lanes, predicate: Array) -> Array:
@@ -39,14 +39,14 @@ def _check_members(m: Machine, lanes: Lanes, k: int, mask: Array) -> None:
 
 def activemask(m: Machine, lanes: Lanes, k: int, mode: str) -> list[Array]:
     """PTX ISA, "activemask": the bits of the warp's lanes that are here."""
-    return [_here(lanes).astype(U32)]
+    return [_here(lanes).astype(np.uint32)]
 
 
 def elect(m: Machine, lanes: Lanes, k: int, mode: str, mask: Array) -> list[Array]:
     """PTX ISA, "elect.sync": the lowest lane here, and whether it is this one."""
     _check_members(m, lanes, k, mask)
     bits = _here(lanes).astype(np.int64)
-    leader = np.bitwise_count((bits & -bits) - 1).astype(U32)
+    leader = np.bitwise_count((bits & -bits) - 1).astype(np.uint32)
     return [leader, leader == lanes.index % WARP]
 
 
@@ -81,7 +81,7 @@ def vote(m: Machine, lanes: Lanes, k: int, mode: str, predicate: Array,
     _check_members(m, lanes, k, mask)
     yes, no = (_ballot(lanes, p) & mask for p in (predicate, ~predicate))
     if mode == "ballot":
-        return [yes.astype(U32)]
+        return [yes.astype(np.uint32)]
     return [{"any": yes != 0, "all": no == 0, "uni": (yes == 0) | (no == 0)}[mode]]
 
 
@@ -94,7 +94,7 @@ def match(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, mask: Array
     members = _here(lanes) & mask
     found = bits[lanes.row, lanes.index % WARP] & members
     every = found == members
-    return [(found if mode == "any" else np.where(every, found, 0)).astype(U32), every]
+    return [(found if mode == "any" else np.where(every, found, 0)).astype(np.uint32), every]
 
 
 def redux(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, mask: Array) -> list[Array]:
@@ -117,7 +117,7 @@ def redux(m: Machine, lanes: Lanes, k: int, mode: str, value: Array, mask: Array
 
 def _whole(m: Machine, lanes: Lanes, k: int) -> int:
     """The number of warps, which must be whole (.aligned)."""
-    if not lanes.whole_warps:
+    if lanes.n != WARP * lanes.warp_count:
         raise m.fail(BarrierError, lanes.index[0], k, "not all threads of the warp are here")
     return lanes.n // WARP
 
@@ -130,12 +130,13 @@ def _whole(m: Machine, lanes: Lanes, k: int) -> int:
 def widen(kind: str, registers: tuple[Array, ...]) -> Array:
     """Registers of one lane each -> [warps, g, t, register, element of the register]."""
     words = np.stack(registers, axis=1)
-    if kind == "tf32":
-        values = (words & np.uint32(0xFFFFE000)).view(F32)  # the unit ignores the low 13 bits
-        return values.reshape(-1, 8, 4, len(registers), 1)
-    if kind == "bf16":
-        return bf16_to_f32(words.view(np.uint16)).reshape(-1, 8, 4, len(registers), 2)
-    return words.view(F16).astype(F32).reshape(-1, 8, 4, len(registers), 2)
+    if kind == "tf32":  # the unit ignores the low 13 bits
+        values = (words & 0xFFFFE000).view(np.float32)
+    elif kind == "bf16":
+        values = bf16_to_f32(words.view(np.uint16))
+    else:
+        values = words.view(np.float16).astype(np.float32)
+    return values.reshape(len(words) // WARP, 8, 4, len(registers), -1)
 
 
 def fragment_a(kind: str, *registers: Array) -> Array:
@@ -157,9 +158,9 @@ def mma(m: Machine, lanes: Lanes, k: int, a: Array, b: Array, c: tuple[Array, ..
     warps = _whole(m, lanes, k)
     product = np.matmul(a, b).reshape(warps, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
     if len(c) == 2:  # C and D are two registers of f16x2
-        old = np.stack(c, axis=1).view(F16).reshape(warps, 8, 4, 2, 2)
-        new = np.ascontiguousarray((product + old).astype(F16)).view(U32).reshape(-1, 2)
-        return [np.ascontiguousarray(new[:, j]) for j in range(2)]
+        old = np.stack(c, axis=1).view(np.float16).reshape(warps, 8, 4, 2, 2)
+        new = np.ascontiguousarray((product + old).astype(np.float16)).view(np.uint32)
+        return list(np.ascontiguousarray(new.reshape(-1, 2).T))
     flat = product.reshape(-1, 4)
     return [flat[:, j] + c[j] for j in range(4)]
 
@@ -178,8 +179,8 @@ def ldmatrix(m: Machine, lanes: Lanes, k: int, at: Array, count: int,
     tiles = np.stack(words, axis=1).view(np.uint16).reshape(warps, count, 8, 8)
     if trans:
         tiles = np.ascontiguousarray(tiles.transpose(0, 1, 3, 2))
-    rows = tiles.view(U32).reshape(warps, count, WARP)
-    return [np.ascontiguousarray(rows[:, j]).reshape(-1) for j in range(count)]
+    rows = tiles.view(np.uint32).reshape(warps, count, WARP)
+    return list(np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(count, -1))
 
 
 def stmatrix(m: Machine, lanes: Lanes, k: int, at: Array, trans: bool,
@@ -192,5 +193,5 @@ def stmatrix(m: Machine, lanes: Lanes, k: int, at: Array, trans: bool,
     tiles = rows.view(np.uint16).reshape(warps, count, 8, 8)
     if trans:
         tiles = np.ascontiguousarray(tiles.transpose(0, 1, 3, 2))
-    words = tiles.view(U32).reshape(-1, 4)
+    words = tiles.view(np.uint32).reshape(-1, 4)
     m.store(givers, k, "shared", givers.take(at), 4, *words.T)

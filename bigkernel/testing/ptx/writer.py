@@ -13,18 +13,7 @@ from bigkernel.testing.ptx.errors import UnknownInstruction
 from bigkernel.testing.ptx.memory import LOCAL_BASE
 from bigkernel.testing.ptx.parser import Addr, Imm, Name, Operand
 from bigkernel.testing.ptx.program import Flat
-from bigkernel.testing.ptx.types import (
-    BITS,
-    BOOL,
-    DTYPES,
-    PACKED,
-    SIGNED,
-    U32,
-    U64,
-    DType,
-    canonical,
-    size_of,
-)
+from bigkernel.testing.ptx.types import BITS, DTYPES, PACKED, SIGNED, DType, canonical, size_of
 
 
 @dataclass(slots=True)
@@ -34,7 +23,6 @@ class Piece:
     run: Callable[..., Any]
     inputs: list[str]
     outputs: list[str]
-    source: str
 
 
 class Writer:
@@ -58,22 +46,11 @@ class Writer:
             self.lines.append(f"{self.known[expression]} = {expression}")
         return self.known[expression]
 
-    def register_type(self, operand: Operand) -> str | None:
-        """The declared type of a register; None for what is none."""
-        if not isinstance(operand, Name):
-            return None
-        if operand.name in self.flat.registers:
-            return self.flat.registers[operand.name]
-        if operand.name in ("%clock64", "%globaltimer"):
-            return "u64"
-        return "u32" if operand.name.startswith("%") else None
-
-    def dtype(self, operand: Operand) -> DType:
+    def dtype(self, register: Name) -> DType:
         """The register file's dtype of a register."""
-        type_ = self.register_type(operand)
-        if type_ is None:
-            raise UnknownInstruction(f"{operand} is no register of {self.flat.name}")
-        return canonical(type_)
+        if register.name not in self.flat.registers:
+            raise UnknownInstruction(f"'{register.name}' is not declared in {self.flat.name}")
+        return canonical(self.flat.registers[register.name])
 
     def value(self, register: Name) -> tuple[str, DType]:
         """The variable that now holds a register."""
@@ -94,12 +71,12 @@ class Writer:
             return self.constant(operand, type_)
         if not isinstance(operand, Name):
             raise UnknownInstruction(f"operand {operand} is no register or number")
-        if self.register_type(operand) is None:
+        if operand.name not in self.flat.registers and operand.name[0] != "%":
             return self.let(f"fill(L, {name_of(type_)}({self.symbol(operand)}))")
         width = self.dtype(operand).itemsize
         value = self.value(operand)
         if type_ == "pred":
-            if value[1] != BOOL:
+            if value[1] != DTYPES["pred"]:
                 raise UnknownInstruction(f"register {operand.name} is no predicate")
             return self.let(f"~{value[0]}") if operand.negated else value[0]
         if width != size:  # zeros above, or the lower part
@@ -118,9 +95,9 @@ class Writer:
         dtype, size, value = DTYPES[type_], size_of(type_), imm.value
         bits: Any = BITS[size].type(value & (1 << 8 * size) - 1)
         if imm.width == 8 and size == 4:  # a decimal or 0d.. where a float32 is wanted
-            bits = np.uint64(value).view(np.float64).astype(np.float32).view(U32)
+            bits = np.uint64(value).view(np.float64).astype(np.float32).view(np.uint32)
         if imm.width == 4 and size == 8:
-            bits = np.uint32(value).view(np.float32).astype(np.float64).view(U64)
+            bits = np.uint32(value).view(np.float32).astype(np.float64).view(np.uint64)
         if type_ == "pred":
             bits = np.bool_(value != 0)
         name = f"c{bits}_{type_}"
@@ -130,7 +107,7 @@ class Writer:
     def symbol(self, operand: Name) -> str:
         """The address of a variable, as a Python expression."""
         if operand.name not in self.flat.offsets:
-            return f"M.symbol({operand.name!r})"
+            return f"M.symbols[{operand.name!r}]"
         shared = self.flat.variables[operand.name].space == "shared"
         return str(self.flat.offsets[operand.name] + (0 if shared else LOCAL_BASE))
 
@@ -147,7 +124,7 @@ class Writer:
             return
         assert isinstance(operand, Name), operand
         want, dtype = self.dtype(operand), DTYPES[type_]
-        if want != BOOL and size_of(type_) < want.itemsize:
+        if type_ != "pred" and size_of(type_) < want.itemsize:
             dtype = (SIGNED if type_[0] == "s" else BITS)[want.itemsize]
             expression = f"({expression}).astype(np.{dtype.name})"
         if guard is not None:
@@ -183,4 +160,4 @@ class Writer:
         source = f"def block({head}):\n" + "".join(f"    {line}\n" for line in body)
         scope = helpers | self.constants
         exec(compile(source, f"<{self.flat.name}>", "exec"), scope)
-        return Piece(scope["block"], list(self.inputs), outputs, source)
+        return Piece(scope["block"], list(self.inputs), outputs)
