@@ -171,8 +171,9 @@ def test_cp_async_pipeline(module, memory):
 @pytest.mark.parametrize("n", [0, 4, 16, 100, 1000, 1024])
 def test_cp_async_zero_fill(module, memory, n):
     x, out = floats(n // 4), np.ones(256, np.float32)  # no byte past n may be touched
-    launch(module, memory, "zero_fill", x, out, n)
+    counters = launch(module, memory, "zero_fill", x, out, n)
     np.testing.assert_array_equal(out, np.pad(x, (0, 256 - n // 4)))
+    assert counters.global_loads.sectors == -(-n // 32)
 
 
 def test_cp_async_of_8_bytes_by_some_threads(module, memory):

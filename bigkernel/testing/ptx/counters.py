@@ -85,12 +85,11 @@ class Counters:
     def count_global(self, table: dict[str, Traffic], name: str, lanes: Lanes, at: Array,
                      size: int) -> None:  # fmt: skip
         """Add the sectors of one instruction at byte addresses ``at``."""
-        rows = np.sort(lanes.by_warp(at), axis=1)
-        fresh = _first_of_run(rows) & (rows >= 0)
-        distinct = fresh.sum(1) * size
-        sectors = int((_first_of_run(rows // SECTOR) & (rows >= 0)).sum())
+        rows = np.sort(lanes.by_warp(at, -1), axis=1)
+        distinct = _firsts(rows).sum(1) * size
+        sectors, minimum = _firsts(rows // SECTOR).sum(), (-(-distinct // SECTOR)).sum()
         table[name] = table.get(name, Traffic()) + Traffic(
-            sectors, int((-(-distinct // SECTOR)).sum()), int(distinct.sum())
+            int(sectors), int(minimum), int(distinct.sum())
         )
 
     def count_shared(self, line: int, lanes: Lanes, at: Array, size: int) -> None:
@@ -99,15 +98,15 @@ class Counters:
         32 banks of 4 bytes; 8-byte accesses go by half warps, 16-byte ones by quarters. Each such
         group needs as many wavefronts as its busiest bank has different words.
         """
-        rows = lanes.by_warp(at)
+        rows = lanes.by_warp(at, -1)
         words = rows // 4
         if size > 4:
             wide = words[:, :, None] + np.arange(size // 4)
             words = np.where(rows[:, :, None] >= 0, wide, -1).reshape(-1, 32)
         words = np.sort(words, axis=1)
-        fresh = _first_of_run(words) & (words >= 0)
-        row = np.broadcast_to(np.arange(len(words))[:, None], words.shape)
-        busy = np.bincount((row * 32 + words % 32)[fresh], minlength=32 * len(words))
+        fresh = _firsts(words)
+        row, _ = np.nonzero(fresh)
+        busy = np.bincount(row * 32 + words[fresh] % 32, minlength=32 * len(words))
         peak = busy.reshape(-1, 32).max(1)
         wavefronts, minimum = int(peak.sum()), int((peak > 0).sum())
         self.shared_wavefronts += wavefronts
@@ -116,7 +115,6 @@ class Counters:
         self.shared_by_line[line] = (before[0] + wavefronts, before[1] + minimum)
 
 
-def _first_of_run(rows: Array) -> Array:
-    first = np.ones(rows.shape, bool)
-    first[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    return first
+def _firsts(rows: Array) -> Array:
+    """Where the distinct numbers of sorted rows come first; -1 is none."""
+    return np.diff(rows, axis=1, prepend=-1) > 0

@@ -154,7 +154,12 @@ class HostLibrary:
             if errors:
                 return 1
             try:
-                launches.append(self._launch(name.decode(), extents[:6], shared, arguments, memory))
+                kernel = next(m for m in self.modules if name.decode() in m.kernels)[name.decode()]
+                params = kernel.function.params
+                values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(params)]
+                grid, block = tuple(extents[:3]), tuple(extents[3:6])
+                counters = kernel.launch(grid, block, values, memory, shared)
+                launches.append(Launch(kernel.name, grid, block, shared, counters))
             except BaseException as error:
                 errors.append(error)  # C++ frames lie between: raised below
                 return 1
@@ -168,14 +173,3 @@ class HostLibrary:
             self.library.ptx_on_launch(_CALLBACK(0))
         if errors:
             raise errors[0]
-
-    def _launch(
-        self, name: str, extents: list[int], shared: int, arguments: Any, memory: Memory
-    ) -> Launch:
-        module = next(m for m in self.modules if name in m.kernels)
-        kernel = module[name]
-        params = kernel.function.params
-        values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(params)]
-        grid, block = tuple(extents[:3]), tuple(extents[3:])
-        counters = kernel.launch(grid, block, values, memory, shared)
-        return Launch(name, grid, block, shared, counters)

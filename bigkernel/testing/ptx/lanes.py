@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,13 +28,12 @@ class Layout:
         self.first = ids.start
 
     def name(self, lane: int) -> str:
-        """PTX ISA, "block (0,1,0), thread (5,0,0)"."""
-        block, thread = divmod(lane, self.padded)
-        return f"block {self.block_index(block)}, thread {_unfold(thread, self.block_shape)}"
+        """As in "block (0,1,0), thread (5,0,0)"."""
+        block = _unfold(self.first + lane // self.padded, self.grid)
+        return f"block {block}, {self.thread_name(lane)}"
 
-    def block_index(self, block: int) -> str:
-        """The grid coordinates of the batch's block."""
-        return _unfold(self.first + block, self.grid)
+    def thread_name(self, lane: int) -> str:
+        return f"thread {_unfold(lane % self.padded, self.block_shape)}"
 
     @cached_property
     def special(self) -> dict[str, Array]:
@@ -75,7 +75,10 @@ def _unfold(index: int, shape: tuple[int, int, int]) -> str:
 
 
 class Lanes:
-    """Lanes that run an instruction, in ascending order."""
+    """Lanes that run an instruction, in ascending order.
+
+    ``within``: their places among the lanes of the set that they are part of, None for all of it.
+    """
 
     def __init__(self, layout: Layout, index: Array, within: Array | None = None) -> None:
         self.layout, self.index, self.within = layout, index, within
@@ -93,13 +96,9 @@ class Lanes:
         """The same lanes as a set that is no part of another."""
         return self if self.within is None else Lanes(self.layout, self.index)
 
-    def part(self, chosen: Array | None) -> Lanes:
-        """The lanes at these places (None: all)."""
-        return self.alone() if chosen is None else Lanes(self.layout, self.index[chosen], chosen)
-
     def take(self, values: Any) -> Any:
-        """The parent's values at these lanes; constants stay."""
-        return values if self.within is None or np.ndim(values) == 0 else values[self.within]
+        """The parent's values at these lanes; what is no array stays."""
+        return values[self.within] if self.within is not None and np.ndim(values) else values
 
     def put(self, old: Array, new: Array) -> Array:
         """The parent's values with these lanes' replaced."""
@@ -125,22 +124,31 @@ class Lanes:
         return self.thread // WARP
 
     @cached_property
+    def row(self) -> Array:
+        """Of each lane its warp's number among those that take part."""
+        warps = self.index // WARP
+        return np.cumsum(np.diff(warps, prepend=warps[:1]) > 0)
+
+    @cached_property
     def warp_count(self) -> int:
         """Warps with at least one of these lanes."""
-        if self.full:
-            return self.n // WARP
-        return int(np.count_nonzero(np.diff(self.index // WARP))) + 1 if self.n else 0
+        return self.n // WARP if self.full else int(self.row[-1]) + 1
 
-    def by_warp(self, values: Array, fill: int = -1) -> Array:
+    def by_warp(self, values: Array, fill: int = 0) -> Array:
         """[warps, 32] of values, ``fill`` where a lane is not among these."""
         if self.full:
             return values.reshape(-1, WARP)
-        _, row = np.unique(self.index // WARP, return_inverse=True)
         rows = np.full((self.warp_count, WARP), fill, values.dtype)
-        rows[row, self.index % WARP] = values
+        rows[self.row, self.index % WARP] = values
         return rows
 
-    @cached_property
-    def whole_warps(self) -> bool:
-        """Whether each warp that takes part does so with all of its 32 lanes."""
-        return self.full or self.n == WARP * self.warp_count
+
+def guarded(m: Any, lanes: Lanes, guard: Array, call: Any, dtypes: Sequence[Any],
+            *arguments: Any) -> list[Array]:  # fmt: skip
+    """What ``call`` gives at the lanes where the guard holds, zeros elsewhere."""
+    out = [np.zeros(lanes.n, dtype) for dtype in dtypes]
+    some = lanes.where(guard)
+    if some is not None:
+        found = call(m, some, *(some.take(argument) for argument in arguments)) or ()
+        out = [some.put(old, new.view(old.dtype)) for old, new in zip(out, found, strict=True)]
+    return out

@@ -16,13 +16,13 @@ from bigkernel.testing.ptx.compiler import compiled
 from bigkernel.testing.ptx.counters import Counters
 from bigkernel.testing.ptx.lanes import Layout
 from bigkernel.testing.ptx.machine import Job, Machine
-from bigkernel.testing.ptx.memory import Memory
-from bigkernel.testing.ptx.parser import parse
-from bigkernel.testing.ptx.program import Flat, Piece, flatten
+from bigkernel.testing.ptx.memory import PARAM_BASE, Memory
+from bigkernel.testing.ptx.parser import Function, Program, Variable, parse
+from bigkernel.testing.ptx.program import Flat, flatten
 from bigkernel.testing.ptx.scheduler import Scheduler
 from bigkernel.testing.ptx.shared import Shared
-from bigkernel.testing.ptx.syntax import Function, Program, Variable
 from bigkernel.testing.ptx.translate import translate
+from bigkernel.testing.ptx.writer import Piece
 
 _LANES = 8192  # threads that run together; more would leave the cache
 _TRACKING = 64 << 20  # bytes that shared memory and its bookkeeping may take together
@@ -69,18 +69,14 @@ class Module:
             self._kernels[found[0]] = Kernel(self.program, self.program.functions[found[0]])
         return self._kernels[found[0]]
 
-    def variable(self, memory: Memory, name: str) -> int:
-        """The address in ``memory`` of a __device__ or __constant__ variable."""
-        return _symbols(self.program, memory)[name]
-
 
 def _identifiers(mangled: str) -> list[str]:
     """The identifiers in an Itanium-mangled name: _Z3addPf -> ["add"]."""
-    names, at = [], 0
-    while match := re.compile(r"\d+").search(mangled, at):
-        length, start = int(match[0]), match.end()
-        names.append(mangled[start : start + length])
-        at = start + length
+    names = []
+    while match := re.search(r"\d+", mangled):
+        rest, length = mangled[match.end() :], int(match[0])
+        names.append(rest[:length])
+        mangled = rest[length:]
     return names
 
 
@@ -109,11 +105,6 @@ class Kernel:
         flat = flatten(self.program, self.function)
         return flat, translate(flat)
 
-    @property
-    def source(self) -> str:
-        """The Python that the kernel became."""
-        return "\n".join(piece.source for piece in self._translated[1])
-
     def launch(
         self,
         grid: Sequence[int],
@@ -141,8 +132,8 @@ class Kernel:
         params, offsets = self._pack(args)
         flat, pieces = self._translated
         counters = Counters()
-        symbols = _symbols(self.program, memory)
-        job = Job(flat, pieces, memory, symbols, params, offsets, shared, counters, max_steps)
+        symbols = _symbols(self.program, memory) | offsets
+        job = Job(flat, pieces, memory, symbols, params, shared, counters, max_steps)
         warps = -(-threads // 32)
         needed = Shared.bytes_per_block(flat.shared_bytes + shared, flat.granule, warps)
         needed += flat.local_bytes * warps * 32
@@ -155,14 +146,14 @@ class Kernel:
         return counters
 
     def _pack(self, args: Sequence[Any]) -> tuple[Any, dict[str, int]]:
-        """The parameters' bytes and places."""
+        """The parameters' bytes and addresses."""
         params = self.function.params
         if len(args) != len(params):
             raise ValueError(f"{self.name} takes {len(params)} arguments, got {len(args)}")
         data, offsets = bytearray(), {}
         for number, (param, value) in enumerate(zip(params, args, strict=True)):
             data += bytes(-len(data) % param.align)
-            offsets[param.name] = len(data)
+            offsets[param.name] = PARAM_BASE + len(data)
             data += self._bytes(number, param, value)
         return np.frombuffer(bytes(data) + bytes(8), np.uint8)[: len(data)].copy(), offsets
 

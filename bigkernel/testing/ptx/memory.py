@@ -7,43 +7,87 @@ memory at SHARED_BASE.
 
 from __future__ import annotations
 
-import bisect
-from typing import Any
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bigkernel.testing.ptx.errors import Finding, OutOfBounds
+from bigkernel.testing.ptx.lanes import Lanes
 from bigkernel.testing.ptx.types import BITS, Array
 
-LOCAL_BASE, SHARED_BASE, GLOBAL_BASE = 1 << 40, 1 << 41, 1 << 44
+if TYPE_CHECKING:
+    from bigkernel.testing.ptx.machine import Machine
+
+LOCAL_BASE, SHARED_BASE, PARAM_BASE, GLOBAL_BASE = 1 << 40, 1 << 41, 3 << 40, 1 << 44
 WINDOW = 1 << 32
 _GUARD = 1 << 20  # bytes between arrays that belong to none
 
 
 class Region:
-    """One array: ``nbytes`` host bytes seen by the kernel at ``address``."""
+    """One array: host bytes seen by the kernel at ``address``."""
 
     def __init__(self, name: str, what: str, address: int, data: Array, readonly: bool) -> None:
         self.name, self.what, self.address, self.data = name, what, address, data
         self.readonly = readonly
         self.end = address + len(data)
-        self._views: dict[int, tuple[int, Array]] = {}
 
-    def elements(self, size: int) -> tuple[int, Array]:
-        """The first address that is a multiple of ``size``, and the elements from there."""
-        if size not in self._views:
-            lead = -self.address % size
-            count = max(0, len(self.data) - lead) // size
-            view = self.data[lead : lead + count * size].view(BITS[size])
-            self._views[size] = (self.address + lead, view)
-        return self._views[size]
+    def touch(self, m: Machine, kind: str, lanes: Lanes, k: int, at: Array,
+              size: int) -> Callable[[int], Finding] | None:  # fmt: skip
+        """Check, note and count a "load", "store" or "atomic" of ``size`` bytes.
+
+        Where lanes of one store may disagree about a place, gives the finding for one of them.
+        """
+        if kind != "load" and self.readonly:
+            what = f"writes '{self.name}' ({self.what}), which is read-only"
+            raise m.fail(OutOfBounds, lanes.index[0], k, what)
+        if kind == "atomic":
+            m.counters.global_atomics += lanes.n
+        elif self.address >= GLOBAL_BASE:
+            table = m.counters.loads if kind == "load" else m.counters.stores
+            m.counters.count_global(table, self.name, lanes, at, size)
+        return None
+
+    def place(self, address: int) -> str:
+        """Words for an address here."""
+        return f"address {address:#x}"
+
+    def words(self, lanes: Lanes, at: Array, size: int) -> tuple[Array, Array]:
+        """The memory in words of ``size`` bytes, and which of them are at these addresses."""
+        lead = -self.address % size
+        data = self.data[lead:]
+        data = data[: len(data) // size * size]
+        return data.view(BITS[size]), (at - (self.address + lead)) // size
+
+
+class Local(Region):
+    """Each lane's local memory."""
+
+    def __init__(self, lanes: int, size: int) -> None:
+        self.size, self.stride = size, -(-size // 16) * 16
+        super().__init__("", "", LOCAL_BASE, np.zeros(lanes * self.stride, np.uint8), False)
+        self.end = LOCAL_BASE + WINDOW
+
+    def touch(self, m: Machine, kind: str, lanes: Lanes, k: int, at: Array, size: int) -> None:
+        bad = at + size > LOCAL_BASE + self.size
+        if bad.any():
+            what = f"{size} bytes at {self.place(at[bad][0])}, of {self.size} bytes"
+            raise m.fail(OutOfBounds, lanes.index[bad][0], k, what)
+
+    def place(self, address: int) -> str:
+        return f"local address {address - LOCAL_BASE}"
+
+    def words(self, lanes: Lanes, at: Array, size: int) -> tuple[Array, Array]:
+        return self.data.view(BITS[size]), (lanes.index * self.stride + at - LOCAL_BASE) // size
 
 
 class Memory:
     """The arrays that kernels may touch."""
 
     def __init__(self) -> None:
-        self._regions: list[Region] = []
-        self._starts: list[int] = []
+        self.regions: list[Region] = []
+        self._kept: list[Any] = []  # the arrays themselves
         self._next = GLOBAL_BASE
         self.variables: dict[int, tuple[Any, dict[str, int]]] = {}  # of modules, by program
 
@@ -56,32 +100,16 @@ class Memory:
         """
         data, offset, what = _bytes_of(array)
         address = self._next + offset % 256
-        label = name or f"array{len(self._regions)}"
-        self._regions.append(Region(label, what, address, data, readonly))
-        self._starts.append(address)
+        label = name or f"array{len(self.regions)}"
+        self.regions.append(Region(label, what, address, data, readonly))
+        self._kept.append(array)
         self._next = -(-(address + len(data) + _GUARD) // 256) * 256
         return address
 
-    def find(self, address: int) -> Region | None:
-        """The array at or before the address."""
-        at = bisect.bisect_right(self._starts, address) - 1
-        return self._regions[at] if at >= 0 else None
-
-    def split(self, address: Array, size: int) -> list[tuple[Region, Array | None]] | int:
-        """Arrays and which accesses go there (None: all); or the place of a bad access."""
-        region = self.find(int(address.min()))
-        if region is not None and int(address.max()) + size <= region.end:
-            return [(region, None)]
-        which = np.searchsorted(np.array(self._starts, np.int64), address, "right") - 1
-        ends = np.array([r.end for r in self._regions] or [0], np.int64)
-        bad = (which < 0) | (address + size > ends[which])
-        if bad.any():
-            return int(np.flatnonzero(bad)[0])
-        return [(self._regions[w], np.flatnonzero(which == w)) for w in np.unique(which)]
-
     def describe(self, address: int) -> str:
         """Words for an address that lies in no array."""
-        region = self.find(address)
+        before = [region for region in self.regions if region.address <= address]
+        region = before[-1] if before else None
         if region is None or address >= region.end + _GUARD:
             return f"address {address:#x} is in no registered array"
         past = address - region.end
@@ -99,25 +127,21 @@ def _bytes_of(array: Any) -> tuple[Array, int, str]:
         base = array
         while isinstance(base.base, np.ndarray):
             base = base.base
-        offset = array.ctypes.data - base.ctypes.data
-        if array.size == 0:
-            return np.zeros(0, np.uint8), 0, what
-        if min(array.strides, default=0) < 0:
-            raise ValueError(f"Memory.register: array ({what}) must not have negative strides")
-        span = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True))
-        span += array.itemsize
-        start = array[(slice(0, 1),) * array.ndim].reshape(1)
-        raw = np.lib.stride_tricks.as_strided(start.view(np.uint8), (span,), (1,))
-        return raw, offset, what
-    import torch
+        start, size, strides = array.ctypes.data, array.itemsize, [*array.strides]
+        offset = start - base.ctypes.data
+    else:
+        import torch
 
-    if not isinstance(array, torch.Tensor) or array.device.type != "cpu":
-        raise TypeError(
-            f"Memory.register: expected a numpy array or CPU tensor, got {type(array).__name__}"
-        )
-    if array.numel() == 0:
+        if not isinstance(array, torch.Tensor) or array.device.type != "cpu":
+            raise TypeError(
+                f"Memory.register: expected a numpy array or CPU tensor, got {type(array).__name__}"
+            )
+        start, size = array.data_ptr(), array.element_size()
+        strides = [stride * size for stride in array.stride()]
+        offset = int(array.storage_offset()) * size
+    if 0 in shape:
         return np.zeros(0, np.uint8), 0, what
-    reach = sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=True)) + 1
-    storage = torch.empty(0, dtype=torch.uint8).set_(array.untyped_storage())  # type: ignore[call-overload]
-    offset = int(array.storage_offset()) * array.element_size()
-    return storage.numpy()[offset : offset + reach * array.element_size()], offset, what
+    if min(strides, default=0) < 0:
+        raise ValueError(f"Memory.register: array ({what}) must not have negative strides")
+    span = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + size
+    return np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(start)), offset, what

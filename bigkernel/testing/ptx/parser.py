@@ -3,204 +3,290 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from bigkernel.testing.ptx.errors import PtxError, UnknownInstruction
-from bigkernel.testing.ptx.syntax import (
-    Addr,
-    Function,
-    Imm,
-    Instruction,
-    Label,
-    Operand,
-    Program,
-    Reg,
-    Sym,
-    Variable,
-    Vec,
-    rename_item,
-)
-from bigkernel.testing.ptx.types import DTYPES, PACKED, size_of
+from bigkernel.testing.ptx.types import DTYPES, size_of
 
 
-def parse(text: str) -> Program:
-    """Parse a PTX file; errors name the line."""
-    return _Parser(text).program()
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A register, variable, label or function; negated where the text says ``!%p1``."""
+
+    name: str
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Imm:
+    """A constant: an integer, or a float with ``width`` 4 or 8 and its bits as value."""
+
+    value: int
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Addr:
+    """``[base + offset]``."""
+
+    base: Name | Imm
+    offset: int = 0
+
+
+# The tuple: ``{a, b, ..}``, or the two destinations ``a|b``.
+Operand = Name | Imm | Addr | tuple["Operand", ...]
+
+
+def items_of(operand: Operand) -> tuple[Operand, ...]:
+    """The operand's parts, itself where it is no tuple."""
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction: ``@guard op.mods operands;`` in ``line`` of the PTX text."""
+
+    op: str
+    mods: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Name | None
+    line: int
+    text: str
+    source: str = ""  # "kernel.cu:12" where the compiler wrote .loc
+
+    @property
+    def type(self) -> str:
+        """The last modifier, which is the type of the operation."""
+        return self.mods[-1]
+
+    @property
+    def opcode(self) -> str:
+        """With its modifiers: "fma.rn.f32"."""
+        return ".".join((self.op, *self.mods))
+
+    def unknown(self, why: str = "") -> UnknownInstruction:
+        """The error for an instruction that the emulator does not run."""
+        return UnknownInstruction(
+            f"PTX line {self.line}: instruction '{self.opcode}' is not known to the emulator"
+            f"{f' ({why})' if why else ''}: {self.text}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A place that branches name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """``.space .align n .type name[size]`` with its first bytes, if the text gives them."""
+
+    name: str
+    space: str
+    align: int
+    type: str
+    size: int  # bytes; 0: as much as the launch gives (extern shared)
+    initial: bytes = b""
+    address: str = ""  # a name whose address is an initial value, which is not supported
+
+
+@dataclass(slots=True)
+class Function:
+    """A kernel (``entry``) or a device function."""
+
+    name: str
+    entry: bool
+    params: list[Variable]
+    returns: list[Variable]
+    max_threads: int | None
+    registers: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, Variable] = field(default_factory=dict)
+    body: list[Instruction | Label] = field(default_factory=list)
+    targets: dict[str, list[str]] = field(default_factory=dict)  # .branchtargets
+
+
+@dataclass(slots=True)
+class Program:
+    """One PTX file."""
+
+    functions: dict[str, Function]
+    variables: dict[str, Variable]
+
+
+def names_of(operand: Operand) -> Iterator[str]:
+    """Every name in an operand."""
+    if isinstance(operand, Name):
+        yield operand.name
+    for part in operand if isinstance(operand, tuple) else ():
+        yield from names_of(part)
+    if isinstance(operand, Addr):
+        yield from names_of(operand.base)
+
+
+def _rename_operand(operand: Operand, names: dict[str, str]) -> Operand:
+    if isinstance(operand, Name):
+        return replace(operand, name=names.get(operand.name, operand.name))
+    if isinstance(operand, Addr):
+        base = _rename_operand(operand.base, names)
+        assert isinstance(base, Name | Imm)
+        return Addr(base, operand.offset)
+    if isinstance(operand, tuple):
+        return tuple(_rename_operand(part, names) for part in operand)
+    return operand
+
+
+def rename(body: list[Instruction | Label], names: dict[str, str]) -> list[Instruction | Label]:
+    """Statements with registers, symbols and labels called by their new names."""
+    out: list[Instruction | Label] = []
+    for item in body:
+        if isinstance(item, Label):
+            out.append(Label(names.get(item.name, item.name)))
+            continue
+        guard = item.guard and replace(item.guard, name=names.get(item.guard.name, item.guard.name))
+        operands = tuple(_rename_operand(operand, names) for operand in item.operands)
+        out.append(replace(item, guard=guard, operands=operands))
+    return out
 
 
 _NAME = r"[A-Za-z_$%][\w$]*"
-_LABEL = re.compile(rf"({_NAME})\s*:(?!:)")
-_DIRECTIVE = re.compile(r"\.([a-z_]+)")
+_STATEMENT = re.compile(
+    rf"""\s*(?:(?P<label>{_NAME})\s*:(?!:)
+    | (?P<opening>{{) | (?P<closing>}})
+    | (?P<location>\.(?:version|target|address_size|file|loc)\b[^\n]*)
+    | (?P<section>\.section\b[^}}]*}})
+    | (?P<header>(?:\.(?:visible|extern|weak|common)\s+)*\.(?:entry|func)\b[^{{;]*)
+    | (?P<directive>\.[^;]*);
+    | (?P<instruction>[^;]*);)""",
+    re.VERBOSE,
+)
+_HEADER = re.compile(
+    rf".*?\.(?P<kind>entry|func)\s*(?:\.noreturn\s*)?(?:\((?P<returns>[^)]*)\))?\s*"
+    rf"(?P<name>{_NAME})\s*(?:\((?P<params>[^)]*)\))?(?P<rest>.*)",
+    re.DOTALL,
+)
 _VARIABLE = re.compile(
-    r"\.(?P<space>param|reg|local|shared|const|global)\s*"
-    r"(?:\.align\s+(?P<align1>\d+)\s+)?\.(?P<type>\w+)\s*"
-    r"(?P<ptr>\.ptr(?:\s*\.\w+)?(?:\s*\.align\s+\d+)?)?"
-    r"(?:\.align\s+(?P<align2>\d+)\s+)?\s*"
-    rf"(?P<name>{_NAME})\s*(?P<dims>(?:\[\s*\d*\s*\])*)\s*(?:=\s*(?P<init>.*))?$",
+    r"(?:\.(?:visible|extern|weak|common|attribute\([^)]*\))\s*)*"
+    r"\.(?P<space>param|local|shared|const|global)\s*"
+    r"(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s*"
+    r"(?:\.ptr(?:\s*\.\w+)?(?:\s*\.align\s+\d+)?)?\s*"
+    rf"(?P<name>{_NAME})\s*(?P<extents>(?:\[\s*\d*\s*\])*)\s*(?:=\s*(?P<initial>.*))?",
     re.DOTALL,
 )
 
 
+def parse(text: str) -> Program:
+    """Parse a PTX file; errors name the line."""
+    return _Parser(text).program
+
+
 class _Parser:
+    """Statement by statement: each kind has a method, called with the statement's text."""
+
     def __init__(self, text: str) -> None:
-        keep_lines: Callable[[re.Match[str]], str] = lambda m: "\n" * m.group().count("\n")  # noqa: E731
-        self.text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", keep_lines, text, flags=re.S))
-        self.at = 0
-        self.line = 1
+        self.program = Program({}, {})
         names = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
         self.files = {number: path.rsplit("/", 1)[-1] for number, path in names}
         self.callers: dict[str, str] = {}  # the outermost place that an inlined one came from
         self.loc = ""
-        self.scopes = 0
-        self.result = Program("", {}, {})
+        self.function: Function | None = None  # the last header's
+        # Open braces: the statements in them, and new names for what an inner one declares.
+        self.scopes: list[tuple[list[Instruction | Label], dict[str, str]]] = []
+        self.renamed = 0
+        text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
+        text = re.sub(r"//[^\n]*", "", text).rstrip()
+        self.line, at = 1, 0
+        while at < len(text):
+            match = _STATEMENT.match(text, at)
+            if match is None:
+                raise self.fail(f"';' expected after '{text[at : at + 40].strip()}'")
+            kind = match.lastgroup or ""
+            start = match.start(kind)
+            self.line += text.count("\n", at, start)
+            if kind in ("label", "instruction") and match[kind] and not self.scopes:
+                raise self.fail(f"directive expected, got '{match[kind][:40]}'")
+            getattr(self, kind)(match[kind])
+            self.line += text.count("\n", start, match.end())
+            at = match.end()
+        if self.scopes:
+            raise self.fail("'}' expected before the end of the text")
 
     def fail(self, what: str) -> PtxError:
         return PtxError(f"PTX line {self.line}: {what}")
 
-    def skip_space(self) -> bool:
-        """Move to the next character that counts; False at the end."""
-        match = re.compile(r"\s*").match(self.text, self.at)
-        assert match
-        self.advance(match.end())
-        return self.at < len(self.text)
+    def section(self, text: str) -> None:
+        """Debugging information."""
 
-    def advance(self, to: int) -> str:
-        piece = self.text[self.at : to]
-        self.line += piece.count("\n")
-        self.at = to
-        return piece
-
-    def until(self, stop: str) -> str:
-        """The text before ``stop``, which is skipped."""
-        end = self.text.find(stop, self.at)
-        if end < 0:
-            raise self.fail(f"'{stop}' expected before the end of the text")
-        piece = self.advance(end)
-        self.advance(end + len(stop))
-        return piece
-
-    def program(self) -> Program:
-        """The whole file."""
-        while self.skip_space():
-            start = self.at
-            match = _DIRECTIVE.match(self.text, self.at)
-            if not match:
-                raise self.fail(f"directive expected, got '{self.until(chr(10))[:40]}'")
-            while match and match[1] in ("visible", "extern", "weak", "common"):
-                self.advance(match.end())
-                self.skip_space()
-                match = _DIRECTIVE.match(self.text, self.at)
-            name = match[1] if match else ""
-            if name in ("version", "target", "address_size", "file"):
-                line = self.until("\n")
-                if name == "target":
-                    self.result.target = line.split()[1].rstrip(",")
-            elif name == "section":
-                self.until("}")
-            elif name in ("entry", "func"):
-                self.function(entry=name == "entry")
-            elif name in ("global", "const", "shared"):
-                variable = self.variable(self.until(";"))
-                self.result.variables[variable.name] = variable
-            elif name in ("alias", "pragma"):
-                self.until(";")
-            else:
-                self.at = start
-                raise self.fail(f"directive .{name} is not known")
-        return self.result
-
-    def function(self, entry: bool) -> None:
-        """``.entry name (params) directives { body }`` or ``.func (returns) name (params) ..``."""
-        ends = [p for p in (self.text.find(c, self.at) for c in "{;") if p >= 0]
-        header = self.advance(min(ends))
-        match = re.match(
-            rf"\.(?:entry|func)\s*(?:\.noreturn\s*)?(?:\((?P<ret>[^)]*)\))?\s*(?P<name>{_NAME})"
-            r"\s*(?:\((?P<par>[^)]*)\))?(?P<rest>.*)$",
-            header,
-            re.DOTALL,
-        )
+    def header(self, text: str) -> None:
+        """``.entry name (params) directives``, or ``.func (returns) name (params)``."""
+        match = _HEADER.match(text)
         if not match:
             raise self.fail("function header not understood")
         params, returns = (
             [self.variable(part) for part in (match[key] or "").split(",") if part.strip()]
-            for key in ("par", "ret")
+            for key in ("params", "returns")
         )
-        function = Function(match["name"], entry, params, returns)
         threads = re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", match["rest"])
-        if threads:
-            function.max_threads = 1
-            for extent in threads[1].split(","):
-                function.max_threads *= int(extent)
-        opening = self.text[self.at]
-        self.advance(self.at + 1)
-        if opening == "{":
-            self.loc = ""
-            function.body = self.scope(function, "")
-            self.result.functions[function.name] = function
+        limit = math.prod(map(int, threads[1].split(","))) if threads else None
+        self.function = Function(match["name"], match["kind"] == "entry", params, returns, limit)
+        self.loc = ""
 
-    def scope(self, function: Function, suffix: str) -> list[Instruction | Label]:
-        """Statements up to the closing brace; names declared here get ``suffix``."""
-        body: list[Instruction | Label] = []
-        own: dict[str, str] = {}
-        while True:
-            if not self.skip_space():
-                raise self.fail("'}' expected before the end of the text")
-            char = self.text[self.at]
-            label = _LABEL.match(self.text, self.at)
-            if char == "}":
-                self.advance(self.at + 1)
-                return [rename_item(item, own) for item in body] if own else body
-            if char == "{":
-                self.advance(self.at + 1)
-                self.scopes += 1
-                body += self.scope(function, f"${self.scopes}")
-            elif char == ";":
-                self.advance(self.at + 1)
-            elif label:
-                self.advance(label.end())
-                self.skip_space()
-                if self.text.startswith(".branchtargets", self.at):
-                    names = self.until(";").split(None, 1)[1]
-                    function.targets[label[1]] = [n.strip() for n in names.split(",")]
-                    continue
-                own.update({label[1]: label[1] + suffix} if suffix else {})
-                body.append(Label(label[1]))
-            elif char == ".":
-                self.declaration(function, suffix, own)
-            else:
-                body.append(self.instruction())
+    def opening(self, text: str) -> None:
+        self.scopes.append(([], {}))
 
-    def declaration(self, function: Function, suffix: str, own: dict[str, str]) -> None:
-        """A directive inside a body."""
-        match = _DIRECTIVE.match(self.text, self.at)
-        name = match[1] if match else ""
-        if name == "loc":
-            self.location(self.until("\n"))
-        elif name == "reg":
-            type_, names = self.until(";").removeprefix(".reg").split(None, 1)
-            for item in names.split(","):
-                ranged = re.match(r"\s*([^\s<]+)\s*<\s*(\d+)\s*>", item)
-                plain = item.strip()
-                every = [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged else [plain]
-                for reg in every:
-                    function.registers[reg + suffix] = type_[1:]
-                    if suffix:
-                        own[reg] = reg + suffix
-        elif name in ("local", "shared", "param"):
-            variable = self.variable(self.until(";"))
-            if suffix:
-                own[variable.name] = variable.name + suffix
-                variable.name += suffix
-            function.variables[variable.name] = variable
-        elif name in ("pragma", "callprototype"):
-            self.until(";")
+    def closing(self, text: str) -> None:
+        if self.function is None or not self.scopes:
+            raise self.fail("'}' without '{'")
+        body, names = self.scopes.pop()
+        if self.scopes:
+            self.scopes[-1][0].extend(rename(body, names) if names else body)
         else:
-            raise self.fail(f"directive .{name} is not known")
+            self.function.body = body
+            self.program.functions[self.function.name] = self.function
+
+    def declare(self, name: str) -> str:
+        """What a name that is declared here is called in the whole function."""
+        if len(self.scopes) == 1:
+            return name
+        self.renamed += 1
+        return self.scopes[-1][1].setdefault(name, f"{name}${self.renamed}")
+
+    def label(self, name: str) -> None:
+        self.declare(name)
+        self.scopes[-1][0].append(Label(name))
+
+    def directive(self, text: str) -> None:
+        """What begins with a dot and ends with a semicolon."""
+        name, rest = text[1:].split(None, 1)
+        if name in ("alias", "pragma", "callprototype"):
+            return
+        if name == "reg" and self.function:
+            type_, names = rest.split(None, 1)
+            for item in names.split(","):
+                reg, _, count = item.strip(" >\n\t").partition("<")
+                for own in [f"{reg.strip()}{k}" for k in range(int(count))] if count else [reg]:
+                    self.function.registers[self.declare(own)] = type_[1:]
+        elif name == "branchtargets" and self.function:
+            table = self.scopes[-1][0].pop()
+            assert isinstance(table, Label)
+            self.function.targets[table.name] = [n.strip() for n in rest.split(",")]
+        else:
+            variable = self.variable(text)
+            if self.scopes and self.function:
+                variable = replace(variable, name=self.declare(variable.name))
+                self.function.variables[variable.name] = variable
+            else:
+                self.program.variables[variable.name] = variable
 
     def location(self, text: str) -> None:
         """``.loc file line column[, function_name label, inlined_at file line column]``."""
+        if not text.startswith(".loc"):
+            return
         own, _, outer = text.partition(", function_name")
         place, caller = " ".join(own.split()[1:4]), " ".join(outer.split()[2:5])
         self.callers[place] = self.callers.get(caller, caller) or place
@@ -212,46 +298,42 @@ class _Parser:
 
     def variable(self, text: str) -> Variable:
         """A variable's declaration without its semicolon."""
-        text = re.sub(r"\.(visible|extern|weak|attribute\([^)]*\))\s*", "", text.strip())
-        match = _VARIABLE.match(text)
-        if not match or match["type"] not in ("pred", *_SIZES):
-            raise self.fail(f"variable '{text[:60]}' not understood")
+        match = _VARIABLE.fullmatch(text.strip())
+        if not match or match["type"] not in DTYPES:
+            raise self.fail(f"declaration '{text.strip()[:60]}' not understood")
         type_ = match["type"]
-        count = 1
-        for extent in re.findall(r"\[\s*(\d*)\s*\]", match["dims"]):
-            count *= int(extent or 0)
-        size = _SIZES[type_]
-        align = int(match["align1"] or match["align2"] or size)
-        initial = b""
-        for item in re.findall(r"[^\s{},]+", match["init"] or ""):
+        size = size_of(type_)
+        count = math.prod(int(n or 0) for n in re.findall(r"\[\s*(\d*)\s*\]", match["extents"]))
+        align = int(match["align"] or size)
+        initial, address = b"", ""
+        for item in re.findall(r"[^\s{},]+", match["initial"] or ""):
             imm = _immediate(item)
             if imm is None:
-                return Variable(
-                    match["name"], match["space"], align, type_, count * size, b"", item
-                )
-            initial += (imm.value & (1 << 8 * size) - 1).to_bytes(size, "little")
-        return Variable(match["name"], match["space"], align, type_, count * size, initial)
+                address = item
+            else:
+                initial += (imm.value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        return Variable(match["name"], match["space"], align, type_, count * size, initial, address)
 
-    def instruction(self) -> Instruction:
-        """One statement up to its semicolon."""
-        line = self.line
-        text = " ".join(self.until(";").split())
-        rest, guard = text, None
+    def instruction(self, text: str) -> None:
+        """One instruction without its semicolon."""
+        rest = text = " ".join(text.split())
+        if not text:
+            return
+        guard = None
         if text.startswith("@"):
             word, rest = text[1:].split(None, 1)
-            guard = Reg(word.lstrip("!"), word.startswith("!"))
+            guard = Name(word.lstrip("!"), word.startswith("!"))
         opcode, _, tail = rest.partition(" ")
         op, *mods = opcode.replace("::", ":").split(".")
         try:
             operands = tuple(_operand(piece) for piece in _split(tail))
         except ValueError:
             raise UnknownInstruction(
-                f"PTX line {line}: instruction '{opcode}' is not known with operands '{tail}'"
+                f"PTX line {self.line}: instruction '{opcode}' is not known with operands '{tail}'"
             ) from None
-        return Instruction(op, tuple(mods), operands, guard, line, text, self.loc)
-
-
-_SIZES = {t: size_of(t) for t in DTYPES if t not in PACKED and t not in ("pred", "bf16", "tf32")}
+        self.scopes[-1][0].append(
+            Instruction(op, tuple(mods), operands, guard, self.line, text, self.loc)
+        )
 
 
 _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # no closing bracket before the next opening one
@@ -264,10 +346,8 @@ def _split(text: str) -> list[str]:
 
 def _immediate(text: str) -> Imm | None:
     """A number as PTX writes it (PTX ISA, "Constants")."""
-    if re.fullmatch(r"-?0[fF][0-9a-fA-F]{8}", text):
-        return Imm(int(text[-8:], 16), 4)
-    if re.fullmatch(r"-?0[dD][0-9a-fA-F]{16}", text):
-        return Imm(int(text[-16:], 16), 8)
+    if match := re.fullmatch(r"-?0([fFdD])([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", text):
+        return Imm(int(match[2], 16), len(match[2]) // 2)
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", text):
         digits = text.rstrip("U")
         octal = re.fullmatch(r"-?0[0-7]+", digits)
@@ -283,20 +363,17 @@ def _operand(text: str) -> Operand:
     if imm is not None:
         return imm
     if text[0] == "[":
-        base, _, offset = text.strip("[]").replace("+-", "-").strip().partition("+")
-        if not offset and "-" in base[1:]:
-            base, _, offset = base.partition("-")
-            offset = "-" + offset
-        inner = _operand(base.strip())
-        if not isinstance(inner, Reg | Sym | Imm):
+        match = re.fullmatch(r"\[\s*([^\s+-]+)\s*(?:\+\s*)?(-?\s*\w+)?\s*\]", text)
+        base = _operand(match[1]) if match else None
+        if not match or not isinstance(base, Name | Imm):
             raise ValueError(text)
-        return Addr(inner, int(offset.strip() or "0", 0))
+        return Addr(base, int((match[2] or "0").replace(" ", ""), 0))
     if text[0] in "{(":
-        return Vec(tuple(_operand(piece) for piece in _split(text[1:-1])))
+        return tuple(_operand(piece) for piece in _split(text[1:-1]))
     if "|" in text:
-        return Vec(tuple(_operand(piece.strip()) for piece in text.split("|")))
+        return tuple(_operand(piece.strip()) for piece in text.split("|"))
     if text[0] == "!":
-        return Reg(text[1:].strip(), True)
+        return Name(text[1:].strip(), True)
     if re.fullmatch(r"[A-Za-z_$%][\w$.]*", text):
-        return Reg(text) if text[0] == "%" else Sym(text)
+        return Name(text)
     raise ValueError(text)

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-from bigkernel.testing.ptx.alu import unknown
 from bigkernel.testing.ptx.errors import PtxError, UnknownInstruction
-from bigkernel.testing.ptx.syntax import (
-    Addr,
+from bigkernel.testing.ptx.parser import (
     Function,
-    Imm,
     Instruction,
     Label,
-    Operand,
+    Name,
     Program,
-    Reg,
-    Sym,
     Variable,
-    Vec,
+    items_of,
+    names_of,
     rename,
 )
 from bigkernel.testing.ptx.types import size_of
 
-_DEPTH = 16
+_DEPTH = 16  # of calls
+_ENDS = ("bra", "brx", "ret", "exit", "trap")
 
 
 @dataclass(slots=True)
 class BasicBlock:
     """Instructions that run one after another, and how they end."""
 
-    body: list[int]  # places in Flat.instructions
+    body: list[int] = field(default_factory=list)  # places in Flat.instructions
     end: int | None = None  # the branch, barrier or return, if there is one
+    targets: list[int] = field(default_factory=list)  # the blocks that a branch names
 
 
 @dataclass(slots=True)
@@ -40,75 +37,59 @@ class Flat:
     """A kernel without calls."""
 
     name: str
-    function: Function
-    instructions: list[Instruction]
-    blocks: list[BasicBlock]
-    labels: dict[str, int]  # block numbers
-    registers: dict[str, str]
-    offsets: dict[str, int]  # of shared and local variables in their memories
-    shared: set[str]  # which of those are shared
-    shared_bytes: int  # static
-    local_bytes: int
-    granule: int  # shortest access that may touch shared memory
-
-
-@dataclass(slots=True)
-class Piece:
-    """A translated basic block."""
-
-    run: Callable[..., Any]
-    inputs: list[str]
-    outputs: list[str]
-    source: str
+    registers: dict[str, str]  # and their types
+    variables: dict[str, Variable]  # shared and local ones
+    targets: dict[str, list[str]]  # .branchtargets
+    instructions: list[Instruction] = field(default_factory=list)
+    blocks: list[BasicBlock] = field(default_factory=lambda: [BasicBlock()])
+    offsets: dict[str, int] = field(default_factory=dict)  # of variables in their memory
+    shared_bytes: int = 0  # static
+    local_bytes: int = 0
+    granule: int = 4  # shortest access that may touch shared memory
 
 
 def flatten(program: Program, function: Function) -> Flat:
     """Put calls in place, lay out shared and local memory, cut into basic blocks."""
-    registers = dict(function.registers)
-    variables = dict(function.variables)
-    targets = dict(function.targets)
-    body = list(_inline(program, function.body, registers, variables, targets, 0))
-    used = {name for item in body if isinstance(item, Instruction) for name in _names(item)}
+    flat = Flat(function.name, {**function.registers}, {**function.variables}, {**function.targets})
+    body = list(_inline(program, function.body, flat, 0))
+    used = {n for i in body if isinstance(i, Instruction) for n in names_of(i.operands)}
     for name, variable in program.variables.items():
         if variable.space == "shared" and name in used:
-            variables[name] = variable
+            flat.variables[name] = variable
         if variable.address and name in used:
             raise UnknownInstruction(f"'{name}' holds the address of '{variable.address}'")
-    offsets: dict[str, int] = {}
-    sizes = {"shared": 0, "local": 0}
-    for variable in sorted(variables.values(), key=lambda v: v.size == 0):  # dynamic comes last
-        space = "shared" if variable.space == "shared" else "local"
-        sizes[space] += -sizes[space] % max(variable.align, 16 if variable.size == 0 else 1)
-        offsets[variable.name] = sizes[space]
-        sizes[space] += variable.size
-    flat = Flat(
-        *(function.name, function, [], [BasicBlock([])], {}, registers, offsets),
-        {v.name for v in variables.values() if v.space == "shared"},
-        *(sizes["shared"], sizes["local"], 4),
-    )
+    sizes = {True: 0, False: 0}
+    for variable in sorted(flat.variables.values(), key=lambda v: v.size == 0):  # dynamic last
+        shared = variable.space == "shared"
+        sizes[shared] += -sizes[shared] % max(variable.align, 16 if variable.size == 0 else 1)
+        flat.offsets[variable.name] = sizes[shared]
+        sizes[shared] += variable.size
+    flat.shared_bytes, flat.local_bytes = sizes[True], sizes[False]
+    labels: dict[str, int] = {}
     for item in body:
         if isinstance(item, Label):
             if flat.blocks[-1].body:
-                flat.blocks.append(BasicBlock([]))
-            flat.labels[item.name] = len(flat.blocks) - 1
+                flat.blocks.append(BasicBlock())
+            labels[item.name] = len(flat.blocks) - 1
             continue
         here = len(flat.instructions)
         flat.instructions.append(item)
         flat.granule = min(flat.granule, _granule(item))
-        if ends_block(item):
+        waits = item.op in ("bar", "barrier") and item.mods[0] != "warp"
+        if waits or item.op in _ENDS:
             flat.blocks[-1].end = here
-            flat.blocks.append(BasicBlock([]))
+            flat.blocks.append(BasicBlock())
         else:
             flat.blocks[-1].body.append(here)
-    function.targets = targets
+    for block in flat.blocks:
+        last = flat.instructions[block.end] if block.end is not None else None
+        if last is not None and last.op in ("bra", "brx"):
+            (name,) = names_of(last.operands[-1])
+            names = flat.targets.get(name, []) if last.op == "brx" else [name]
+            if not names or not labels.keys() >= {*names}:
+                raise PtxError(f"PTX line {last.line}: label not found: {last.text}")
+            block.targets = [labels[n] for n in names]
     return flat
-
-
-def ends_block(i: Instruction) -> bool:
-    """Whether threads may part, end or wait after the instruction."""
-    if i.op in ("bar", "barrier"):
-        return i.mods[0] != "warp"
-    return i.op in ("bra", "brx", "ret", "exit", "trap")
 
 
 def _granule(i: Instruction) -> int:
@@ -117,102 +98,43 @@ def _granule(i: Instruction) -> int:
     return min(4, size_of(i.type)) if i.type != "b128" else 4
 
 
-def _names(i: Instruction) -> Iterator[str]:
-    """Every name among the operands."""
-    stack: list[Operand] = list(i.operands)
-    while stack:
-        operand = stack.pop()
-        if isinstance(operand, Vec):
-            stack += operand.items
-        elif isinstance(operand, Addr):
-            stack.append(operand.base)
-        elif not isinstance(operand, Imm):
-            yield operand.name
-
-
 def _inline(
-    program: Program,
-    body: list[Instruction | Label],
-    registers: dict[str, str],
-    variables: dict[str, Variable],
-    targets: dict[str, list[str]],
-    depth: int,
+    program: Program, body: list[Instruction | Label], flat: Flat, depth: int
 ) -> Iterator[Instruction | Label]:
     """The body with each called function's statements, under names of their own, in its place."""
     for item in body:
         if not isinstance(item, Instruction) or item.op != "call":
             yield item
             continue
-        name, returns, arguments = _call(item)
+        # (results), function, (arguments); either list may be missing
+        at = next(k for k, o in enumerate(item.operands) if isinstance(o, Name))
+        (name,) = names_of(item.operands[at])
+        given = [o for k, group in enumerate(item.operands) if k != at for o in items_of(group)]
         if name == "__assertfail":
             yield replace(item, op="trap", mods=(), operands=())
             continue
         callee = program.functions.get(name)
         if callee is None or item.guard is not None:
-            raise unknown(item, f"call of '{name}'")
+            raise item.unknown(f"call of '{name}'")
         if depth == _DEPTH:
             raise PtxError(f"PTX line {item.line}: calls of '{name}' nest deeper than {_DEPTH}")
-        suffix = f"@{len(variables)}.{len(registers)}"
+        suffix = f"@{len(flat.variables)}.{len(flat.registers)}"
         own = [*callee.registers, *callee.variables, *callee.targets]
         own += [label.name for label in callee.body if isinstance(label, Label)]
         names = {n: n + suffix for n in own}
-        for formal, actual in zip(callee.returns + callee.params, returns + arguments, strict=True):
-            names[formal.name] = actual
-        registers |= {names[n]: t for n, t in callee.registers.items()}
-        variables |= {names[n]: replace(v, name=names[n]) for n, v in callee.variables.items()}
-        targets |= {names[n]: [names[t] for t in ts] for n, ts in callee.targets.items()}
-        done = f"$return{suffix}"
+        for formal, actual in zip(callee.returns + callee.params, given, strict=True):
+            if not isinstance(actual, Name):
+                raise item.unknown("an argument is no .param variable")
+            names[formal.name] = actual.name
+        flat.registers |= {names[n]: t for n, t in callee.registers.items()}
+        flat.variables |= {names[n]: replace(v, name=names[n]) for n, v in callee.variables.items()}
+        flat.targets |= {names[n]: [names[t] for t in ts] for n, ts in callee.targets.items()}
+        done = Label(f"$return{suffix}")
         renamed = [
-            replace(inner, op="bra", operands=(Sym(done),))
+            replace(inner, op="bra", operands=(Name(done.name),))
             if isinstance(inner, Instruction) and inner.op == "ret"
             else inner
             for inner in rename(callee.body, names)
         ]
-        yield from _inline(program, renamed, registers, variables, targets, depth + 1)
-        yield Label(done)
-
-
-def _call(i: Instruction) -> tuple[str, list[str], list[str]]:
-    """The called function, the variables for its results, and those with its arguments."""
-    operands = list(i.operands)
-    returns = operands.pop(0) if isinstance(operands[0], Vec) else Vec(())
-    target = operands.pop(0)
-    arguments = operands.pop(0) if operands else Vec(())
-    names: list[list[str]] = []
-    for group in (returns, arguments):
-        items = group.items if isinstance(group, Vec) else ()
-        names.append([item.name for item in items if isinstance(item, Sym)])
-        if len(names[-1]) != len(items):
-            raise unknown(i, "an argument is no .param variable")
-    if not isinstance(target, Sym) or operands:
-        raise unknown(i, "indirect call")
-    return target.name, names[0], names[1]
-
-
-def successors(flat: Flat, number: int) -> list[int]:
-    """The blocks that may follow a block."""
-    end = flat.blocks[number].end
-    following = [number + 1] if number + 1 < len(flat.blocks) else []
-    if end is None:
-        return following
-    i = flat.instructions[end]
-    goes_on = following if i.guard else []
-    if i.op == "bra":
-        return [*goes_on, target(flat, i, i.operands[0])]
-    if i.op == "brx":
-        return [*goes_on, *branch_targets(flat, i)]
-    return goes_on if i.op in ("ret", "exit", "trap") else following
-
-
-def target(flat: Flat, i: Instruction, operand: Operand) -> int:
-    """The block that a branch names."""
-    if not isinstance(operand, Sym | Reg) or operand.name not in flat.labels:
-        raise PtxError(f"PTX line {i.line}: label not found: {i.text}")
-    return flat.labels[operand.name]
-
-
-def branch_targets(flat: Flat, i: Instruction) -> list[int]:
-    """The blocks of brx.idx's table."""
-    table = i.operands[1]
-    assert isinstance(table, Sym | Reg)
-    return [target(flat, i, Sym(name)) for name in flat.function.targets[table.name]]
+        yield from _inline(program, renamed, flat, depth + 1)
+        yield done

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bigkernel.testing.ptx.alu import unknown
 from bigkernel.testing.ptx.errors import BarrierError, NoProgress, Trap
 from bigkernel.testing.ptx.lanes import Lanes
 from bigkernel.testing.ptx.machine import Machine
-from bigkernel.testing.ptx.program import branch_targets, target
-from bigkernel.testing.ptx.syntax import Instruction
+from bigkernel.testing.ptx.parser import Instruction, names_of
 from bigkernel.testing.ptx.types import Array
 
 
@@ -28,8 +26,9 @@ class _Arrival:
     goes_to: int
     k: int
     waits: bool
-    seen: dict[tuple[int, int], Array]  # (block, warp) -> its vector clock
-    predicate: Array | None
+    warps: Array
+    seen: Array  # the latest of their vector clocks
+    predicate: Array  # of bar.red
 
 
 class Scheduler:
@@ -51,23 +50,19 @@ class Scheduler:
             pc = min(self.ready)
             groups = self.ready.pop(pc)
             if pc >= len(m.job.pieces):
-                self.end(np.concatenate(groups))
+                m.alive[np.concatenate(groups)] = False
             else:
                 index = groups[0] if len(groups) == 1 else np.sort(np.concatenate(groups))
                 self.step(pc, index)
             steps += 1
             if steps > m.job.max_steps:
-                lane, k = int(index[0]), self.first_instruction(pc)
+                block = m.flat.blocks[pc]
+                k = block.body[0] if block.body else block.end or 0
                 what = f"still running after {steps - 1} basic blocks; raise max_steps if it should"
-                raise m.fail(NoProgress, lane, k, what)
+                raise m.fail(NoProgress, index[0], k, what)
             if not self.ready and self.arrivals:
                 self.stuck()
         m.count_instructions(self.executed)
-
-    def first_instruction(self, pc: int) -> int:
-        """An instruction to name for a basic block."""
-        block = self.m.flat.blocks[pc]
-        return block.body[0] if block.body else block.end or 0
 
     def go(self, pc: int, index: Array) -> None:
         """Lanes continue at a basic block."""
@@ -78,22 +73,15 @@ class Scheduler:
         """Run one basic block."""
         m = self.m
         piece, block = m.job.pieces[pc], m.flat.blocks[pc]
-        lanes = m.everyone if len(index) == m.layout.lanes else Lanes(m.layout, index)
-        inputs = [m.register(name) for name in piece.inputs]
-        if not lanes.full:
-            inputs = [value[index] for value in inputs]
-        outputs, tail = piece.run(lanes, m, *inputs)
+        lanes = m.everyone if len(index) == m.layout.lanes else Lanes(m.layout, index, index)
+        inputs = [lanes.take(m.register(name)) for name in piece.inputs]
+        outputs, tail = piece.run(lanes.alone(), m, *inputs)
         self.executed[pc] += lanes.warp_count
         for name, value in zip(piece.outputs, outputs, strict=True):
-            if not lanes.full:
-                merged = m.register(name).copy()
-                merged[index] = value
-                value = merged
-            m.registers[name] = value
+            m.registers[name] = lanes.put(m.register(name), value)
         if block.end is None:
             self.go(pc + 1, index)
             return
-        i = m.flat.instructions[block.end]
         guard, operands = tail
         taken, rest = index, index[:0]
         if guard is not None and not guard.all():
@@ -101,60 +89,52 @@ class Scheduler:
             operands = tuple(o[guard] for o in operands)
         self.go(pc + 1, rest)
         if len(taken):
-            self.finish(i, block.end, pc, taken, operands)
+            self.finish(pc, taken, operands)
 
-    def finish(self, i: Instruction, k: int, pc: int, index: Array, operands: Any) -> None:
+    def finish(self, pc: int, index: Array, operands: Any) -> None:
         """Lanes execute the last instruction of a basic block."""
         m = self.m
+        k, targets = m.flat.blocks[pc].end, m.flat.blocks[pc].targets
+        assert k is not None
+        i = m.flat.instructions[k]
         if i.op == "bra":
-            self.go(target(m.flat, i, i.operands[0]), index)
+            self.go(targets[0], index)
         elif i.op == "brx":
-            targets = branch_targets(m.flat, i)
             for value in np.unique(operands[0]):
                 self.go(targets[int(value)], index[operands[0] == value])
         elif i.op in ("ret", "exit"):
-            self.end(index)
+            m.alive[index] = False
         elif i.op == "trap":
-            raise m.fail(Trap, int(index[0]), k, "the kernel gave up (trap or failed assert)")
+            raise m.fail(Trap, index[0], k, "the kernel gave up (trap or failed assert)")
         else:
             self.barrier(i, k, pc, index, operands)
-
-    def end(self, index: Array) -> None:
-        """Lanes have returned."""
-        self.m.alive[index] = False
 
     def barrier(self, i: Instruction, k: int, pc: int, index: Array, operands: Any) -> None:
         """bar.sync, bar.arrive, bar.red, and their barrier.cta forms."""
         m = self.m
         mods = set(i.mods)
         if mods - {"sync", "arrive", "red", "aligned", "cta", "popc", "and", "or", "u32", "pred"}:
-            raise unknown(i)
-        predicate = operands[-1] if "red" in mods else None
-        numbers = operands[: len(operands) - (predicate is not None)]
-        full = len(index) == m.layout.lanes and len(numbers) == 1 and predicate is None
-        if full and not self.arrivals and "sync" in mods and m.alive.all():
+            raise i.unknown()
+        numbers = operands[:-1] if "red" in mods else operands
+        predicate = operands[-1] if "red" in mods else np.zeros(len(index), bool)
+        everyone = len(index) == m.layout.lanes and m.alive.all() and not self.arrivals
+        if everyone and len(numbers) == 1 and "sync" in mods:
             m.shared.synchronize()
             self.go(pc + 1, index)
             return
         lanes = Lanes(m.layout, index)
-        ids = numbers[0].astype(np.int64)
-        for block in np.unique(lanes.block):
-            for barrier in np.unique(ids[lanes.block == block]):
-                mine = (lanes.block == block) & (ids == barrier)
-                seen = {
-                    (int(block), int(w)): m.shared.clock[block, w].copy()
-                    for w in np.unique(lanes.warp[mine])
-                }
-                arrival = _Arrival(
-                    *(index[mine], pc + 1, k, "arrive" not in mods, seen),
-                    None if predicate is None else predicate[mine],
-                )
-                self.arrivals.setdefault((int(block), int(barrier)), []).append(arrival)
-                if "arrive" in mods:
-                    m.shared.advance(lanes.block[mine], lanes.warp[mine])
-                    self.go(pc + 1, index[mine])
-                expected = int(numbers[1][mine][0]) if len(numbers) > 1 else m.layout.threads
-                self.release(int(block), int(barrier), expected)
+        for block, barrier in np.unique(np.stack((lanes.block, numbers[0]), 1), axis=0).tolist():
+            mine = (lanes.block == block) & (numbers[0] == barrier)
+            warps = np.unique(lanes.warp[mine])
+            seen = m.shared.clock[block, warps].max(0)
+            waits = "arrive" not in mods
+            arrival = _Arrival(index[mine], pc + 1, k, waits, warps, seen, predicate[mine])
+            self.arrivals.setdefault((block, barrier), []).append(arrival)
+            if not waits:
+                m.shared.advance(lanes.block[mine], lanes.warp[mine])
+                self.go(pc + 1, index[mine])
+            expected = int(numbers[1][mine][0]) if len(numbers) > 1 else m.layout.threads
+            self.release(block, barrier, expected)
 
     def release(self, block: int, barrier: int, expected: int) -> None:
         """Let a barrier's lanes go on if all are there."""
@@ -165,24 +145,22 @@ class Scheduler:
             return
         if count > expected:
             what = f"{count} threads arrived at barrier {barrier}, which expects {expected}"
-            raise m.fail(BarrierError, int(here[-1].index[0]), here[-1].k, what)
+            raise m.fail(BarrierError, here[-1].index[0], here[-1].k, what)
         del self.arrivals[block, barrier]
         self.check_aligned(here, barrier)
         waiting = [a for a in here if a.waits]
-        vectors = np.stack([v for a in here for v in a.seen.values()])
-        warps = sorted({w for a in waiting for _, w in a.seen})
-        m.shared.synchronize_warps(block, vectors.max(0), np.array(warps))
-        reduced = [a for a in here if a.predicate is not None]
-        votes = np.concatenate([a.predicate for a in reduced]) if reduced else np.zeros(0, bool)  # type: ignore[misc]
+        warps = np.unique(np.concatenate([a.warps for a in waiting]))
+        m.shared.synchronize_warps(block, np.max([a.seen for a in here], axis=0), warps)
+        votes = np.concatenate([a.predicate for a in here])
         for a in waiting:
-            if a.predicate is not None:
+            if "red" in m.flat.instructions[a.k].mods:
                 self.give(a, votes)
             self.go(a.goes_to, a.index)
 
     def give(self, arrival: _Arrival, votes: Array) -> None:
         """bar.red's result."""
         i = self.m.flat.instructions[arrival.k]
-        name = i.operands[0].name  # type: ignore[union-attr]
+        (name,) = names_of(i.operands[0])
         value = votes.sum() if "popc" in i.mods else votes.all() if "and" in i.mods else votes.any()
         merged = self.m.register(name).copy()
         merged[arrival.index] = value
@@ -191,17 +169,17 @@ class Scheduler:
     def check_aligned(self, here: list[_Arrival], barrier: int) -> None:
         """A warp executes one and the same aligned barrier together."""
         m = self.m
-        places: dict[tuple[int, int], _Arrival] = {}
+        places: dict[int, _Arrival] = {}
         for a in here:
             i = m.flat.instructions[a.k]
             if i.op == "barrier" and "aligned" not in i.mods:
                 continue
-            for warp in a.seen:
+            for warp in a.warps.tolist():
                 other = places.setdefault(warp, a)
                 if other.k != a.k:
                     what = (f"its warp reaches barrier {barrier} in two places, the other in PTX "
                             f"line {m.line(other.k)}")  # fmt: skip
-                    raise m.fail(BarrierError, int(a.index[0]), a.k, what)
+                    raise m.fail(BarrierError, a.index[0], a.k, what)
 
     def stuck(self) -> None:
         """Nobody can go on: some barrier is not reached by all."""
@@ -217,5 +195,5 @@ class Scheduler:
                 for a in arrivals:
                     if lane in a.index:
                         place = f"waits at barrier {other} in PTX line {m.line(a.k)}"
-            what += f"; {m.layout.name(lane).split(', ', 1)[1]} {place}"
-        raise m.fail(BarrierError, int(here[0].index[0]), here[0].k, what)
+            what += f"; {m.layout.thread_name(lane)} {place}"
+        raise m.fail(BarrierError, here[0].index[0], here[0].k, what)

@@ -10,45 +10,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bigkernel.testing.ptx.errors import (
     Finding,
-    Misaligned,
     MissingWait,
     OutOfBounds,
     SharedRace,
     UninitializedRead,
 )
-from bigkernel.testing.ptx.lanes import Lanes, Layout
+from bigkernel.testing.ptx.lanes import Lanes
+from bigkernel.testing.ptx.memory import SHARED_BASE, WINDOW, Region
 from bigkernel.testing.ptx.types import BITS, Array
+
+if TYPE_CHECKING:
+    from bigkernel.testing.ptx.machine import Machine
 
 # A stamp is clock << 12 | atomic << 11 | thread + 1; 0 is never.
 _THREAD, _MANY, _ATOMIC, _CLOCK = 0x7FF, 0x7FF, 0x800, 12
 
-Fail = Callable[[type[Finding], int, int, str], Finding]  # (kind, lane, instruction, what)
-
 
 @dataclass
 class _Copy:
-    """cp.async by some lanes, not landed yet."""
+    """cp.async by some lanes."""
 
     lanes: Array
     place: Array  # row of `size` bytes in the data
-    size: int
     rows: Array  # [lanes, size] bytes
     slots: Array  # [lanes, granules]
     group: Array  # the lanes' groups
+    flying: Array  # which have not landed
 
 
-class Shared:
+class Shared(Region):
     """Shared memory of every block of a batch, ``size`` bytes each."""
 
-    def __init__(self, layout: Layout, size: int, granule: int, fail: Fail) -> None:
-        self.layout, self.size, self.granule, self.fail = layout, size, granule, fail
+    def __init__(self, machine: Machine, size: int, granule: int) -> None:
+        layout = self.layout = machine.layout
+        self.m, self.size, self.granule = machine, size, granule
         self.stride = -(-size // 16) * 16
-        self.data = np.zeros(layout.blocks * self.stride, np.uint8)
+        data = np.zeros(layout.blocks * self.stride, np.uint8)
+        super().__init__("", "", SHARED_BASE, data, False)
+        self.end = SHARED_BASE + WINDOW
         self.slots_per_block = self.stride // granule
         slots = layout.blocks * self.slots_per_block
         self.written = np.zeros(slots, np.int32)
@@ -65,14 +70,12 @@ class Shared:
         """Host memory that one block takes."""
         return size + size // granule * 4 * (warps + 2)
 
-    def synchronize(self, blocks: Array | None = None) -> None:
-        """All threads of these blocks (None: of all) have met at a barrier."""
-        if blocks is None:
-            self.clock[:] = self.clock.max(axis=1)[:, None, :]
-            self.clock[:, self._own, self._own] += 1
-        else:
-            self.clock[blocks] = self.clock[blocks].max(axis=1)[:, None, :]
-            self.clock[blocks[:, None], self._own, self._own] += 1
+    # Order
+
+    def synchronize(self) -> None:
+        """All threads of all blocks have met at a barrier."""
+        self.clock[:] = self.clock.max(axis=1)[:, None, :]
+        self.clock[:, self._own, self._own] += 1
 
     def synchronize_warps(self, block: int, seen: Array, warps: Array) -> None:
         """Some warps of one block have met; ``seen``: the clocks all participants brought."""
@@ -85,105 +88,90 @@ class Shared:
         block, warp = np.divmod(pairs, self.layout.warps)
         self.clock[block, warp, warp] += 1
 
-    def load(self, lanes: Lanes, k: int, at: Array, size: int, count: int) -> list[Array]:
-        """``count`` values of ``size`` bytes from each lane's address."""
-        slots = self._slots(lanes, k, at, size * count)
-        self._mark_read(lanes, k, slots)
-        return self.peek(lanes, at, size, count)
+    def _now(self, lanes: Lanes) -> Array:
+        """Each lane's stamp if it writes or reads now, [lanes, 1]."""
+        clock = self.clock[lanes.block, lanes.warp, lanes.warp]
+        return ((clock << _CLOCK) | (lanes.thread + 1)).astype(np.int32)[:, None]
 
-    def store(self, lanes: Lanes, k: int, at: Array, size: int, values: list[Array]) -> None:
-        """Each lane's values to its address."""
-        slots = self._slots(lanes, k, at, size * len(values))
-        clash = self._mark_write(lanes, k, slots, 0)
-        self.poke(lanes, at, size, values)
-        if clash is not None:  # several lanes in this very instruction: fine if they agree
-            for value, now in zip(values, self.peek(lanes, at, size, len(values)), strict=True):
-                bad = np.flatnonzero(now != value)
-                if len(bad):
-                    raise self._race(lanes, k, slots, int(bad[0]), "writes another value to")
+    # Accesses
 
-    def touch_atomic(self, lanes: Lanes, k: int, at: Array, size: int) -> None:
-        """Check and note an atomic update."""
-        slots = self._slots(lanes, k, at, size)
-        unknown = self.written[slots] == 0
-        if unknown.any():
-            raise self._unwritten(lanes, k, slots, unknown)
-        self._mark_write(lanes, k, slots, _ATOMIC)
+    def touch(self, m: Machine, kind: str, lanes: Lanes, k: int, at: Array,
+              size: int) -> Callable[[int], Finding] | None:  # fmt: skip
+        slots = self.slots(lanes, k, at, size)
+        if kind == "atomic":
+            m.counters.shared_atomics += lanes.n
+        else:
+            m.counters.count_shared(m.line(k), lanes, at, size)
+        if kind != "store":
+            self._check_written(lanes, k, slots)
+        if kind == "load":
+            self._mark_read(lanes, k, slots)
+        elif self._mark_write(lanes, k, slots, _ATOMIC if kind == "atomic" else 0) is not None:
+            words = "writes another value to {}'s place"
+            return lambda i: self._race(lanes, k, slots, i, 0, words, self.written[slots])
+        return None
 
-    def peek(self, lanes: Lanes, at: Array, size: int, count: int) -> list[Array]:
-        """Values without any check."""
-        view, place = self._place(lanes, at, size)
-        return [view[place + j] for j in range(count)]
+    def words(self, lanes: Lanes, at: Array, size: int) -> tuple[Array, Array]:
+        """The memory in words of ``size`` bytes, and which of them are at these addresses."""
+        return self.data.view(BITS[size]), (lanes.block * self.stride + at - SHARED_BASE) // size
 
-    def poke(self, lanes: Lanes, at: Array, size: int, values: list[Array]) -> None:
-        """Store without any check."""
-        view, place = self._place(lanes, at, size)
-        for j, value in enumerate(values):
-            view[place + j] = value
-
-    def _place(self, lanes: Lanes, at: Array, size: int) -> tuple[Array, Array]:
-        return self.data.view(BITS[size]), (lanes.block * self.stride + at) // size
-
-    def _slots(self, lanes: Lanes, k: int, at: Array, size: int) -> Array:
-        """The granules of an access, [lanes, granules], after checking its address."""
-        if at.size and (int(at.min()) < 0 or int(at.max()) + size > self.size):
-            i = int(np.flatnonzero((at < 0) | (at + size > self.size))[0])
-            what = f"{size} bytes at shared address {int(at[i])}, of {self.size} bytes"
-            raise self.fail(OutOfBounds, lanes.index[i], k, what)
-        if (at & (size - 1)).any():
-            i = int(np.flatnonzero(at & (size - 1))[0])
-            what = f"{size}-byte access at shared address {int(at[i])}"
-            raise self.fail(Misaligned, lanes.index[i], k, what)
-        first = lanes.block * self.slots_per_block + at // self.granule
+    def slots(self, lanes: Lanes, k: int, at: Array, size: int) -> Array:
+        """The granules of an access, [lanes, granules]."""
+        bad = at + size > SHARED_BASE + self.size
+        if bad.any():
+            what = f"{size} bytes at {self.place(at[bad][0])}, of {self.size} bytes"
+            raise self.m.fail(OutOfBounds, lanes.index[bad][0], k, what)
+        first = lanes.block * self.slots_per_block + (at - SHARED_BASE) // self.granule
         return first[:, None] + np.arange(size // self.granule)
+
+    def _check_written(self, lanes: Lanes, k: int, slots: Array) -> None:
+        if self.copies and self.pending[slots].any():
+            i, j = _first(self.pending[slots])
+            by = self._thread(lanes.index[i], int(self.pending[slots][i, j]))
+            what = f"{self._place(slots, i, j)} awaits a cp.async of {by} that was not waited for"
+            raise self.m.fail(MissingWait, lanes.index[i], k, what)
+        stamps = self.written[slots]
+        if not stamps.all():
+            i, j = _first(stamps == 0)
+            what = f"{self._place(slots, i, j)} was never written"
+            raise self.m.fail(UninitializedRead, lanes.index[i], k, what)
 
     def _mark_read(self, lanes: Lanes, k: int, slots: Array) -> None:
         stamps = self.written[slots]
-        if self.copies:
-            waiting = self.pending[slots] != 0
-            if waiting.any():
-                raise self._in_flight(lanes, k, slots, waiting)
-        if not stamps.all():
-            raise self._unwritten(lanes, k, slots, stamps == 0)
         bad = self._unordered(lanes, stamps)
         if bad.any():
-            raise self._race(lanes, k, slots, *_first(bad), "reads what", stamps)
-        warp, me = lanes.warp[:, None], (lanes.thread + 1)[:, None]
-        clock = self.clock[lanes.block, lanes.warp, lanes.warp][:, None] << _CLOCK
+            raise self._race(lanes, k, slots, *_first(bad), "reads what {} wrote", stamps)
+        warp, me = lanes.warp[:, None], self._now(lanes)
+        clock = me >> _CLOCK << _CLOCK
         before = self.read[slots, warp]
-        many = (before >= clock) & (before != clock | me)
-        mine = np.where(many, clock | _MANY, clock | me).astype(np.int32)
+        mine = np.where((before >= clock) & (before != me), clock | _MANY, me)
         self.read[slots, warp] = mine
-        if len(lanes.index) > 1:  # lanes of this instruction that read one place
-            lost = np.nonzero(self.read[slots, warp] != mine)
-            if len(lost[0]):
-                self.read[slots[lost], lanes.warp[lost[0]]] = (clock | _MANY)[lost[0], 0]
+        lost = np.nonzero(self.read[slots, warp] != mine)  # to others that read the same place now
+        if len(lost[0]):
+            self.read[slots[lost], lanes.warp[lost[0]]] = (clock | _MANY)[lost[0], 0]
 
     def _mark_write(self, lanes: Lanes, k: int, slots: Array, flag: int) -> Array | None:
         """Check and note a write; the lanes that others overwrote in the same instruction."""
-        if self.copies:
-            waiting = self.pending[slots] != 0
-            if waiting.any():
-                raise self._race(lanes, k, slots, *_first(waiting), "writes under a cp.async to")
+        if self.copies and self.pending[slots].any():
+            pending = self.pending[slots]
+            words = "writes under a cp.async to {}'s place"
+            raise self._race(lanes, k, slots, *_first(pending), words, pending)
         stamps = self.written[slots]
         bad = self._unordered(lanes, stamps)
         if flag:
             bad &= (stamps & _ATOMIC) == 0
         if bad.any():
-            raise self._race(lanes, k, slots, *_first(bad), "writes what", stamps)
-        clocks = self.clock[lanes.block, lanes.warp]
-        reads = self.read[slots]
+            raise self._race(lanes, k, slots, *_first(bad), "writes what {} wrote", stamps)
+        now, clocks = self._now(lanes), self.clock[lanes.block, lanes.warp]
+        reads = self.read[slots]  # [lanes, granules, warps]
         late = (reads >> _CLOCK) > clocks[:, None, :]
-        own = np.take_along_axis(reads, np.broadcast_to(lanes.warp[:, None, None], (*slots.shape, 1)), 2)[..., 0]  # fmt: skip  # noqa: E501
-        now = np.take_along_axis(clocks, lanes.warp[:, None], 1)
-        other = ((own >> _CLOCK) == now) & ((own & _THREAD) != (lanes.thread + 1)[:, None])
+        own = self.read[slots, lanes.warp[:, None]]
+        other = (own >> _CLOCK == now >> _CLOCK) & ((own ^ now) & _THREAD != 0)
         if late.any() or other.any():
-            bad = late.any(2) | other
-            i, j = _first(bad)
-            by = int(reads[i, j][late[i, j]][0] if late[i, j].any() else own[i, j])
-            raise self._race(lanes, k, slots, i, j, "writes what", np.full(slots.shape, by), "read")
-        mine = ((now << _CLOCK) | flag | (lanes.thread + 1)[:, None]).astype(np.int32)
-        mine = np.broadcast_to(mine, slots.shape)
+            i, j = _first(late.any(2) | other)
+            stamps[i, j] = reads[i, j][late[i, j]][0] if late[i, j].any() else own[i, j]
+            raise self._race(lanes, k, slots, i, j, "writes what {} read", stamps)
+        mine = np.broadcast_to(now | flag, slots.shape)
         self.written[slots] = mine
         clash = (self.written[slots] != mine).any(1)
         return np.flatnonzero(clash) if clash.any() else None
@@ -201,78 +189,54 @@ class Shared:
     def copy(self, lanes: Lanes, k: int, at: Array, rows: Array) -> None:
         """Start copies of rows ([lanes, bytes]) to ``at``; they land when waited for."""
         size = rows.shape[1]
-        slots = self._slots(lanes, k, at, size)
+        slots = self.slots(lanes, k, at, size)
         written = self.written[slots]
         clash = self._mark_write(lanes, k, slots, 0)
         if clash is not None:
-            raise self._race(lanes, k, slots, int(clash[0]), 0, "writes what", self.written[slots])
+            words, stamps = "writes what {} wrote", self.written[slots]
+            raise self._race(lanes, k, slots, int(clash[0]), 0, words, stamps)
         self.written[slots] = written  # nothing is there before it lands
         self.pending[slots] = (lanes.thread + 1)[:, None]
-        place = (lanes.block * self.stride + at) // size
-        group = self.committed[lanes.index]
-        self.copies.append(_Copy(lanes.index, place, size, rows, slots, group))
-
-    def commit(self, lanes: Lanes) -> None:
-        """cp.async.commit_group."""
-        self.committed[lanes.index] += 1
+        place = (lanes.block * self.stride + at - SHARED_BASE) // size
+        group, flying = self.committed[lanes.index], np.ones(lanes.n, bool)
+        self.copies.append(_Copy(lanes.index, place, rows, slots, group, flying))
 
     def wait(self, lanes: Lanes, groups_left: int) -> None:
         """Land all but the last ``groups_left`` groups; -1: also what is in no group yet."""
         limit = np.full(self.layout.lanes, -1, np.int64)
         limit[lanes.index] = self.committed[lanes.index] - groups_left
-        kept = []
         for copy in self.copies:
-            done = copy.group < limit[copy.lanes]
+            done = copy.flying & (copy.group < limit[copy.lanes])
             if done.any():
-                self._land(copy, done)
-            if not done.all():
-                rest = (copy.lanes, copy.place), (copy.rows, copy.slots, copy.group)
-                (lane, place), (rows, slots, group) = ([x[~done] for x in part] for part in rest)
-                kept.append(_Copy(lane, place, copy.size, rows, slots, group))
-        self.copies = kept
-
-    def _land(self, copy: _Copy, done: Array) -> None:
-        self.data.reshape(-1, copy.size)[copy.place[done]] = copy.rows[done]
-        block, thread = np.divmod(copy.lanes[done], self.layout.padded)
-        clock = self.clock[block, thread // 32, thread // 32]
-        self.written[copy.slots[done]] = ((clock << _CLOCK) | (thread + 1))[:, None]
-        self.pending[copy.slots[done]] = 0
+                self.data.reshape(-1, copy.rows.shape[1])[copy.place[done]] = copy.rows[done]
+                landed = Lanes(self.layout, copy.lanes[done])
+                self.written[copy.slots[done]] = self._now(landed)
+                self.pending[copy.slots[done]] = 0
+                copy.flying &= ~done
+        self.copies = [copy for copy in self.copies if copy.flying.any()]
 
     # Findings
 
-    def _thread(self, lane: int, number: int) -> str:
-        """The other party of a race: thread ``number`` of the lane's block."""
+    def _thread(self, lane: int, stamp: int) -> str:
+        """The other party of a race: a stamp's thread in the lane's block."""
+        number = (stamp & _THREAD) - 1
         if number == _MANY - 1:
             return "several threads of its warp"
-        base = lane // self.layout.padded * self.layout.padded
-        return self.layout.name(base + number).split(", ", 1)[1]
+        return self.layout.thread_name(lane // self.layout.padded * self.layout.padded + number)
 
-    def _where(self, slots: Array, i: int, j: int) -> str:
-        return f"shared address {int(slots[i, j]) % self.slots_per_block * self.granule}"
+    def place(self, address: int) -> str:
+        return f"shared address {address - SHARED_BASE}"
 
-    def _race(self, lanes: Lanes, k: int, slots: Array, i: int, j: int | str, what: str = "",
-              stamps: Array | None = None, did: str = "wrote") -> Finding:  # fmt: skip
-        if isinstance(j, str):  # same instruction
-            what, j = j, 0
-            stamps = self.written[slots]
-        lane = int(lanes.index[i])
-        number = int((self.pending[slots] if stamps is None else stamps)[i, j] & _THREAD) - 1
-        other = self._thread(lane, number)
-        verb = f"{what} {other} {did}" if what.endswith("what") else f"{what} {other}'s place"
-        return self.fail(
-            SharedRace, lane, k, f"{verb}, {self._where(slots, i, j)}, with no barrier between"
-        )
+    def _place(self, slots: Array, i: int, j: int) -> str:
+        return self.place(SHARED_BASE + int(slots[i, j]) % self.slots_per_block * self.granule)
 
-    def _unwritten(self, lanes: Lanes, k: int, slots: Array, bad: Array) -> Finding:
-        i, j = _first(bad)
-        what = f"{self._where(slots, i, j)} was never written"
-        return self.fail(UninitializedRead, int(lanes.index[i]), k, what)
-
-    def _in_flight(self, lanes: Lanes, k: int, slots: Array, bad: Array) -> Finding:
-        i, j = _first(bad)
-        by = self._thread(int(lanes.index[i]), int(self.pending[slots][i, j]) - 1)
-        what = f"{self._where(slots, i, j)} awaits a cp.async of {by} that was not waited for"
-        return self.fail(MissingWait, int(lanes.index[i]), k, what)
+    def _race(self, lanes: Lanes, k: int, slots: Array, i: int, j: int, words: str,
+              stamps: Array) -> Finding:  # fmt: skip
+        """Lane i's finding at its granule j; ``words`` about the thread of the stamp there."""
+        lane = lanes.index[i]
+        said = words.format(self._thread(lane, int(stamps[i, j])))
+        what = f"{said}, {self._place(slots, i, j)}, with no barrier between"
+        return self.m.fail(SharedRace, lane, k, what)
 
 
 def _first(bad: Array) -> tuple[int, int]:

@@ -17,31 +17,24 @@ Array = npt.NDArray[Any]
 
 DType = np.dtype[Any]
 
-BOOL: DType = np.dtype(np.bool_)
-U8: DType = np.dtype(np.uint8)
-U16: DType = np.dtype(np.uint16)
-U32: DType = np.dtype(np.uint32)
-U64: DType = np.dtype(np.uint64)
-S8: DType = np.dtype(np.int8)
-S16: DType = np.dtype(np.int16)
-S32: DType = np.dtype(np.int32)
-S64: DType = np.dtype(np.int64)
-F16: DType = np.dtype(np.float16)
-F32: DType = np.dtype(np.float32)
-F64: DType = np.dtype(np.float64)
-
 DTYPES: dict[str, DType] = {
-    "pred": BOOL,
-    **{"b8": U8, "u8": U8, "s8": S8, "b16": U16, "u16": U16, "s16": S16},
-    **{"b32": U32, "u32": U32, "s32": S32, "b64": U64, "u64": U64, "s64": S64},
-    **{"f16": F16, "f32": F32, "f64": F64, "bf16": U16, "tf32": F32},
-    **{"f16x2": F16, "bf16x2": U16, "u16x2": U16, "s16x2": S16},
+    f"{letter}{8 * size}": np.dtype(f"{kind}{size}")
+    for letter, kind in (("b", "u"), ("u", "u"), ("s", "i"))
+    for size in (1, 2, 4, 8)
 }
+BITS = {size: DTYPES[f"b{8 * size}"] for size in (1, 2, 4, 8)}
+SIGNED = {size: DTYPES[f"s{8 * size}"] for size in (1, 2, 4, 8)}
+DTYPES |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
+DTYPES |= {"pred": np.dtype("?"), "bf16": BITS[2], "tf32": DTYPES["f32"]}
+DTYPES |= {f"{t}x2": DTYPES[t] for t in ("f16", "bf16", "u16", "s16")}
 PACKED = {"f16x2", "bf16x2", "u16x2", "s16x2"}
 FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "tf32"}
-BITS = {1: U8, 2: U16, 4: U32, 8: U64}
-SIGNED = {1: S8, 2: S16, 4: S32, 8: S64}
-HALF_MAX = {"f16": 65504.0, "bf16": float(np.uint32(0x7F7F0000).view(np.float32))}
+# Bits of the significand, exponent of the least value, the largest value.
+FORMATS = {
+    "f16": (11, -24, 65504.0),
+    "bf16": (8, -133, float(np.uint32(0x7F7F0000).view(np.float32))),
+    "f32": (24, -149, float(np.finfo(np.float32).max)),
+}
 
 
 def size_of(type_: str) -> int:
@@ -49,11 +42,6 @@ def size_of(type_: str) -> int:
     return 4 if type_ in PACKED else DTYPES[type_].itemsize
 
 
-def bits_dtype(type_: str) -> DType:
-    """The dtype in which a register of this type is kept."""
-    return BOOL if type_ == "pred" else BITS[max(2, size_of(type_))]
-
-
 def canonical(type_: str) -> DType:
     """The dtype in which the register file keeps a register declared with this type."""
-    return DTYPES[type_] if type_ in ("f32", "f64") else bits_dtype(type_)
+    return DTYPES[type_] if type_ in ("f32", "f64", "pred") else BITS[max(2, size_of(type_))]

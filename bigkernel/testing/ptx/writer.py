@@ -1,264 +1,163 @@
-"""Names, reads and writes of registers in the Python function that a basic block becomes."""
+"""Registers in the Python function that a basic block becomes: names, reads and writes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bigkernel.testing.ptx import atomics, warp
+from bigkernel.testing.ptx.alu import name_of
 from bigkernel.testing.ptx.errors import UnknownInstruction
 from bigkernel.testing.ptx.memory import LOCAL_BASE
-from bigkernel.testing.ptx.numerics import HELPERS
-from bigkernel.testing.ptx.program import Flat, Piece
-from bigkernel.testing.ptx.syntax import Imm, Instruction, Operand, Reg, Sym
-from bigkernel.testing.ptx.types import (
-    BITS,
-    BOOL,
-    DTYPES,
-    PACKED,
-    SIGNED,
-    U32,
-    U64,
-    canonical,
-    size_of,
-)
+from bigkernel.testing.ptx.parser import Addr, Imm, Name, Operand
+from bigkernel.testing.ptx.program import Flat
+from bigkernel.testing.ptx.types import BITS, DTYPES, PACKED, SIGNED, DType, canonical, size_of
 
 
 @dataclass(slots=True)
-class _Value:
-    """A Python variable that holds a register's lanes."""
+class Piece:
+    """A translated basic block: registers in, registers and what its end needs out."""
 
-    name: str
-    dtype: np.dtype[Any]
-    constant: bool = False
-
-
-class Scope:
-    """What all blocks of a kernel share: its registers, and the names that their code uses."""
-
-    def __init__(self, flat: Flat) -> None:
-        self.flat = flat
-        self.namespace: dict[str, Any] = {**HELPERS, "warp": warp, "atomics": atomics}
-        self.namespace |= {"fill": _fill, "pack": _pack, "unpack": _unpack}
-        flat.registers["%cc"] = "pred"  # the carry flag
-        self.constants: dict[tuple[str, bytes], str] = {}
-
-    def constant(self, value: Any, dtype: np.dtype[Any]) -> str:
-        """A name for a numpy scalar."""
-        key = (dtype.str, value.tobytes())
-        if key not in self.constants:
-            self.constants[key] = f"c{len(self.constants)}"
-            self.namespace[self.constants[key]] = value
-        return self.constants[key]
-
-    def register_type(self, name: str) -> str | None:
-        """The declared type of a register; None for other names."""
-        if name in self.flat.registers:
-            return self.flat.registers[name]
-        if name in ("%clock64", "%globaltimer"):
-            return "u64"
-        return "u32" if name.startswith("%") else None
+    run: Callable[..., Any]
+    inputs: list[str]
+    outputs: list[str]
 
 
 class Writer:
-    """Writes the function of one block."""
+    """Writes the function of one block, each value to a variable of its own."""
 
-    def __init__(self, scope: Scope, number: int) -> None:
-        self.t, self.flat, self.number = scope, scope.flat, number
+    def __init__(self, flat: Flat) -> None:
+        self.flat = flat
         self.lines: list[str] = []
-        self.values: dict[str, _Value] = {}
-        self.views: dict[tuple[str, str], str] = {}
-        self.fragments: dict[tuple[str, ...], str] = {}
+        self.known: dict[str, str] = {}  # variables by their expressions
+        self.values: dict[str, tuple[str, DType]] = {}  # the variable that now holds a register
         self.inputs: dict[str, str] = {}
         self.written: set[str] = set()
-        self.count = 0
-        self.tail = ""
-
-    def fresh(self) -> str:
-        """A new variable name."""
-        self.count += 1
-        return f"v{self.count}"
+        self.constants: dict[str, Any] = {}
 
     def let(self, expression: str) -> str:
-        """Assign to a new variable."""
-        name = self.fresh()
-        self.lines.append(f"{name} = {expression}")
-        return name
+        """A variable with the expression's value."""
+        if expression.isidentifier():
+            return expression
+        if expression not in self.known:
+            self.known[expression] = f"v{len(self.lines)}"
+            self.lines.append(f"{self.known[expression]} = {expression}")
+        return self.known[expression]
 
-    def value(self, register: str) -> _Value:
+    def dtype(self, register: Name) -> DType:
+        """The register file's dtype of a register."""
+        if register.name not in self.flat.registers:
+            raise UnknownInstruction(f"'{register.name}' is not declared in {self.flat.name}")
+        return canonical(self.flat.registers[register.name])
+
+    def value(self, register: Name) -> tuple[str, DType]:
         """The variable that now holds a register."""
-        if register not in self.values:
-            type_ = self.t.register_type(register)
-            if type_ is None:
-                raise UnknownInstruction(f"'{register}' is not declared in {self.flat.name}")
-            self.inputs[register] = f"r{len(self.inputs)}"
-            self.values[register] = _Value(self.inputs[register], canonical(type_))
-        return self.values[register]
+        name = register.name
+        if name not in self.values:
+            self.inputs[name] = f"r{len(self.inputs)}"
+            self.values[name] = self.inputs[name], self.dtype(register)
+        return self.values[name]
 
-    def is_register(self, operand: Operand) -> bool:
-        """Whether the operand names a register."""
-        return isinstance(operand, Reg | Sym) and self.t.register_type(operand.name) is not None
-
-    def view(self, value: _Value, dtype: np.dtype[Any]) -> str:
+    def view(self, value: tuple[str, DType], dtype: DType) -> str:
         """The variable's bits as ``dtype``."""
-        if value.dtype == dtype:
-            return value.name
-        key = (value.name, dtype.str)
-        if key not in self.views:
-            self.views[key] = self.let(f"{value.name}.view(np.{dtype.name})")
-        return self.views[key]
+        return value[0] if value[1] == dtype else self.let(f"{value[0]}.view(np.{dtype.name})")
 
     def read(self, operand: Operand, type_: str) -> str:
-        """An expression for the operand as ``type_``."""
-        dtype = DTYPES[type_]
+        """The variable or constant for the operand as ``type_``."""
+        dtype, size = DTYPES[type_], size_of(type_)
         if isinstance(operand, Imm):
-            bits = self.immediate(operand, type_)
-            if type_ in PACKED:
-                return self.let(
-                    f"fill(L, {self.t.constant(bits, bits.dtype)}).view(np.{dtype.name})"
-                )
-            return self.t.constant(bits.view(dtype), dtype)
-        if not isinstance(operand, Reg | Sym):
+            return self.constant(operand, type_)
+        if not isinstance(operand, Name):
             raise UnknownInstruction(f"operand {operand} is no register or number")
-        if not self.is_register(operand):
-            return self.let(f"fill(L, np.{dtype.name}({self.symbol(operand)}))")
-        value = self.value(operand.name)
+        if operand.name not in self.flat.registers and operand.name[0] != "%":
+            return self.let(f"fill(L, {name_of(type_)}({self.symbol(operand)}))")
+        width = self.dtype(operand).itemsize
+        value = self.value(operand)
         if type_ == "pred":
-            if value.dtype != BOOL:
+            if value[1] != DTYPES["pred"]:
                 raise UnknownInstruction(f"register {operand.name} is no predicate")
-            negated = isinstance(operand, Reg) and operand.negated
-            return f"~{value.name}" if negated else value.name
-        width = canonical(self.t.register_type(operand.name) or "").itemsize
-        size = size_of(type_)
-        if width > size:
-            bits_name = self.view(value, BITS[width])
-            narrow = self.let(f"{bits_name}.astype(np.{BITS[size].name})")
-            return self.view(_Value(narrow, BITS[size]), dtype)
-        if width < size:
-            wide = self.let(f"{self.view(value, BITS[width])}.astype(np.{BITS[size].name})")
-            return self.view(_Value(wide, BITS[size]), dtype)
+            return self.let(f"~{value[0]}") if operand.negated else value[0]
+        if width != size:  # zeros above, or the lower part
+            bits = self.view(value, BITS[width])
+            value = self.let(f"{bits}.astype(np.{BITS[size].name})"), BITS[size]
         return self.view(value, dtype)
 
-    def immediate(self, imm: Imm, type_: str) -> Any:
-        """The bits of a constant as ``type_``."""
-        if type_ == "pred":
-            return np.bool_(imm.value != 0)
-        size = size_of(type_)
-        value = imm.value
-        if imm.width == 8 and size == 4:  # a decimal or 0d.. where a float32 is wanted
-            return np.float64(np.uint64(value).view(np.float64)).astype(np.float32).view(U32)
-        if imm.width == 4 and type_ == "f64":
-            return np.float64(np.uint32(value).view(np.float32)).view(U64)
-        return BITS[size].type(value & (1 << 8 * size) - 1)
+    def array(self, operand: Operand, type_: str) -> str:
+        """The operand as a variable that holds an array, also where it is a number."""
+        value = self.read(operand, type_)
+        scalar = isinstance(operand, Imm) and type_ not in PACKED
+        return self.let(f"fill(L, {value})") if scalar else value
 
-    def symbol(self, operand: Reg | Sym) -> str:
+    def constant(self, imm: Imm, type_: str) -> str:
+        """A name for a number as ``type_``."""
+        dtype, size, value = DTYPES[type_], size_of(type_), imm.value
+        bits: Any = BITS[size].type(value & (1 << 8 * size) - 1)
+        if imm.width == 8 and size == 4:  # a decimal or 0d.. where a float32 is wanted
+            bits = np.uint64(value).view(np.float64).astype(np.float32).view(np.uint32)
+        if imm.width == 4 and size == 8:
+            bits = np.uint32(value).view(np.float32).astype(np.float64).view(np.uint64)
+        if type_ == "pred":
+            bits = np.bool_(value != 0)
+        name = f"c{bits}_{type_}"
+        self.constants[name] = bits if type_ in PACKED else bits.view(dtype)
+        return self.let(f"fill(L, {name}).view(np.{dtype.name})") if type_ in PACKED else name
+
+    def symbol(self, operand: Name) -> str:
         """The address of a variable, as a Python expression."""
-        if operand.name in self.flat.offsets:
-            shared = operand.name in self.flat.shared
-            return str(self.flat.offsets[operand.name] + (0 if shared else LOCAL_BASE))
-        return f"M.symbol({operand.name!r})"
+        if operand.name not in self.flat.offsets:
+            return f"M.symbols[{operand.name!r}]"
+        shared = self.flat.variables[operand.name].space == "shared"
+        return str(self.flat.offsets[operand.name] + (0 if shared else LOCAL_BASE))
+
+    def address(self, operand: Operand) -> str:
+        """The array of ``[base + offset]`` at each lane."""
+        if not isinstance(operand, Addr):
+            raise UnknownInstruction(f"operand {operand} is no address")
+        base = self.array(operand.base, "s64")
+        return self.let(f"{base} + {operand.offset}") if operand.offset else base
 
     def write(self, operand: Operand, expression: str, type_: str, guard: str | None) -> None:
         """Give a register the expression's value, where the guard holds."""
-        if isinstance(operand, Sym) and operand.name == "_":
+        if operand == Name("_"):
             return
-        assert isinstance(operand, Reg | Sym), operand
-        declared = self.t.register_type(operand.name)
-        if declared is None:
-            raise UnknownInstruction(f"register '{operand.name}' is not declared")
-        want, dtype = canonical(declared), DTYPES[type_]
-        if want != BOOL and size_of(type_) < want.itemsize:
-            wide = SIGNED[want.itemsize] if type_[0] == "s" else BITS[want.itemsize]
-            expression, dtype = f"({expression}).astype(np.{wide.name})", wide
+        assert isinstance(operand, Name), operand
+        want, dtype = self.dtype(operand), DTYPES[type_]
+        if type_ != "pred" and size_of(type_) < want.itemsize:
+            dtype = (SIGNED if type_[0] == "s" else BITS)[want.itemsize]
+            expression = f"({expression}).astype(np.{dtype.name})"
         if guard is not None:
-            old = self.view(self.value(operand.name), want)
+            old = self.view(self.value(operand), want)
             new = expression if dtype == want else f"({expression}).view(np.{want.name})"
             expression, dtype = f"np.where({guard}, {new}, {old})", want
-        self.values[operand.name] = _Value(self.let(expression), dtype)
+        self.values[operand.name] = self.let(expression), dtype
         self.written.add(operand.name)
 
-    def effect(self, i: Instruction, guard: str | None, call: str, arguments: list[str],
-               results: list[tuple[Operand, str]]) -> None:  # fmt: skip
-        """A call that acts at the guarded lanes only, and gives its results to registers."""
-        machine = [] if call.startswith("M.") else ["M"]
-        results = [(o, t) for o, t in results if not (isinstance(o, Sym) and o.name == "_")]
-        if guard is None:
-            out = self.let(f"{call}({', '.join([*machine, 'L', *arguments])})")
-            for j, (operand, type_) in enumerate(results):
-                self.write(operand, f"{out}[{j}]", type_, None)
-            return
-        old = []
-        for operand, _ in results:
-            assert isinstance(operand, Reg | Sym)
-            old.append(self.view(self.value(operand.name), self.want(operand.name)))
-        lanes, out = self.fresh(), self.fresh()
-        new = [self.fresh() for _ in results]
-        self.lines += [f"{n} = {o}" for n, o in zip(new, old, strict=True)]
-        self.lines.append(f"{lanes} = L.where({guard})")
-        self.lines.append(f"if {lanes} is not None:")
-        taken = [f"{lanes}.take({a})" if _is_variable(a) else a for a in arguments]
-        self.lines.append(f"    {out} = {call}({', '.join([*machine, lanes, *taken])})")
+    def effect(self, guard: str | None, call: str, arguments: list[Any],
+               results: Sequence[tuple[Operand, str]] = ()) -> None:  # fmt: skip
+        """A call that acts at the guarded lanes only, and gives its results to registers.
+
+        Of the arguments, strings are code; a call is never the same as another.
+        """
+        code = ", ".join(map(str, arguments))
+        if guard is not None:
+            dtypes = "".join(f"{name_of(t)}, " for _, t in results)
+            call, code = "guarded", f"{guard}, {call}, ({dtypes}), {code}"
+        out = f"v{len(self.lines)}"
+        self.lines.append(f"{out} = {call}(M, L, {code})")
         for j, (operand, type_) in enumerate(results):
-            assert isinstance(operand, Reg | Sym)
-            value = _convert(f"{out}[{j}]", type_, self.want(operand.name))
-            self.lines.append(f"    {new[j]} = {lanes}.put({old[j]}, {value})")
-            self.values[operand.name] = _Value(new[j], self.want(operand.name))
-            self.written.add(operand.name)
+            self.write(operand, f"{out}[{j}].view({name_of(type_)})", type_, guard)
 
-    def want(self, register: str) -> np.dtype[Any]:
-        """The register file's dtype for a register."""
-        return canonical(self.t.register_type(register) or "")
-
-    def array(self, operand: Operand, type_: str) -> str:
-        """The operand as an array, also where it is a number."""
-        value = self.read(operand, type_)
-        if isinstance(operand, Imm):
-            return self.let(f"fill(L, {value})")
-        return value if value.isidentifier() else self.let(value)
-
-    def finish(self, live: set[str]) -> Piece:
-        """Compile the function, which returns the registers that are read later."""
+    def finish(self, tail: str, live: set[str], helpers: dict[str, Any]) -> Piece:
+        """Compile the function, which returns the registers that others read."""
         outputs = sorted(self.written & live)
-        results = [self.view(self.values[name], self.want(name)) for name in outputs]
+        results = "".join(
+            f"{self.view(self.values[name], self.dtype(Name(name)))}, " for name in outputs
+        )
         head = ", ".join(["L", "M", *self.inputs.values()])
-        body = [*self.lines, f"return ({', '.join(results)}{',' if results else ''}), "
-                f"{self.tail or 'None'}"]  # fmt: skip
+        body = [*self.lines, f"return ({results}), {tail}"]
         source = f"def block({head}):\n" + "".join(f"    {line}\n" for line in body)
-        scope = dict(self.t.namespace)
-        exec(compile(source, f"<{self.flat.name} block {self.number}>", "exec"), scope)
-        return Piece(scope["block"], list(self.inputs), outputs, source)
-
-
-def _is_variable(text: str) -> bool:
-    return text[0] in "vr~" or (text[0] == "r" and text[1:].isdigit())
-
-
-def _convert(value: str, type_: str, want: np.dtype[Any]) -> str:
-    dtype = DTYPES[type_]
-    if want != BOOL and dtype.itemsize < want.itemsize:
-        wide = SIGNED[want.itemsize] if type_[0] == "s" else BITS[want.itemsize]
-        return f"{value}.astype(np.{wide.name}).view(np.{want.name})"
-    return value if dtype == want else f"{value}.view(np.{want.name})"
-
-
-# What the generated functions call besides the ALU's helpers.
-
-
-def _fill(lanes: Any, value: Any) -> Any:
-    return np.full(lanes.n, value) if np.ndim(value) == 0 else value
-
-
-def _pack(lanes: Any, dtype: Any, *parts: Any) -> Any:
-    first = next((p for p in parts if np.ndim(p)), None)
-    part = np.asarray(parts[0]).dtype if first is None else first.dtype
-    out = np.empty((lanes.n, len(parts)), part)
-    for j, value in enumerate(parts):
-        out[:, j] = value
-    return out.view(dtype).reshape(-1)
-
-
-def _unpack(whole: Any, dtype: Any) -> Any:
-    parts = np.ascontiguousarray(whole).view(dtype).reshape(len(whole), -1)
-    return [np.ascontiguousarray(parts[:, j]) for j in range(parts.shape[1])]
+        scope = helpers | self.constants
+        exec(compile(source, f"<{self.flat.name}>", "exec"), scope)
+        return Piece(scope["block"], list(self.inputs), outputs)
