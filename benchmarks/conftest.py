@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from bigkernel.bench import Case, cases_of
+from bigkernel.bench import OPS, Case, cases_of
 from bigkernel.bench.case import OURS, native_backend, strict
 
 ROUNDS, WARMUPS = 10, 2
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the argument `implementation` runs once per case and competitor of its table."""
+    """A test with the argument `implementation` runs once per case and competitor."""
     if "implementation" in metafunc.fixturenames:
-        table = metafunc.module.TABLE
-        rows = [(case, name) for case in cases_of(table) for name in case.competitors]
-        ids = [f"{case.name}-{name}" for case, name in rows]
+        cases = [case for op in OPS for case in cases_of(op)]
+        rows = [(case, name) for case in cases for name in case.competitors]
+        ids = [f"{case.table}: {case.name}-{name}" for case, name in rows]
         metafunc.parametrize(("case", "implementation"), rows, ids=ids)
 
 

@@ -13,7 +13,7 @@ from bigkernel import (
     transforms,
 )
 from bigkernel.backend import cpu_isas, explain, use_backend, use_cpu_isa
-from bigkernel.ops._sdpa import scaled_dot_product_attention
+from bigkernel.ops.attention.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from bigkernel import data

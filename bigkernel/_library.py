@@ -1,7 +1,7 @@
 """The torch.library handles, and the native module that adds kernels to them.
 
-Each op is defined twice with one schema: ``torch.ops.bigkernel.<op>``, to which the native module
-adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<op>``, which is always plain
+Each operator is defined twice with one schema: ``torch.ops.bigkernel.<name>``, to which the native
+module adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, which is always plain
 PyTorch. Choosing a backend is choosing a namespace (see ``backend.py``), so a forced PyTorch run
 goes through the same schema, checks and autograd formula as a native one.
 """
@@ -16,21 +16,19 @@ import torch
 
 NAMESPACES = ("bigkernel", "bigkernel_torch")
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
-registered: list[str] = []
-# (op, device type) -> whether the native module has a kernel. Filled at registration, so that
+# (function, device type) -> whether the native module has a kernel. Filled at definition, so that
 # torch.compile traces a look-up and not a call into the dispatcher.
 kernels: dict[tuple[str, str], bool] = {}
 
 
-def register(
+def define(
     name: str,
     schema: str,
-    *,
     impl: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None = None,
 ) -> None:
-    """Define op ``name`` with its PyTorch implementation, its fake and its autograd formula.
+    """Define the operator ``name`` with its PyTorch implementation, fake and autograd formula.
 
     ``autograd(namespace)`` returns ``(backward, setup_context)``; the namespace lets the formula
     call the backward op of the same backend.
@@ -45,7 +43,6 @@ def register(
             torch.library.register_autograd(
                 qualified, backward, setup_context=setup_context, lib=library
             )
-    registered.append(name)
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
             native is not None

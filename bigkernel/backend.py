@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkernel import _library
+from bigkernel import _library, registry
 
 BACKENDS = ("cuda", "cpu", "torch")
 
@@ -76,6 +76,9 @@ def cpu_isas() -> list[str]:
 
 
 def _why_no_kernel(op: str, device_type: str) -> str:
+    absent = registry.find(op).absent.get(device_type)  # type: ignore[call-overload]
+    if absent is not None:
+        return f"{op} has no kernel for device type {device_type!r}: {absent}"
     if _library.native is None:
         return str(_library.native_error)
     if device_type == "cuda" and _library.native.build_info()["cuda"] is None:
@@ -142,29 +145,24 @@ def _level_of_caller() -> int:
 def explain(op: str, *tensors: Tensor) -> str:
     """One sentence: which backend runs ``op`` on these tensors, and why not a faster one.
 
-    ``op`` is a name in ``torch.ops.bigkernel`` ("attention_fwd") or its noun ("attention"). Without
-    tensors the sentence is about the CPU.
+    ``op`` is a noun ("attention") or a name in ``torch.ops.bigkernel`` ("attention_fwd"); the
+    tensors are those that decide, such as q, k and v. Without any the sentence is about the CPU.
     """
-    names = [n for n in _library.registered if n == op or n.startswith(f"{op}_")]
-    if not names:
-        raise ValueError(
-            f"explain: there is no op {op!r}. There are: {', '.join(sorted(_library.registered))}."
-        )
+    try:
+        found = registry.find(op)
+    except ValueError as error:
+        raise ValueError(f"explain: {error}") from None
+    if not found.functions:
+        return f"{op}: composed of torch's operators and other ops"
     device_type = tensors[0].device.type if tensors else "cpu"
-    reason = None
-    if names[0].startswith("attention"):
-        from bigkernel.ops.attention import head_dim_reason
-
-        reason = head_dim_reason(*tensors[:3])
     for tensor in tensors:
-        if tensor.dtype == torch.float64:
-            reason = "float64 has no native kernel"
         if tensor.device.type != device_type:
             raise ValueError(
                 f"explain: all tensors must be on one device, got {device_type} and "
                 f"{tensor.device.type}."
             )
-    backend, why = decide(names[0], device_type, reason)
+    name = op if op != found.noun else found.functions[0].name
+    backend, why = decide(name, device_type, found.why_not_native(tensors))
     detail = ""
     if backend == "cpu":
         assert _library.native is not None

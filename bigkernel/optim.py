@@ -17,8 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from bigkernel import backend
 from bigkernel.errors import check
-from bigkernel.ops import adam as op
-from bigkernel.ops.adam import AdamGroup
+from bigkernel.ops.adam import AdamGroup, op
 
 __all__ = ["Adam", "AdamW"]
 

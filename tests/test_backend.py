@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bigkernel
-from bigkernel import _library, backend
+from bigkernel import _library, backend, registry
 
 
 def _double(x):
@@ -18,8 +18,21 @@ def _double(x):
 
 
 # An op without native kernels, defined once for this file.
-_library.register(
-    "test_only_double", "(Tensor x) -> Tensor", impl=_double, fake=lambda x: torch.empty_like(x)
+OP = registry.register(
+    registry.Op(
+        noun="test_only",
+        title="an op of this file",
+        functions=(
+            registry.Function(
+                "test_only_double", "(Tensor x) -> Tensor", _double, lambda x: torch.empty_like(x)
+            ),
+        ),
+        absent={
+            "cpu": "it is for tests",
+            "cuda": "it is for tests",
+            "benchmark": "it is for tests",
+        },
+    )
 )
 
 

@@ -21,6 +21,7 @@ import bigkernel
 from bigkernel import _library
 from bigkernel.bench import (
     OPS,
+    TABLES,
     Bar,
     Case,
     Plan,
@@ -38,8 +39,7 @@ from bigkernel.bench.case import LIMIT, OURS, REFERENCE
 from bigkernel.cli import main
 
 ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9)
-KERNEL_OPS = [op for op in OPS if op != "train"]
-CASES = [(op, case) for op in KERNEL_OPS for case in cases_of(op, small=True)]
+CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
 NUMBERED = [f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
 
 needs_native = pytest.mark.skipif(_library.native is None, reason="the native module is not built")
@@ -161,7 +161,7 @@ def test_trainers_agree_and_report_their_own_time(case):
 
 
 @needs_native
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_fallback_fails(op, monkeypatch):
     """Without its native kernel a case cannot be timed as ours."""
     for name in list(_library.kernels):
@@ -255,7 +255,7 @@ def test_losses_are_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench", "atention"], "There are: attention, adam, augment, train"),
+        (["bench", "atention"], "There are: adam, attention, augment, train"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
@@ -266,5 +266,5 @@ def test_bad_usage(arguments, expected, capsys):
 
 
 def test_our_own_pytorch_backend_comes_first():
-    for op in KERNEL_OPS:
-        assert all(case.competitors[:2] == (OURS, REFERENCE) for case in cases_of(op))
+    for table in TABLES:
+        assert all(case.competitors[:2] == (OURS, REFERENCE) for case in cases_of(table))

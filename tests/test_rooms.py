@@ -1,4 +1,4 @@
-"""Every op has the same rooms, every feature its test: what lacks one fails here."""
+"""Every op has the rooms that it says it has, every feature its test: what lacks one fails here."""
 
 import fnmatch
 import re
@@ -7,48 +7,53 @@ from pathlib import Path
 import pytest
 
 import bigkernel.ops  # noqa: F401 - registers the ops
-from bigkernel import _library
+from bigkernel import _library, registry
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = sorted(path.stem for path in (ROOT / "bigkernel" / "ops").glob("[a-z]*.py"))
+OPS = [op for op in registry.every() if not op.noun.startswith("test_only")]
 
-ROOMS = [
-    "bigkernel/ops/{op}.py",
-    "bigkernel/reference/{op}.py",
-    "csrc/{op}/{op}.h",
-    "csrc/{op}/cpu.cpp",
-    "csrc/{op}/cpu_body.h",
-    "tests/ops/test_{op}.py",
-    "csrc/{op}/cuda.cpp",
-    "csrc/{op}/cuda.h",
-    "csrc/{op}/*.cu",
-    "tests/ops/{op}_ptx.py",
-    "benchmarks/test_{op}.py",
-]
+# What each op has, and what comes with a level.
+ALWAYS = ["bigkernel/ops/{op}/__init__.py", "tests/ops/test_{op}.py"]
+ROOMS: dict[registry.Level, list[str]] = {
+    "cpu": ["csrc/{op}/{op}.h", "csrc/{op}/cpu.cpp", "csrc/{op}/cpu_body.h"],
+    "cuda": ["csrc/{op}/cuda.cpp", "csrc/{op}/cuda.h", "csrc/{op}/*.cu", "tests/ops/{op}_ptx.py"],
+    "benchmark": ["bigkernel/bench/{op}.py"],
+}
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.noun)
 
 
-def test_there_are_three_ops():
-    assert OPS == ["adam", "attention", "augment"]
+def lies_there(op: registry.Op, room: str) -> bool:
+    return any(ROOT.glob(room.format(op=op.noun)))
 
 
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_op_has_every_room(op):
-    missing = [room for room in ROOMS if not any(ROOT.glob(room.format(op=op)))]
-    assert not missing, f"op {op} lacks {missing}"
+    missing = [room for room in ALWAYS if not lies_there(op, room)]
+    assert not missing, f"op {op.noun} lacks {missing}"
+    for level, rooms in ROOMS.items():
+        if level in op.absent:
+            there = [room for room in rooms if lies_there(op, room)]
+            assert not there, f"op {op.noun} says that it has no {level}, but there is {there}"
+        else:
+            missing = [room for room in rooms if not lies_there(op, room)]
+            assert not missing, f"op {op.noun} lacks {missing}, and gives no reason"
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_registered_op_belongs_to_a_noun_and_has_a_native_kernel(op):
-    names = [name for name in _library.registered if name.split("_")[0] == op]
-    assert names, f"bigkernel/ops/{op}.py registers nothing"
-    if _library.native is not None:
-        for name in names:
-            assert _library.kernels[name, "cpu"], f"{name} has no CPU kernel"
+@each_op
+def test_native_kernels_are_where_the_op_says(op):
+    if _library.native is None:
+        pytest.skip("the native module is not built")
+    for function in op.functions:
+        assert _library.kernels[function.name, "cpu"] == ("cpu" not in op.absent)
+        if _library.native.build_info()["cuda"] is not None:
+            assert _library.kernels[function.name, "cuda"] == ("cuda" not in op.absent)
 
 
-def test_no_op_outside_the_nouns():
-    nouns = {name.split("_")[0] for name in _library.registered if not name.startswith("test_only")}
-    assert nouns == set(OPS)
+def test_no_op_outside_the_list():
+    folders = {path.parent.name for path in ROOT.glob("bigkernel/ops/*/__init__.py")}
+    assert {op.noun for op in OPS} == folders
+    shared = {"common", "cpu", "cuda", "python"}
+    assert {path.parent.name for path in ROOT.glob("csrc/*/*.*")} - shared <= folders
 
 
 @pytest.mark.parametrize("pattern", ["csrc/*/*.cu", "csrc/*/cpu_*.h", "csrc/*/[a-z]*.h"])

@@ -8,6 +8,17 @@ case, such as the rate of a matrix product, is one more competitor of the same r
 
 from bigkernel.bench.case import Bar, Case, Result, run_case
 from bigkernel.bench.measure import Plan, Timing, interleave
-from bigkernel.bench.suite import OPS, cases_of
+from bigkernel.bench.suite import OPS, TABLES, cases_of
 
-__all__ = ["OPS", "Bar", "Case", "Plan", "Result", "Timing", "cases_of", "interleave", "run_case"]
+__all__ = [
+    "OPS",
+    "TABLES",
+    "Bar",
+    "Case",
+    "Plan",
+    "Result",
+    "Timing",
+    "cases_of",
+    "interleave",
+    "run_case",
+]

@@ -1,14 +1,17 @@
-"""The tables that there are."""
+"""The tables that there are: one for each op that has a benchmark, and the training step's."""
 
 import importlib
 
+import bigkernel.ops  # noqa: F401 - registers the ops
+from bigkernel import registry
 from bigkernel.bench.case import Case
 
-OPS = ("attention", "adam", "augment", "train")
+OPS = tuple(op.noun for op in registry.every() if "benchmark" not in op.absent)
+TABLES = (*OPS, "train")
 
 
-def cases_of(op: str, small: bool = False) -> list[Case]:
+def cases_of(table: str, small: bool = False) -> list[Case]:
     """The cases of one table; ``small`` has the same ones at sizes for a test."""
-    module = importlib.import_module(f"bigkernel.bench.{op}")
+    module = importlib.import_module(f"bigkernel.bench.{table}")
     cases: list[Case] = module.cases(small)
     return cases

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigkernel import _library
-from bigkernel.bench import OPS, Result, cases_of, machine, report, run_case
+from bigkernel.bench import TABLES, Result, cases_of, machine, report, run_case
 from bigkernel.bench.measure import QUICK, Plan
 from bigkernel.cli.device import use_threads
 from bigkernel.cli.errors import Failure, UsageError
@@ -20,8 +20,8 @@ def bench(
 ) -> None:
     """Measure the tables ``ops`` and print them; Failure where a result is wrong or not native."""
     for op in ops:
-        if op not in OPS:
-            raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(OPS)}.")
+        if op not in TABLES:
+            raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(TABLES)}.")
     for path in (json, plot):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}.")

@@ -1,9 +1,7 @@
 """`bigkernel env`: what a bug report pastes."""
 
-import importlib
 import importlib.metadata
 import os
-import pkgutil
 import platform
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 
 import bigkernel
 import bigkernel.ops
-from bigkernel import _library, backend
+from bigkernel import _library, backend, registry
 from bigkernel.bench import machine
 
 PACKAGES = ("transformers", "tokenizers", "accelerate", "safetensors", "torchmetrics", "numpy")
@@ -80,12 +78,10 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _ops() -> list[tuple[str, str]]:
-    # Each op registers itself when its module is imported.
-    for module in pkgutil.iter_modules(bigkernel.ops.__path__, "bigkernel.ops."):
-        importlib.import_module(module.name)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines = []
-    for op in sorted(_library.registered):
+    names = [function.name for op in registry.every() for function in op.functions]
+    for op in sorted(names):
         for device in devices:
             try:
                 chosen, why = backend.decide(op, device)

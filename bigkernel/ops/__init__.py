@@ -1,8 +1,17 @@
-"""The ops: one file each, with schema, argument checks, fake, autograd and the public function."""
+"""The ops: a folder each, with its schema, checks, PyTorch definition and public functions.
 
-from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
-from bigkernel.ops.attention import attention, attention_varlen
-from bigkernel.ops.augment import augment
+Every folder is imported, which registers its op (``bigkernel/registry.py``), and its public names
+are names of this module too.
+"""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what the loop below brings, for readers of types
+    from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
+    from bigkernel.ops.attention import attention, attention_varlen
+    from bigkernel.ops.augment import augment
 
 __all__ = [
     "AdamGroup",
@@ -13,3 +22,8 @@ __all__ = [
     "attention_varlen",
     "augment",
 ]
+
+for _info in pkgutil.iter_modules(__path__):
+    _op = importlib.import_module(f"{__name__}.{_info.name}")
+    # Afterwards: importing a folder binds its own name here, which may be that of a function.
+    globals().update({name: getattr(_op, name) for name in _op.__all__})

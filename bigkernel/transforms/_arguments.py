@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 
 from bigkernel.errors import BadArgument, check
-from bigkernel.reference.augment import OUT_DTYPES
+from bigkernel.ops.augment.reference import OUT_DTYPES
 
 
 class InterpolationMode(Enum):

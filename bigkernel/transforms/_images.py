@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigkernel.errors import check
-from bigkernel.reference.augment import OUT_DTYPES
+from bigkernel.ops.augment.reference import OUT_DTYPES
 from bigkernel.transforms._draws import Ints
 
 LAYOUTS = ("auto", "channels_first", "channels_last")

@@ -1,6 +1,6 @@
 """One augment call in the making: steps are written into its table, as far as it can hold them.
 
-The table (see ``bigkernel/ops/augment.py``) holds, in this order: one inverse affine map with a
+The table (see ``bigkernel/ops/augment/op.py``) holds, in this order: one inverse affine map with a
 source box and an output box; colour operations; one scale and normalisation; one conversion of
 dtype. So a step fits when
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bigkernel.errors import check
-from bigkernel.reference.augment import (
+from bigkernel.ops.augment.reference import (
     CLAMP,
     CONTRAST,
     FILL_BLEND,

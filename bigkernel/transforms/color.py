@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from bigkernel.errors import check
-from bigkernel.reference.augment import BRIGHTNESS, CONTRAST, GREYSCALE, HUE, SATURATION
+from bigkernel.ops.augment.reference import BRIGHTNESS, CONTRAST, GREYSCALE, HUE, SATURATION
 from bigkernel.transforms import _arguments as arguments
 from bigkernel.transforms import _steps as steps
 from bigkernel.transforms._draws import Bools, Floats, Ints, integers, uniform

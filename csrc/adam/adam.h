@@ -1,5 +1,5 @@
 // Adam over a list of tensors: what the binding hands to the kernels. No torch header here.
-// The formula stands in bigkernel/reference/adam.py.
+// The formula stands in bigkernel/ops/adam/reference.py.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace bigkernel {
 
-// Bits of a group's flags; the same in reference/adam.py.
+// Bits of a group's flags; the same in bigkernel/ops/adam/reference.py.
 enum AdamFlag : int32_t { kAmsgrad = 1, kMaximize = 2, kDecoupled = 4 };
 
 // One tensor of the list. All its arrays have numel elements in the same order.

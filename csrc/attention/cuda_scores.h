@@ -70,7 +70,7 @@ __device__ __forceinline__ DeviceReach reach_of(const AttentionCudaArgs& args,
 }
 
 // What stands between a product and a score of one head of one sequence, in the order of
-// reference/attention.py: scale, softcap, ALiBi, mask.
+// bigkernel/ops/attention/reference.py: scale, softcap, ALiBi, mask.
 struct DeviceScores {
   float scale, softcap, inverse_softcap, slope;
   MaskKind kind;
@@ -220,7 +220,7 @@ __device__ __forceinline__ bool mask_closes(const DeviceScores& scores, int firs
 }
 
 // Dropout: key 4 c + w of row i of head h of sequence b is kept if word w of Philox at the counter
-// (c, i, h, b) is at least the threshold (reference/attention.py, dropout_keep).
+// (c, i, h, b) is at least the threshold (bigkernel/ops/attention/reference.py, dropout_keep).
 struct DeviceDropout {
   uint64_t seed;
   uint32_t batch, head, threshold;

@@ -13,7 +13,7 @@ namespace bigkernel {
 
 constexpr const char* kAugmentName = "augment";
 
-inline DType augment_out_dtype(int64_t code) {  // OUT_DTYPES in bigkernel/reference/augment.py
+inline DType augment_out_dtype(int64_t code) {  // OUT_DTYPES in bigkernel/ops/augment/reference.py
   BK_CHECK(code >= 0 && code < 4, kAugmentName,
            "out_dtype must be float32, bfloat16, float16 or uint8 for the native kernel");
   constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kUInt8};

@@ -59,7 +59,7 @@ BK_INLINE void blend_all(Pixels<kChannels>& p, float factor, VecF grey, float bo
 }
 
 // With the hue h in 0..6, red is v - (max - min) * clamp(2 - |h - 3|, 0, 1), green the same of
-// |h - 2| - 1 and blue of |h - 4| - 1: _turn_hue in reference/augment.py, unrolled.
+// |h - 2| - 1 and blue of |h - 4| - 1: _turn_hue in bigkernel/ops/augment/reference.py, unrolled.
 template <bool kWhole>
 BK_INLINE void turn_hue(Pixels<3>& p, float factor) {
   const float turn = 6.0f * (factor - __builtin_floorf(factor));

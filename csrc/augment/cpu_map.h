@@ -25,7 +25,7 @@ BK_INLINE VecD round_to_even(VecD s) {      // |s| below 2^51
   return (s + magic) - magic;
 }
 BK_INLINE VecI nearest_index(VecD s, AugmentNearest rule) {
-  // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/reference/augment.py.
+  // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/ops/augment/reference.py.
   if (rule == AugmentNearest::kEven) {
     const VecD snapped = round_to_even((s - 0.5) * 65536.0) * (1.0 / 65536);
     return __builtin_convertvector(round_to_even(snapped), VecI);
@@ -56,7 +56,7 @@ struct Window {
   }
 };
 
-// Sum of the triangle filter over all whole pixels; see _window_sum in reference/augment.py.
+// Sum of the triangle filter over all whole pixels; see _window_sum in bigkernel/ops/augment/reference.py.
 inline double window_sum(double s, double reach) {
   const double right = __builtin_ceil(s - 0.5) + 0.5 - s;
   const double distances[2] = {right, 1 - right};

@@ -17,7 +17,7 @@ __device__ __forceinline__ float grey_of(const float (&v)[3]) {
   return __fmaf_rn(v[2], 0.114f, __fmaf_rn(v[1], 0.587f, __fmul_rn(v[0], 0.2989f)));
 }
 
-// See _turn_hue in reference/augment.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
+// See _turn_hue in bigkernel/ops/augment/reference.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
 __device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
   const float high = fmaxf(v[0], fmaxf(v[1], v[2])), low = fminf(v[0], fminf(v[1], v[2]));
   const float chroma = high - low, inverse = __fdividef(1.0f, chroma == 0.0f ? 1.0f : chroma);

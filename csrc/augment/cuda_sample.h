@@ -19,7 +19,7 @@ struct AugmentWindow {
   }
 };
 
-// Sum of the triangle filter over all whole pixels; see _window_sum in reference/augment.py.
+// Sum of the triangle filter over all whole pixels; see _window_sum in bigkernel/ops/augment/reference.py.
 __device__ __forceinline__ double window_sum(double s, double reach, double per_reach) {
   const double right = ceil(s - 0.5) + 0.5 - s;
   double total = 0;
@@ -74,7 +74,7 @@ __device__ __forceinline__ int32_t nearest_index(double s, AugmentNearest rule, 
     // Rounded to fp32 before the floor, as interpolate(mode="nearest") does.
     return __float2int_rd(__fmul_rn(float(k), float(fabs(scale)))) + __double2int_rz(origin);
   }
-  // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/reference/augment.py.
+  // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/ops/augment/reference.py.
   if (rule == AugmentNearest::kEven)
     return __double2int_rn(rint((s - 0.5) * 65536.0) * (1.0 / 65536));
   return __double2int_rd(rint(s * 65536.0) * (1.0 / 65536));

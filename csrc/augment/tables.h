@@ -1,4 +1,4 @@
-// The rows of augment's tables (bigkernel/ops/augment.py), decoded: where the kernels of the CPU
+// The rows of augment's tables (bigkernel/ops/augment/op.py), decoded: where the kernels of the CPU
 // and of the GPU begin.
 #pragma once
 #include <algorithm>
@@ -26,7 +26,7 @@ inline double filter_reach(double along, double across) {
   return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
 }
 
-// See _warped in bigkernel/reference/augment.py.
+// See _warped in bigkernel/ops/augment/reference.py.
 inline AugmentWarp warp_axis(const double* map, int64_t out_w, int64_t out_h, int32_t begin,
                              int32_t end) {
   const double half = double(end - begin) * 0.5;

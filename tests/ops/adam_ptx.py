@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bigkernel.reference import adam as reference
+from bigkernel.ops.adam import reference
 from bigkernel.testing import ptx
 
 ROOT = Path(__file__).resolve().parents[2]

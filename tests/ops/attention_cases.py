@@ -22,7 +22,7 @@ from torch import Tensor
 
 import bigkernel
 from bigkernel import _library, ops
-from bigkernel.reference.attention import (
+from bigkernel.ops.attention.reference import (
     Rule,
     attention_reference,
     dropout_keep,

@@ -17,10 +17,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bigkernel.reference.attention_blocks import empty_like_layout
+from bigkernel.ops.attention.blocks import empty_like_layout
 from bigkernel.testing import ptx
 
-op = importlib.import_module("bigkernel.ops.attention")  # whose name is also a function
+op = importlib.import_module("bigkernel.ops.attention.op")  # whose name is also a function
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "bigkernel_ptx"
 P, I32, I64, F32, U32 = (

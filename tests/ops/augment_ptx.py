@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigkernel import backend
-from bigkernel.ops.augment import OUT_DTYPES, augment
+from bigkernel.ops.augment.op import OUT_DTYPES, augment
 from bigkernel.testing import ptx
 
 ROOT = Path(__file__).resolve().parents[2]

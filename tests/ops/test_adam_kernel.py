@@ -10,7 +10,7 @@ import pytest
 import torch
 from adam_ptx import BF16, F16, F32, HYPER, SIZES, flags_of, make, step
 
-from bigkernel.reference import adam as reference
+from bigkernel.ops.adam import reference
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 

@@ -42,7 +42,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkernel import ops
-from bigkernel.reference.attention import Rule, attention_reference
+from bigkernel.ops.attention.reference import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 backend = attention_cases.backend_or_ptx

@@ -12,8 +12,8 @@ from test_attention_packed import cumulative
 
 import bigkernel
 from bigkernel import ops
-from bigkernel.reference import attention_blocks
-from bigkernel.reference.attention import Rule, attention_reference
+from bigkernel.ops.attention import blocks as attention_blocks
+from bigkernel.ops.attention.reference import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 backend = attention_cases.backend
@@ -297,7 +297,7 @@ def test_attention_with_several_threads(backend):
 MEMORY = """
 import resource, sys, torch, bigkernel
 from bigkernel import ops
-from bigkernel.reference import attention_blocks
+from bigkernel.ops.attention import blocks as attention_blocks
 attention_blocks.SCORE_BUDGET["cpu"] = 1 << 18
 torch.set_num_threads(2)
 bigkernel.use_backend(sys.argv[1] if sys.argv[1] == "torch" else None)

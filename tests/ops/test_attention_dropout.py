@@ -6,8 +6,8 @@ import torch
 from attention_cases import SEED, device_of
 
 from bigkernel import ops
+from bigkernel.ops.attention.reference import dropout_keep
 from bigkernel.random import philox4x32
-from bigkernel.reference.attention import dropout_keep
 
 backend = attention_cases.backend_or_ptx
 

@@ -6,7 +6,7 @@ import torch
 from attention_cases import DTYPES, SEED, device_of, largest_error
 
 from bigkernel import ops
-from bigkernel.reference.attention import Rule, attention_reference
+from bigkernel.ops.attention.reference import Rule, attention_reference
 
 backend = attention_cases.backend_or_ptx
 

@@ -36,8 +36,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 
 import bigkernel
-from bigkernel.ops.augment import augment
-from bigkernel.reference import augment as reference
+from bigkernel.ops.augment import augment, reference
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 

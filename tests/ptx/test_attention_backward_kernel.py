@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkernel.reference import attention_blocks
+from bigkernel.ops.attention import blocks as attention_blocks
 from bigkernel.testing import ptx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))

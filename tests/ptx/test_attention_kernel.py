@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkernel.reference.attention import Rule, attention_reference
+from bigkernel.ops.attention.reference import Rule, attention_reference
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkernel import _library, backend
+from bigkernel import _library, backend, registry
 from bigkernel.errors import check
-from bigkernel.reference import adam as reference
-from bigkernel.reference.adam import AMSGRAD, DECOUPLED, MAXIMIZE
+from bigkernel.ops.adam import reference
+from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE
 
 __all__ = ["AdamGroup", "adam_groups_step_", "adam_norm", "adam_step_"]
 
@@ -65,21 +65,30 @@ def _step_fake(
     return params[0].new_empty(shape, dtype=reference.norm_dtype(grads))
 
 
-_library.register(
-    "adam_norm",
-    "(Tensor[] grads, Tensor? grad_scale) -> Tensor",
-    impl=reference.adam_norm,
-    fake=_norm_fake,
-)
-_library.register(
-    "adam_step_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor(f!)[] steps, int[] group_sizes, "
-    "int[] flags, float[] lrs, Tensor[] lr_tensors, float[] beta1s, float[] beta2s, float[] epss, "
-    "float[] weight_decays, float? max_norm, Tensor? total_norm, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor? seed) -> Tensor",
-    impl=reference.adam_step_,
-    fake=_step_fake,
+_OP = registry.register(
+    registry.Op(
+        noun="adam",
+        title="Adam, AdamW",
+        functions=(
+            registry.Function(
+                "adam_norm",
+                "(Tensor[] grads, Tensor? grad_scale) -> Tensor",
+                reference.adam_norm,
+                _norm_fake,
+            ),
+            registry.Function(
+                "adam_step_",
+                "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+                "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+                "Tensor(f!)[] steps, int[] group_sizes, int[] flags, float[] lrs, "
+                "Tensor[] lr_tensors, float[] beta1s, float[] beta2s, float[] epss, "
+                "float[] weight_decays, float? max_norm, Tensor? total_norm, Tensor? grad_scale, "
+                "Tensor? found_inf, Tensor? seed) -> Tensor",
+                reference.adam_step_,
+                _step_fake,
+            ),
+        ),
+    )
 )
 
 
@@ -108,14 +117,6 @@ class AdamGroup:
     masters: list[Tensor] = field(default_factory=list)
 
 
-def _why_not_native(*lists: Sequence[Tensor]) -> str | None:
-    for tensors in lists:
-        for tensor in tensors:
-            if tensor.dtype is torch.float64:
-                return "float64 has no native kernel"
-    return None
-
-
 def launch(
     groups: Sequence[AdamGroup],
     *,
@@ -134,7 +135,7 @@ def launch(
     grads = [g for group in groups for g in group.grads]
     device = params[0].device
     lrs, lr_tensors = _learning_rates(groups, device)
-    namespace = backend.select("adam_step_", device, _why_not_native(params, grads))
+    namespace = backend.select("adam_step_", device, _OP.why_not_native([*params, *grads]))
     norm: Tensor = namespace.adam_step_(
         *_lists(groups),
         [len(group.params) for group in groups],
@@ -264,7 +265,7 @@ def adam_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tens
     for i, grad in enumerate(grads):
         _check_tensor(op, f"grads[{i}]", grad, grads[0].device)
     _check_scalar(op, "grad_scale", grad_scale, grads[0].device)
-    namespace = backend.select(op, grads[0].device, _why_not_native(grads))
+    namespace = backend.select(op, grads[0].device, _OP.why_not_native(grads))
     norm: Tensor = namespace.adam_norm(grads, grad_scale)
     return norm
 

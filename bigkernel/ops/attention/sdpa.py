@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bigkernel.errors import check
-from bigkernel.ops._attention_checks import autocast, check_plain
-from bigkernel.ops.attention import attention
+from bigkernel.ops.attention.checks import autocast, check_plain
+from bigkernel.ops.attention.op import attention
 
 _OP = "scaled_dot_product_attention"
 

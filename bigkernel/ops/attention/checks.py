@@ -9,7 +9,7 @@ from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import forward_ad
 
 from bigkernel.errors import check
-from bigkernel.reference.attention_blocks import accumulate_dtype, sequence_cuts
+from bigkernel.ops.attention.blocks import accumulate_dtype, sequence_cuts
 
 Align = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None] | None  # (left, right), None or -1: no limit

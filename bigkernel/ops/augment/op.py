@@ -62,10 +62,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bigkernel import _library
+from bigkernel import registry
 from bigkernel.backend import select
 from bigkernel.errors import check
-from bigkernel.reference import augment as reference
+from bigkernel.ops.augment import reference
 
 SCHEMA = (
     "(Tensor[] images, Tensor geometry, Tensor color, Tensor fill, Tensor? mean, Tensor? std, "
@@ -100,7 +100,14 @@ def _fake(
     return like.new_empty(shape, dtype=OUT_DTYPES[out_dtype])
 
 
-_library.register("augment", SCHEMA, impl=reference.augment, fake=_fake)
+_OP = registry.register(
+    registry.Op(
+        noun="augment",
+        title="image augmentation",
+        functions=(registry.Function("augment", SCHEMA, reference.augment, _fake),),
+        dtypes=(torch.uint8, *registry.NATIVE_DTYPES),
+    )
+)
 
 
 def augment(
@@ -181,9 +188,7 @@ def augment(
             in_scale = 1.0 if dtype == torch.uint8 else 1 / 255
         else:
             in_scale = 255.0 if dtype == torch.uint8 else 1.0
-    reason = None
-    if torch.float64 in (source, dtype):
-        reason = "float64 has no native kernel"
+    reason = _OP.why_not_dtype(source) or _OP.why_not_dtype(dtype)
     return select("augment", device, reason).augment(  # type: ignore[no-any-return]
         batch,
         geometry,

@@ -1,6 +1,6 @@
 """What the augment op computes, in plain PyTorch: the definition, and the ``torch`` backend.
 
-The tables are explained in ``bigkernel/ops/augment.py``. Sampling goes image by image (sizes and
+The tables are explained in ``op.py``. Sampling goes image by image (sizes and
 maps differ), vectorised over pixels; colour and normalisation go over the whole batch. Positions
 are computed in float64, pixel values in float32 (float64 for float64 images).
 

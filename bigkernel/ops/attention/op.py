@@ -1,20 +1,23 @@
 """Attention, forward and backward: schema, checks, fake, autograd, and the public functions.
 
-What is computed is written down as a formula in ``bigkernel/reference/attention.py``. The algorithm
+What is computed is written down as a formula in ``reference.py``. The algorithm
 of every backend is that of FlashAttention (Dao et al., 2022 and 2023): no score matrix, memory
 linear in the sequence lengths, and a backward pass that recomputes the probabilities from the
 log-sum-exp of each row.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from bigkernel import _library
+from bigkernel import registry
 from bigkernel.backend import select
 from bigkernel.errors import check
-from bigkernel.ops._attention_checks import (
+from bigkernel.ops.attention import blocks
+from bigkernel.ops.attention.blocks import accumulate_dtype, empty_like_layout
+from bigkernel.ops.attention.checks import (
     Align,
     Window,
     autocast,
@@ -25,8 +28,6 @@ from bigkernel.ops._attention_checks import (
     check_scalars,
     check_tensors,
 )
-from bigkernel.reference import attention_blocks
-from bigkernel.reference.attention_blocks import accumulate_dtype, empty_like_layout
 
 MAX_NATIVE_HEAD_DIM = 256
 
@@ -121,25 +122,35 @@ def _no_second_derivative(ops: Any) -> tuple[Any, Any]:
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             "bigkernel.attention has no second derivative; attention_reference in "
-            "bigkernel.reference.attention has one, with the score matrix in memory."
+            "bigkernel.ops.attention.reference has one, with the score matrix in memory."
         )
 
     return backward, setup_context
 
 
-_library.register(
-    "attention_fwd",
-    _SCHEMA_FWD,
-    impl=attention_blocks.attention_fwd,
-    fake=_fake_fwd,
-    autograd=_autograd,
-)
-_library.register(
-    "attention_bwd",
-    _SCHEMA_BWD,
-    impl=attention_blocks.attention_bwd,
-    fake=_fake_bwd,
-    autograd=_no_second_derivative,
+def _head_dims(tensors: Sequence[Tensor]) -> str | None:
+    """Why the native kernels cannot take q, k and v of these head dims, None if they can."""
+    widest = max((x.shape[-1] for x in tensors[:3] if x.dim() > 0), default=0)
+    if widest > MAX_NATIVE_HEAD_DIM:
+        return f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
+    return None
+
+
+_OP = registry.register(
+    registry.Op(
+        noun="attention",
+        title="attention, forward and backward",
+        functions=(
+            registry.Function(
+                "attention_fwd", _SCHEMA_FWD, blocks.attention_fwd, _fake_fwd, _autograd
+            ),
+            registry.Function(
+                "attention_bwd", _SCHEMA_BWD, blocks.attention_bwd, _fake_bwd, _no_second_derivative
+            ),
+        ),
+        limits=f"head dims to {MAX_NATIVE_HEAD_DIM}",
+        limit=_head_dims,
+    )
 )
 
 
@@ -201,7 +212,7 @@ def attention(
             heads of a slope that is not finite give NaN.
         dropout_p: probability with which an attention weight is zeroed; the others are divided by
             1 - dropout_p. Which ones is a documented function of (seed, batch, head, row, column),
-            the same on every backend: `bigkernel.reference.attention.dropout_keep`.
+            the same on every backend: `bigkernel.ops.attention.reference.dropout_keep`.
         seed: for dropout: an int or an int64 tensor of one element. None draws one from torch's
             default generator.
         scale: factor of q k^T; None: 1 / sqrt(D).
@@ -341,21 +352,10 @@ def attention_varlen(
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Pick the backend and call its op."""
-    reason = head_dim_reason(q, v)
-    if q.dtype == torch.float64:
-        reason = "float64 has no native kernel"
-    ops = select("attention_fwd", q.device, reason)
+    ops = select("attention_fwd", q.device, _OP.why_not_native((q, k, v)))
     return ops.attention_fwd(
         _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), *options
     )
-
-
-def head_dim_reason(*tensors: Tensor) -> str | None:
-    """Why the native kernels cannot take tensors of these head dims, None if they can."""
-    widest = max((x.shape[-1] for x in tensors if x.dim() > 0), default=0)
-    if widest > MAX_NATIVE_HEAD_DIM:
-        return f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
-    return None
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigkernel.errors import check
-from bigkernel.reference.attention import Rule, allowed_keys, distances, dropout_keep
+from bigkernel.ops.attention.reference import Rule, allowed_keys, distances, dropout_keep
 
 # Scores held at once. On the CPU a block should stay in cache; a GPU wants fewer, larger launches.
 SCORE_BUDGET = {"cpu": 1 << 21}

@@ -1,1 +1,0 @@
-"""What is right, op by op, in plain PyTorch; also the `torch` backend."""

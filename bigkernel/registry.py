@@ -1,0 +1,106 @@
+"""The ops that there are: the one list, which every other room reads.
+
+An op is a folder ``bigkernel/ops/<noun>/`` that calls ``register`` once. What it says there decides
+where its calls go (``backend.py``), what ``explain``, ``bigkernel env``, ``bigkernel bench`` and
+the documentation tell of it, and which files the tests ask for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bigkernel import _library
+
+# What an op can have. "cpu" and "cuda" are native kernels; where there are CUDA kernels, the tests
+# run them in the emulator. "benchmark" is a table of `bigkernel bench`.
+Level = Literal["cpu", "cuda", "benchmark"]
+LEVELS: tuple[Level, ...] = ("cpu", "cuda", "benchmark")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Function(NamedTuple):
+    """One operator of torch.library, defined in Python; native kernels are added to it.
+
+    schema: what follows the name. impl: plain PyTorch. fake: shapes and dtypes alone.
+    autograd: takes a namespace of ``torch.ops`` and returns (backward, setup_context).
+    """
+
+    name: str
+    schema: str
+    impl: Callable[..., Any]
+    fake: Callable[..., Any]
+    autograd: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """What an op says of itself.
+
+    Attributes:
+        noun: its name in every room: ``bigkernel/ops/<noun>``, ``csrc/<noun>``,
+            ``tests/ops/test_<noun>.py``, ``bigkernel/bench/<noun>.py``.
+        title: what it is, for tables in the documentation.
+        functions: its operators; none if it is composed of torch's and other ops.
+        absent: the levels that it does without, each with the reason.
+        dtypes: what the native kernels take.
+        limits: what else they take only, for tables ("head dims to 256").
+        limit: the same as a function: why the native kernels cannot take these tensors (all of the
+            dtypes above), or None if they can.
+    """
+
+    noun: str
+    title: str
+    functions: tuple[Function, ...]
+    absent: Mapping[Level, str] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES
+    limits: str = ""
+    limit: Callable[[Sequence[Tensor]], str | None] | None = None
+
+    def why_not_native(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why no native kernel can take these tensors, wherever they are; None if one can."""
+        for tensor in tensors:
+            if tensor.dtype not in self.dtypes:
+                return self.why_not_dtype(tensor.dtype)
+        return None if self.limit is None else self.limit(tensors)
+
+    def why_not_dtype(self, dtype: torch.dtype) -> str | None:
+        """The same for a tensor of this dtype."""
+        if dtype in self.dtypes:
+            return None
+        return f"{str(dtype).removeprefix('torch.')} has no native kernel"
+
+
+_ops: dict[str, Op] = {}  # by noun and by the names of functions
+
+
+def register(op: Op) -> Op:
+    """Define the functions of ``op`` and put it on the list."""
+    for name in (op.noun, *(function.name for function in op.functions)):
+        if name in _ops:
+            raise ValueError(f"registry.register: there is an op {name!r} already.")
+    wrong = [level for level, why in op.absent.items() if level not in LEVELS or not why]
+    if wrong:
+        raise ValueError(
+            f"registry.register: what {op.noun!r} lacks must be one of {', '.join(LEVELS)}, each "
+            f"with a reason, got {wrong}."
+        )
+    for function in op.functions:
+        _library.define(*function)
+        _ops[function.name] = op
+    _ops[op.noun] = op
+    return op
+
+
+def every() -> list[Op]:
+    """All ops, in the order of their names."""
+    return sorted({op.noun: op for op in _ops.values()}.values(), key=lambda op: op.noun)
+
+
+def find(name: str) -> Op:
+    """The op of this noun, or with a function of this name; ValueError if there is none."""
+    if name not in _ops:
+        raise ValueError(f"there is no op {name!r}. There are: {', '.join(sorted(_ops))}.")
+    return _ops[name]
