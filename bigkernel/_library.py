@@ -1,9 +1,9 @@
 """The torch.library handles, and the native module that adds kernels to them.
 
-Each operator is defined twice with one schema: ``torch.ops.bigkernel.<name>``, to which the native
-module adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, always plain PyTorch.
-Choosing a backend is choosing a namespace (see ``backend.py``), so a forced PyTorch run
-goes through the same schema, checks and autograd formula as a native one.
+Each operator is defined twice with one schema: ``torch.ops.bigkernel.<name>``, to which the
+native module adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, which is
+always plain PyTorch. Choosing a backend is choosing a namespace (see ``backend.py``), so a forced
+PyTorch run goes through the same schema, checks and autograd formula as a native one.
 """
 
 import importlib
