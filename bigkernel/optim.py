@@ -128,7 +128,8 @@ class Adam(Optimizer):
         self.state_dtype = state_dtype
         self.stochastic_rounding = bool(stochastic_rounding)
         self.rounding_seed = int(rounding_seed)
-        self.grad_norm: Tensor | None = None
+        # A dict, since what a compiled step sets on an optimizer itself is lost.
+        self._outcome: dict[str, Tensor | None] = {"grad_norm": None}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -174,13 +175,18 @@ class Adam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_outcome", {"grad_norm": None})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group["betas"] = tuple(group["betas"])
 
     # ---- the step ----
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradients' norm before clipping in the last step; None without ``max_grad_norm``."""
+        return self._outcome["grad_norm"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -216,7 +222,7 @@ class Adam(Optimizer):
             )
             norm = result if norm is None else norm
         if self.max_grad_norm is not None:
-            self.grad_norm = op.no_norm() if norm is None else norm
+            self._outcome["grad_norm"] = op.no_norm() if norm is None else norm
         return loss
 
     def _collect(self) -> "_Work":
