@@ -451,7 +451,7 @@ class AdamW(Adam):
 
 
 def _op_group(name: str, options: dict[str, Any], lists: Sequence[list[Tensor]]) -> AdamGroup:
-    beta1, beta2 = options["betas"]
+    beta1, beta2 = _two_betas(name, options["betas"])
     params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps = lists
     lr = options["lr"]
     return AdamGroup(
@@ -589,6 +589,14 @@ def _number(name: str, argument: str, value: Any) -> float:
     return float(value)
 
 
+def _two_betas(name: str, betas: Any) -> tuple[Any, Any]:
+    two = hasattr(betas, "__len__") and not isinstance(betas, str)
+    got = f"{betas!r} ({type(betas).__name__})"
+    check(two, name, "betas", "two numbers", got, cls=TypeError)
+    check(len(betas) == 2, name, "betas", "two numbers", betas)
+    return betas[0], betas[1]
+
+
 def _check_flag(name: str, argument: str, value: Any, none: bool = False) -> None:
     check(
         isinstance(value, bool | int | np.bool_) or (none and value is None),
@@ -604,12 +612,7 @@ def _check_types(name: str, options: dict[str, Any]) -> None:
     """Whether the hyper-parameters of a group are what a step can read."""
     for key in ("lr", "eps", "weight_decay"):
         _number(name, key, options[key])
-    betas = options["betas"]
-    several = hasattr(betas, "__len__") and not isinstance(betas, str)
-    got = f"{betas!r} ({type(betas).__name__})"
-    check(several, name, "betas", "two numbers", got, cls=TypeError)
-    check(len(betas) == 2, name, "betas", "two numbers", betas)
-    for i, beta in enumerate(betas):
+    for i, beta in enumerate(_two_betas(name, options["betas"])):
         _number(name, f"betas[{i}]", beta)
     for key, none in _FLAGS.items():
         _check_flag(name, key, options[key], none)
@@ -623,7 +626,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     for key in ("lr", "eps", "weight_decay"):
         value = _number(name, key, options[key])
         check(value >= 0, name, key, "at least 0", value)
-    options["betas"] = tuple(options["betas"])
+    options["betas"] = _two_betas(name, options["betas"])
     for i, beta in enumerate(options["betas"]):
         value = _number(name, f"betas[{i}]", beta)
         check(0 <= value < 1, name, f"betas[{i}]", "at least 0 and below 1", value)

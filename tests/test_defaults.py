@@ -5,12 +5,24 @@ Tensors that the package makes inside say their dtype and device themselves.
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import bigkernel.transforms as T
 from bigkernel import ops
 from bigkernel.backend import use_backend
+from bigkernel.data import (
+    ImageData,
+    PackedDataset,
+    PackingCollator,
+    TextDataset,
+    build_tokenizer,
+)
+from bigkernel.data.augmentation import BatchAugmentation
+from bigkernel.data.images import collate_images
+from bigkernel.metrics import TextMetrics
 from bigkernel.optim import AdamW
+from bigkernel.trainer import Trainer, TrainingArguments
 
 DEFAULTS = {
     "float16": {"dtype": torch.float16},
@@ -34,12 +46,22 @@ ADAM = {
     "float8": (torch.float8_e4m3fn, {"master_weights": True, "max_grad_norm": 0.1}),
 }
 CHAINS = {
-    "crop": lambda: T.Compose([T.RandomResizedCrop(9), T.RandomHorizontalFlip(), T.ToDtype(torch.float32, scale=True)]),
+    "crop": lambda: T.Compose(
+        [T.RandomResizedCrop(9), T.RandomHorizontalFlip(), T.ToDtype(torch.float32, scale=True)]
+    ),
     "color": lambda: T.Compose(
-        [T.ColorJitter(0.4, 0.4, 0.4, 0.2), T.RandomRotation(30, fill=7), T.ToDtype(torch.float32, scale=True)]
+        [
+            T.ColorJitter(0.4, 0.4, 0.4, 0.2),
+            T.RandomRotation(30, fill=7),
+            T.ToDtype(torch.float32, scale=True),
+        ]
     ),
     "normalize": lambda: T.Compose(
-        [T.Resize((7, 8)), T.ToDtype(torch.float32, scale=True), T.Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.3))]
+        [
+            T.Resize((7, 8)),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)),
+        ]
     ),
 }
 
@@ -116,12 +138,14 @@ def test_attention_varlen_under_other_defaults(changed, backend):
     assert_same(changed(run), run())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("case", ADAM)
+NATIVE = [case for case in ADAM if not case.startswith("float")]
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"), [(c, "torch") for c in ADAM] + [(c, "cpu") for c in NATIVE]
+)
 def test_adam_under_other_defaults(changed, case, backend):
     dtype, options = ADAM[case]
-    if dtype in (torch.float64, torch.float8_e4m3fn) and backend == "cpu":
-        pytest.skip(f"{dtype} has no native kernel")
 
     def run():
         params = [nn.Parameter(normal(*s).to(dtype)) for s in [(3, 4), (700,), (0,), ()]]
@@ -190,3 +214,64 @@ def test_augment_under_other_defaults(changed):
         return results
 
     assert_same(changed(run), run())
+
+
+def test_data_and_metrics_under_other_defaults(changed):
+    pixels = (normal(6, 3, 8, 8).sigmoid() * 255).to(torch.uint8)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    logits = normal(1, 16, 259)
+
+    def run():
+        texts = ["abcdefgh" * 9, "the cat sat on the mat. " * 6]
+        rows = PackedDataset(texts, build_tokenizer("bytes"), 16)
+        batch = PackingCollator()([rows[0], rows[1]])
+        padded = TextDataset(texts, build_tokenizer("bytes"), 200)[0]
+        metrics = TextMetrics(9)
+        metrics.update(logits, rows[0]["labels"][None])
+        images = ImageData(pixels, labels, ["a", "b"], "noise", "")
+        train, held = images.split(0.4, seed=3)
+        collated = collate_images([train[0], held[0]])
+        crop = T.Compose([T.RandomCrop(6), T.ToDtype(torch.float32, scale=True)])
+        augmented = BatchAugmentation(0)(crop, collated["pixel_values"], None, 0)
+        return [batch, padded, metrics.compute(), collated, augmented, crop.state_dict()]
+
+    assert_same(changed(run), run())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_trainer_under_another_default_dtype(tmp_path, packed):
+    """The same weights, and the same losses as far as transformers' own sum of them, which it keeps
+    in the default dtype, goes. With "meta" as default device transformers itself cannot begin.
+    """
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **{"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24},
+                **{"num_hidden_layers": 1, "num_attention_heads": 2, "attention_dropout": 0.2},
+                **{"bos_token_id": None, "eos_token_id": None},
+            )
+        )
+        torch.set_default_dtype(dtype)
+        try:
+            options = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1}
+            trainer = Trainer(
+                model,
+                TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True, **options),
+                train_dataset=PackedDataset(
+                    ["abcdefgh" * 30], build_tokenizer("bytes"), 16, drop_last=True
+                ),
+                data_collator=PackingCollator() if packed else None,
+            )
+            trainer.train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        losses = [x for x in trainer.state.log_history if "loss" in x]
+        ends.append((losses, model.state_dict()))
+    (losses, weights), (other_losses, other_weights) = ends
+    assert len(losses) == 3
+    for a, b in zip(losses, other_losses, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == b["grad_norm"]
+    assert_same(weights, other_weights)
