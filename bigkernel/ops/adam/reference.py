@@ -143,11 +143,13 @@ def adam_step_(
             new_step = step + 1
             t = new_step.double().reshape(())
             root = (1 - torch.pow(beta2, t)).sqrt()
-            update = m / (v.sqrt() + (eps * root).to(compute))
-            update = (lr * root / (1 - torch.pow(beta1, t))).to(compute) * update
+            step_size = (lr * root / (1 - torch.pow(beta1, t))).to(compute)
+            update = step_size * m / (v.sqrt() + (eps * root).to(compute))
             if decay and flags[i] & DECOUPLED:
                 rate = lr * decay
-                update = update + (rate.to(compute) if isinstance(rate, Tensor) else rate) * x
+                rate = rate.to(compute) if isinstance(rate, Tensor) else rate
+                # An infinite x decays to itself, not to inf - inf.
+                update = torch.where(x.isinf(), update, update + rate * x)
             x = x - update
             if master is not None:
                 write(master, x)
