@@ -58,8 +58,9 @@ class Adam(Optimizer):
     they are, and one that is changed in place counts from the next step on. On a GPU a tensor lr
     is read there; the others are read by the host at each step, which waits for them.
 
-    ``step`` can be compiled, ``fullgraph=True`` included, if these are numbers or lr is a tensor on
-    the parameters' device. As in torch.optim, a number that changes makes torch.compile compile
+    ``step`` can be compiled, ``fullgraph=True`` included, where these are numbers or lr is a tensor
+    on the parameters' device, and parameters are dense, real and no DTensors (others run as if it
+    were not compiled). As in torch.optim, a number that changes makes torch.compile compile
     again: give lr as a tensor under a scheduler.
 
     Args:
@@ -245,6 +246,16 @@ class Adam(Optimizer):
             if alike and params:
                 work.add(params[0].device, _op_group(self._name, options, lists))
             elif params:
+                # Without fullgraph this makes torch.compile leave the step to the interpreter.
+                check(
+                    not torch.compiler.is_compiling(),
+                    self._name,
+                    "what a step compiled with fullgraph=True updates",
+                    "dense, real, not sharded, and on one device a group",
+                    "other parameters or gradients",
+                    "Compile without fullgraph, or leave the step out",
+                    cls=RuntimeError,
+                )
                 work.add_one_by_one(options, lists)
         return work
 

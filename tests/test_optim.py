@@ -967,6 +967,22 @@ def test_step_compiles_whole_and_equals_the_eager_one(case, backend):
         assert optimizers[0].grad_norm == optimizers[1].grad_norm
 
 
+def test_complex_parameters_and_a_compiled_step():
+    """Left to the interpreter; with fullgraph=True refused in a sentence."""
+    params = [[nn.Parameter(torch.ones(3, dtype=torch.complex64))] for _ in range(2)]
+    optimizers = [AdamW(p, max_grad_norm=0.1) for p in params]
+    steps = [torch.compile(optimizers[0].step, backend="aot_eager"), optimizers[1].step]
+    for _ in range(3):
+        for (p,), step in zip(params, steps, strict=True):
+            p.grad = torch.full_like(p, 1 + 2j)
+            step()
+        assert torch.equal(params[0][0], params[1][0])
+        assert optimizers[0].grad_norm == optimizers[1].grad_norm
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile without fullgraph"):
+        torch.compile(optimizers[1].step, backend="aot_eager", fullgraph=True)()
+
+
 def test_inside_a_compiled_training_loop():
     """The loop need not be one graph; everything that the step sets is there afterwards."""
     nets = [model(), model()]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bigkernel import _library, backend, registry
+from bigkernel import backend, registry
 from bigkernel.errors import check
 from bigkernel.ops.adam import reference
 from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE
