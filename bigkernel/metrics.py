@@ -32,8 +32,12 @@ class TextMetrics(Metric):
     def __init__(self, num_bytes: int) -> None:
         super().__init__()
         self.num_bytes = num_bytes
-        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "loss", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self.add_state(
+            "tokens", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
+        )
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         targets = labels[..., 1:].flatten()

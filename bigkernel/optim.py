@@ -6,24 +6,38 @@ A state dict goes both ways between these classes and torch's. Beyond torch's ar
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import chain
+from numbers import Real
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from bigkernel import backend
 from bigkernel.errors import check
 from bigkernel.ops.adam import AdamGroup, op
+from bigkernel.ops.adam.reference import FLOAT8, NARROW
 
 __all__ = ["Adam", "AdamW"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTER = "master_param"
-_NARROW = (torch.bfloat16, torch.float16)
+_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.complex64, torch.complex128, *FLOAT8),
+)
+_FLAGS = {  # which may be None
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": True,
+    "capturable": True,
+    "differentiable": False,
+    "fused": True,
+    "decoupled_weight_decay": False,
+}
 _OWN_SETTINGS = (
     "max_grad_norm",
     "master_weights",
@@ -40,14 +54,24 @@ class Adam(Optimizer):
     and change nothing: the step is always fused, keeps its counts on the parameters' device and
     never waits for it. ``differentiable=True`` is refused.
 
+    ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be tensors of one element; they stay what
+    they are, and one that is changed in place counts from the next step on. On a GPU a tensor lr
+    is read there; the others are read by the host at each step, which waits for them.
+
+    ``step`` can be compiled, ``fullgraph=True`` included, where these are numbers or lr is a tensor
+    on the parameters' device, and parameters are dense, real and no DTensors (others run as if it
+    were not compiled). As in torch.optim, a number that changes makes torch.compile compile
+    again: give lr as a tensor under a scheduler.
+
     Args:
-        params: parameters or groups of them, float32, bfloat16, float16 or float64 (complex too);
-            float64 runs in plain PyTorch. Gradients must be dense; they are not modified.
+        params: parameters or groups of them, float32, bfloat16, float16, float64, complex64,
+            complex128 or one of torch's float8 dtypes with a sign; float64 and float8 run in plain
+            PyTorch. Gradients must be dense; they are not modified.
         max_grad_norm: if given, the gradients of all groups together are clipped to this 2-norm, as
             ``torch.nn.utils.clip_grad_norm_`` would before the step, and a step whose norm is
             infinite or NaN is skipped. ``float("inf")`` only measures and skips. The norm before
             clipping is then in ``grad_norm``, a tensor that nothing has waited for.
-        master_weights: keep an fp32 copy of each 16-bit parameter and update that; the parameter
+        master_weights: keep an fp32 copy of each parameter of 16 or 8 bits and update that; it
             is its rounding. In the state under "master_param", which torch.optim ignores.
         state_dtype: torch.bfloat16 halves the moments; None means float32 (float64 for float64).
         stochastic_rounding: round bf16 parameters without a master copy up or down at random, so
@@ -58,10 +82,6 @@ class Adam(Optimizer):
     Under a ``torch.amp.GradScaler`` gradients are unscaled inside the step, and an overflowed step
     is skipped on the device. Skipped steps are not counted.
     """
-
-    # The plan of the next step, and the steps done without one.
-    _planned: "_Planned | None" = None
-    _unplanned = 0
 
     # GradScaler hands over grad_scale and found_inf instead of unscaling and deciding itself.
     _step_supports_amp_scaling = True
@@ -88,15 +108,12 @@ class Adam(Optimizer):
         rounding_seed: int = 0,
     ) -> None:
         name = f"optim.{type(self).__name__}"
-        mend = "torch.optim's own optimizers can be differentiated through"
-        check(not differentiable, name, "differentiable", "False", differentiable, mend)
-        check(
-            max_grad_norm is None or max_grad_norm > 0,
-            name,
-            "max_grad_norm",
-            "above 0, or None for no clipping",
-            max_grad_norm,
-        )
+        if max_grad_norm is not None:
+            max_grad_norm = _number(name, "max_grad_norm", max_grad_norm)
+            expected = "above 0, or None for no clipping"
+            check(max_grad_norm > 0, name, "max_grad_norm", expected, max_grad_norm)
+        _check_flag(name, "master_weights", master_weights)
+        _check_flag(name, "stochastic_rounding", stochastic_rounding)
         check(
             state_dtype in (None, torch.float32, torch.bfloat16),
             name,
@@ -112,7 +129,8 @@ class Adam(Optimizer):
         self.state_dtype = state_dtype
         self.stochastic_rounding = bool(stochastic_rounding)
         self.rounding_seed = int(rounding_seed)
-        self.grad_norm: Tensor | None = None
+        # A dict, since what a compiled step sets on an optimizer itself is lost.
+        self._outcome: dict[str, Tensor | None] = {"grad_norm": None}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -122,7 +140,7 @@ class Adam(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
-            "differentiable": False,
+            "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
@@ -141,10 +159,10 @@ class Adam(Optimizer):
                 check(key not in group, self._name, f"{key} of a group", "left out", given, mend)
             for i, p in enumerate(group["params"]):
                 check(
-                    p.is_floating_point() or p.is_complex(),
+                    p.dtype in _DTYPES,
                     self._name,
                     f"params[{i}] of group {len(self.param_groups) - 1}",
-                    "floating point or complex",
+                    "float32, bfloat16, float16, float64, complex or float8 with a sign",
                     p.dtype,
                     cls=TypeError,
                 )
@@ -158,13 +176,18 @@ class Adam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_outcome", {"grad_norm": None})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            group["betas"] = tuple(float(beta) for beta in group["betas"])
+            group["betas"] = tuple(group["betas"])
 
     # ---- the step ----
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradients' norm before clipping in the last step; None without ``max_grad_norm``."""
+        return self._outcome["grad_norm"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -172,8 +195,6 @@ class Adam(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # A compiled training loop calls it as it is: there is nothing left to fuse.
-    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
@@ -186,89 +207,104 @@ class Adam(Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        if found_inf is None and grad_scale is None and self._step_as_planned():
-            return loss
         work = self._collect()
         norm = None
         if self.max_grad_norm is not None and (work.sharded or len(work.by_device) > 1):
             norm = work.total_norm(grad_scale)
+        stochastic = self.stochastic_rounding and not self.master_weights
         for device, groups in work.by_device.items():
-            seed = None
-            if self.stochastic_rounding and not self.master_weights and work.bf16:
-                seed = torch.full((), self.rounding_seed, dtype=torch.int64, device=device)
             result = op.launch(
                 groups,
                 max_norm=self.max_grad_norm,
                 total_norm=_on(norm, device),
                 grad_scale=_on(grad_scale, device),
                 found_inf=_on(found_inf, device),
-                seed=seed,
+                seed=self.rounding_seed if stochastic else None,
             )
             norm = result if norm is None else norm
         if self.max_grad_norm is not None:
-            self.grad_norm = torch.zeros(()) if norm is None else norm
-        self._unplanned += 1
-        if self._unplanned == 2:  # as it was twice, it may be the next time
-            self._planned = _Planned.of(self, work)
+            self._outcome["grad_norm"] = op.no_norm() if norm is None else norm
         return loss
 
-    def _step_as_planned(self) -> bool:
-        """Whether the step was done, on tensors that the kernel knows from earlier steps."""
-        plan = self._planned
-        if plan is None:
-            return False
-        norm = plan.step(self)
-        if norm is None:
-            self._planned, self._unplanned = None, 0
-        elif self.max_grad_norm is not None:
-            self.grad_norm = torch.tensor(norm)
-        return norm is not None
-
     def _collect(self) -> "_Work":
-        """The tensors of this step as arguments of the op; creates state that is missing.
+        """The tensors of this step as arguments of the op.
 
-        A loop over all parameters in every step: it stays short and leaves the rare cases to
-        ``_complete`` and ``_Work.unwrap``. Parameters, gradients and state may be replaced at any
-        time: ``_Planned`` looks whether they are the same.
+        Parameters, gradients and state may be replaced at any time: nothing is kept from step to
+        step.
         """
         work = _Work(self._name)
-        state_of = self.state
-        master_weights = self.master_weights
-        for group in self.param_groups:
-            amsgrad = bool(group["amsgrad"])
-            here: AdamGroup | None = None
-            device: torch.device | None = None
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                dtype = p.dtype
-                master = master_weights and dtype in _NARROW
-                state = state_of[p]
-                if len(state) != 3 + amsgrad + master:
-                    self._complete(p, state, amsgrad, master)
-                tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"]]
-                if amsgrad:
-                    tensors.append(state["max_exp_avg_sq"])
-                if master:
-                    tensors.append(state[MASTER])
-                if type(grad) is not Tensor or grad.layout is not torch.strided or dtype.is_complex:
-                    tensors = work.unwrap(tensors)
-                if here is None or p.device != device:
-                    device = p.device
-                    here = work.group(device, group)
-                here.params.append(tensors[0])
-                here.grads.append(tensors[1])
-                here.exp_avgs.append(tensors[2])
-                here.exp_avg_sqs.append(tensors[3])
-                here.steps.append(state["step"])
-                if amsgrad:
-                    here.max_exp_avg_sqs.append(tensors[4])
-                if master:
-                    here.masters.append(tensors[-1])
-                if dtype is torch.bfloat16:
-                    work.bf16 = True
+        for options in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_avg_sqs: list[Tensor] = []
+            maxima: list[Tensor] = []
+            masters: list[Tensor] = []
+            steps: list[Tensor] = []
+            lists = (params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps)
+            alike = self._init_group(options, *lists)
+            if alike and params:
+                work.add(params[0].device, _op_group(self._name, options, lists))
+            elif params:
+                # Without fullgraph this makes torch.compile leave the step to the interpreter.
+                check(
+                    not torch.compiler.is_compiling(),
+                    self._name,
+                    "what a step compiled with fullgraph=True updates",
+                    "dense, real, not sharded, and on one device a group",
+                    "other parameters or gradients",
+                    "Compile without fullgraph, or leave the step out",
+                    cls=RuntimeError,
+                )
+                work.add_one_by_one(options, lists)
         return work
+
+    def _init_group(
+        self,
+        options: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        maxima: list[Tensor],
+        masters: list[Tensor],
+        steps: list[Tensor],
+    ) -> bool:
+        """Fill the lists with a group's tensors; creates state that is missing.
+
+        Returns whether they are dense real tensors on one device. Name and kind of signature are
+        torch.optim's: torch.compile runs this method while it traces a step, and then knows each
+        tensor by the place where it found it. Lists are filled by comprehensions, since of
+        thousands of small tensors a plain loop takes as long as the update.
+        """
+        everything = options["params"]
+        found = [p.grad for p in everything]
+        params += [p for p, g in zip(everything, found, strict=True) if g is not None]
+        grads += [g for g in found if g is not None]
+        state_of = self.state
+        states = [state_of[p] for p in params]
+        amsgrad, dtypes = bool(options["amsgrad"]), {p.dtype for p in params}
+        narrow: list[dict[str, Any]] = []
+        if self.master_weights and not dtypes.isdisjoint(NARROW):
+            narrow = [s for p, s in zip(params, states, strict=True) if p.dtype in NARROW]
+        for complete in (True, False):
+            try:
+                exp_avgs[:] = [s["exp_avg"] for s in states]
+                exp_avg_sqs[:] = [s["exp_avg_sq"] for s in states]
+                steps[:] = [s["step"] for s in states]
+                maxima[:] = [s["max_exp_avg_sq"] for s in states] if amsgrad else []
+                masters[:] = [s[MASTER] for s in narrow]
+                break
+            except KeyError:
+                assert complete
+                for p, s in zip(params, states, strict=True):
+                    self._complete(p, s, amsgrad)
+        return (
+            len({p.device for p in params}) == 1
+            and set(map(type, grads)) == {Tensor}
+            and {g.layout for g in grads} == {torch.strided}
+            and dtypes.isdisjoint((torch.complex64, torch.complex128))
+        )
 
     # ---- state ----
 
@@ -279,7 +315,7 @@ class Adam(Optimizer):
             return torch.float64
         return self.state_dtype or torch.float32
 
-    def _complete(self, p: Tensor, state: dict[str, Any], amsgrad: bool, master: bool) -> None:
+    def _complete(self, p: Tensor, state: dict[str, Any], amsgrad: bool) -> None:
         """Create what a parameter's state lacks: all of it before the first step."""
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -289,7 +325,7 @@ class Adam(Optimizer):
                 state[key] = torch.zeros_like(
                     p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format
                 )
-        if master and MASTER not in state:
+        if self.master_weights and p.dtype in NARROW and MASTER not in state:
             state[MASTER] = p.detach().to(torch.float32)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -305,6 +341,8 @@ class Adam(Optimizer):
             if changed is not None:
                 state_dict = changed
         saved_groups = deepcopy(state_dict["param_groups"])
+        for saved in saved_groups:
+            _check_types(self._name, self.defaults | saved)
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         check(
@@ -352,7 +390,7 @@ class Adam(Optimizer):
                 step = torch.as_tensor(value, dtype=torch.float32, device=p.device)
                 adopted[key] = step.detach().reshape(()).clone()
             elif key in MOMENTS or key == MASTER:
-                if key == MASTER and not (self.master_weights and p.dtype in _NARROW):
+                if key == MASTER and not (self.master_weights and p.dtype in NARROW):
                     continue  # it would go stale
                 check(
                     value.shape == p.shape,
@@ -423,67 +461,26 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-class _Planned:
-    """A step on the CPU whose tensors are those of the step before, but for the gradients."""
-
-    def __init__(self, plan: op.Plan, optimizer: Adam, bf16: bool) -> None:
-        self.plan = plan
-        self.bf16 = bf16
-        self.settings = self._settings(optimizer)
-
-    @classmethod
-    def of(cls, optimizer: Adam, work: "_Work") -> "_Planned | None":
-        """The plan of a step like the one that was just done, if it can have one."""
-        groups = next(iter(work.by_device.values()), [])
-        params = [p for group in groups for p in group.params]
-        everything = [p for group in optimizer.param_groups for p in group["params"]]
-        if (
-            len(work.by_device) != 1
-            or work.unwrapped
-            or len(groups) != len(optimizer.param_groups)
-            or len(params) != len(everything)
-            or params[0].device.type != "cpu"
-            or params[0].is_inference()
-            or torch.float64 in {p.dtype for p in params}
-            or backend.decide("adam_step_", "cpu")[0] != "cpu"
-        ):
-            return None
-        plan = op.Plan.of(groups, optimizer.state)
-        return None if plan is None else cls(plan, optimizer, work.bf16)
-
-    @staticmethod
-    def _settings(optimizer: Adam) -> tuple[Any, ...]:
-        return optimizer.master_weights, optimizer.state_dtype
-
-    def step(self, optimizer: Adam) -> float | None:
-        """The norm of the step; None, and nothing is done, where something was replaced."""
-        if self._settings(optimizer) != self.settings:
-            return None
-        if backend.decide("adam_step_", "cpu")[0] != "cpu":
-            return None
-        groups = optimizer.param_groups
-        stochastic = self.bf16 and optimizer.stochastic_rounding and not optimizer.master_weights
-        return self.plan.step(
-            [group["params"] for group in groups],
-            optimizer.state,
-            [_hyper_parameters(group) for group in groups],
-            optimizer.max_grad_norm,
-            optimizer.rounding_seed % 2**64 if stochastic else None,
-        )
-
-
-def _hyper_parameters(options: dict[str, Any]) -> AdamGroup:
-    """An op group without tensors."""
-    beta1, beta2 = options["betas"]
+def _op_group(name: str, options: dict[str, Any], lists: Sequence[list[Tensor]]) -> AdamGroup:
+    beta1, beta2 = _two_betas(name, options["betas"])
+    params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps = lists
+    lr = options["lr"]
     return AdamGroup(
-        lr=options["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=options["eps"],
-        weight_decay=options["weight_decay"],
+        lr=lr if isinstance(lr, Tensor) else _number(name, "lr", lr),
+        beta1=_number(name, "betas[0]", beta1),
+        beta2=_number(name, "betas[1]", beta2),
+        eps=_number(name, "eps", options["eps"]),
+        weight_decay=_number(name, "weight_decay", options["weight_decay"]),
         amsgrad=bool(options["amsgrad"]),
         maximize=bool(options["maximize"]),
         decoupled=bool(options["decoupled_weight_decay"]),
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        steps=steps,
+        max_exp_avg_sqs=maxima,
+        masters=masters,
     )
 
 
@@ -495,14 +492,39 @@ class _Work:
         self.by_device: dict[torch.device, list[AdamGroup]] = {}
         # (mesh, its dimensions over which the gradient is cut) -> this rank's pieces
         self.sharded: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
-        self.bf16 = False
-        self.unwrapped = False
 
-    def group(self, device: torch.device, options: dict[str, Any]) -> AdamGroup:
-        """A new op group on ``device`` with the hyper-parameters of a parameter group."""
-        group = _hyper_parameters(options)
+    def add(self, device: torch.device, group: AdamGroup) -> None:
         self.by_device.setdefault(device, []).append(group)
-        return group
+
+    def add_one_by_one(self, options: dict[str, Any], lists: Sequence[list[Tensor]]) -> None:
+        """A group of tensors on several devices, or of which some have to be unwrapped."""
+        params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps = lists
+        parts: dict[torch.device, AdamGroup] = {}
+        next_maximum, next_master = iter(maxima), iter(masters)
+        for i, p in enumerate(params):
+            tensors = [p, grads[i], exp_avgs[i], exp_avg_sqs[i]]
+            if maxima:
+                tensors.append(next(next_maximum))
+            mastered = bool(masters) and p.dtype in NARROW
+            if mastered:
+                tensors.append(next(next_master))
+            if type(grads[i]) is not Tensor or grads[i].layout is not torch.strided:
+                tensors = self.unwrap(tensors)
+            elif p.is_complex():
+                tensors = [torch.view_as_real(t) for t in tensors]
+            if p.device not in parts:
+                parts[p.device] = _op_group(self.name, options, [[] for _ in lists])
+                self.add(p.device, parts[p.device])
+            here = parts[p.device]
+            here.params.append(tensors[0])
+            here.grads.append(tensors[1])
+            here.exp_avgs.append(tensors[2])
+            here.exp_avg_sqs.append(tensors[3])
+            here.steps.append(steps[i])
+            if maxima:
+                here.max_exp_avg_sqs.append(tensors[4])
+            if mastered:
+                here.masters.append(tensors[-1])
 
     def unwrap(self, tensors: list[Tensor]) -> list[Tensor]:
         """A parameter, its gradient and its state as plain real tensors: this rank's part of
@@ -510,7 +532,6 @@ class _Work:
         """
         from torch.distributed.tensor import DTensor
 
-        self.unwrapped = True
         param, grad = tensors[0], tensors[1]
         check(
             grad.layout is torch.strided,
@@ -549,7 +570,7 @@ class _Work:
                 torch.distributed.all_reduce(square, group=mesh.get_group(dim))
             parts.append(square.sqrt())
         if not parts:
-            return torch.zeros(())
+            return op.no_norm()
         device = parts[0].device
         norms = torch.stack([part.to(device, torch.float64, non_blocking=True) for part in parts])
         return torch.linalg.vector_norm(norms).float()
@@ -559,16 +580,64 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Check one group's hyper-parameters; betas become floats."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor):
-        check(lr.numel() == 1, name, "lr", "a number or a tensor of one element", tuple(lr.shape))
-    check(bool(lr >= 0), name, "lr", "at least 0", lr)
+def _number(name: str, argument: str, value: Any) -> float:
+    """A hyper-parameter's value; TypeError that names it where it is neither number nor tensor."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        expected = "a number or a tensor of one element"
+        check(value.numel() == 1, name, argument, expected, f"shape {tuple(value.shape)}")
+        check(value.device.type != "meta", name, argument, expected, "a meta tensor, without value")
+    else:
+        check(
+            isinstance(value, Real),
+            name,
+            argument,
+            "a number or a tensor of one element",
+            f"{value!r} ({type(value).__name__})",
+            cls=TypeError,
+        )
+    return float(value)
+
+
+def _two_betas(name: str, betas: Any) -> tuple[Any, Any]:
+    two = hasattr(betas, "__len__") and not isinstance(betas, str)
+    got = f"{betas!r} ({type(betas).__name__})"
+    check(two, name, "betas", "two numbers", got, cls=TypeError)
     check(len(betas) == 2, name, "betas", "two numbers", betas)
-    options["betas"] = tuple(float(beta) for beta in betas)
+    return betas[0], betas[1]
+
+
+def _check_flag(name: str, argument: str, value: Any, none: bool = False) -> None:
+    check(
+        isinstance(value, bool | int | np.bool_) or (none and value is None),
+        name,
+        argument,
+        "True, False or None" if none else "True or False",
+        f"{value!r} ({type(value).__name__})",
+        cls=TypeError,
+    )
+
+
+def _check_types(name: str, options: dict[str, Any]) -> None:
+    """Whether the hyper-parameters of a group are what a step can read."""
+    for key in ("lr", "eps", "weight_decay"):
+        _number(name, key, options[key])
+    for i, beta in enumerate(_two_betas(name, options["betas"])):
+        _number(name, f"betas[{i}]", beta)
+    for key, none in _FLAGS.items():
+        _check_flag(name, key, options[key], none)
+    mend = "torch.optim's own optimizers can be differentiated through"
+    check(not options["differentiable"], name, "differentiable", "False", True, mend)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Check one group's hyper-parameters; betas become a tuple, tensors stay tensors."""
+    _check_types(name, options)
+    for key in ("lr", "eps", "weight_decay"):
+        value = _number(name, key, options[key])
+        check(value >= 0, name, key, "at least 0", value)
+    options["betas"] = _two_betas(name, options["betas"])
     for i, beta in enumerate(options["betas"]):
-        check(0 <= beta < 1, name, f"betas[{i}]", "at least 0 and below 1", beta)
-    check(options["eps"] >= 0, name, "eps", "at least 0", options["eps"])
-    check(options["weight_decay"] >= 0, name, "weight_decay", "at least 0", options["weight_decay"])
-    check(not options["differentiable"], name, "differentiable", "False", True)
+        value = _number(name, f"betas[{i}]", beta)
+        check(0 <= value < 1, name, f"betas[{i}]", "at least 0 and below 1", value)

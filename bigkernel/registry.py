@@ -61,9 +61,9 @@ class Op:
 
     def why_not_native(self, tensors: Sequence[Tensor]) -> str | None:
         """Why no native kernel can take these tensors, wherever they are; None if one can."""
-        for tensor in tensors:
-            if tensor.dtype not in self.dtypes:
-                return self.why_not_dtype(tensor.dtype)
+        # Asked at every step of an optimizer, for thousands of tensors.
+        if wrong := {tensor.dtype for tensor in tensors}.difference(self.dtypes):
+            return self.why_not_dtype(min(wrong, key=str))
         return None if self.limit is None else self.limit(tensors)
 
     def why_not_dtype(self, dtype: torch.dtype) -> str | None:

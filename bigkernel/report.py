@@ -102,7 +102,9 @@ def save_image_grid(images: Tensor, path: Path, columns: int = 8, height: int = 
     columns = min(columns, count)
     lines = math.ceil(count / columns)
     cell_h, cell_w = rows * scale + gap, cols * scale + gap
-    canvas = torch.full((3, lines * cell_h + gap, columns * cell_w + gap), 255, dtype=torch.uint8)
+    canvas = torch.full(
+        (3, lines * cell_h + gap, columns * cell_w + gap), 255, dtype=torch.uint8, device="cpu"
+    )
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).expand(-1, 3, -1, -1)
     for index in range(count):

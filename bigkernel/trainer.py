@@ -185,7 +185,9 @@ class Trainer(transformers.Trainer):
         """As transformers', also for images of different sizes, which come as a list."""
         images = inputs.get("pixel_values")
         if isinstance(images, (list, tuple)):
-            joined = torch.empty(sum(image.numel() for image in images), device="meta")
+            joined = torch.empty(
+                sum(image.numel() for image in images), dtype=torch.uint8, device="meta"
+            )
             inputs = {**inputs, "pixel_values": joined}
         return super().floating_point_ops(inputs)
 

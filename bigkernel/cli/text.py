@@ -198,7 +198,7 @@ def sample(
             f"{len(ids)}. Ask for {left} at most."
         )
     draws = temperature > 0
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], dtype=torch.int64, device=model.device)
     set_seed(seed)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if draws else {}
     output: torch.Tensor = model.generate(  # type: ignore[operator]

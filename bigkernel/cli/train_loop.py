@@ -166,7 +166,12 @@ def _few(held_back: Any, limit: int = 32) -> Any:
     """Some items spread over the held-back part: enough to see the curve, soon done."""
     if len(held_back) <= limit:
         return held_back
-    places = torch.linspace(0, len(held_back) - 1, limit).round().long().tolist()
+    places = (
+        torch.linspace(0, len(held_back) - 1, limit, dtype=torch.float32, device="cpu")
+        .round()
+        .long()
+        .tolist()
+    )
     return torch.utils.data.Subset(held_back, places)
 
 

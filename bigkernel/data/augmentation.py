@@ -55,7 +55,7 @@ class BatchAugmentation:
         """
         if ids is None:
             start = 0 if epoch is None else self.seen
-            ids = torch.arange(start, start + len(images))
+            ids = torch.arange(start, start + len(images), dtype=torch.int64, device="cpu")
             # Numbers that go on from epoch to epoch are different draws already.
             epoch = None if epoch is None else 0
         if epoch is not None:

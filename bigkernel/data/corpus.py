@@ -123,7 +123,8 @@ def split_corpus(
             "one document cannot be split by documents; give more documents or split contiguously."
         )
     held = min(len(documents) - 1, max(1, round(len(documents) * fraction)))
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
     chosen = set(order[:held])
     return (
         [document for i, document in enumerate(documents) if i not in chosen],

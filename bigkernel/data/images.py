@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class ImageData:
         held: list[int] = []
         for label in range(len(self.label_names)):
             members = (self.labels == label).nonzero().flatten()
-            members = members[torch.randperm(len(members), generator=generator)]
+            members = members[torch.randperm(len(members), generator=generator, device="cpu")]
             count = min(len(members) - 1, max(1, round(len(members) * fraction)))
             held += members[:count].tolist() if count > 0 else []
             train += members[max(count, 0) :].tolist()
@@ -94,6 +94,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return self.data.labels[self.indices]
 
 
+def _int64(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+
+
 def collate_images(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of items: ``labels`` and ``sample_ids`` int64 [N], ``pixel_values`` uint8.
 
@@ -102,10 +106,11 @@ def collate_images(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     # Labels first: transformers takes the batch size from the first entry, and the images may be a
     # list, whose first tensor's first dimension is channels.
-    collated: dict[str, Any] = {"labels": torch.tensor([int(item["labels"]) for item in batch])}
+    collated: dict[str, Any] = {"labels": _int64(int(item["labels"]) for item in batch)}
     if batch and "sample_ids" in batch[0]:
-        collated["sample_ids"] = torch.tensor([int(item["sample_ids"]) for item in batch])
-    images = [torch.as_tensor(item["pixel_values"]) for item in batch]
+        collated["sample_ids"] = _int64(int(item["sample_ids"]) for item in batch)
+    pixels = [item["pixel_values"] for item in batch]
+    images = [p if isinstance(p, Tensor) else torch.as_tensor(p, device="cpu") for p in pixels]
     same = len({image.shape for image in images}) == 1
     collated["pixel_values"] = torch.stack(images) if same else images
     return collated
@@ -205,7 +210,7 @@ def load_image_folder(
         )
     return ImageData(
         images=_Folder(kept, pixels),
-        labels=torch.tensor([names.index(label) for label in classes]),
+        labels=_int64(names.index(label) for label in classes),
         label_names=names,
         name=root.resolve().name,
         sha256=digest.hexdigest(),

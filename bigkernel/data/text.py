@@ -69,8 +69,8 @@ class TextDataset(Dataset[dict[str, Tensor]]):
         fill, zeros, ones = [pad_id or 0] * padding, [0] * padding, [1] * len(ids)
         left = self.tokenizer.padding_side == "left"
         return {
-            "input_ids": torch.tensor(fill + ids if left else ids + fill),
-            "attention_mask": torch.tensor(zeros + ones if left else ones + zeros),
+            "input_ids": _int64(fill + ids if left else ids + fill),
+            "attention_mask": _int64(zeros + ones if left else ones + zeros),
         }
 
 
@@ -113,21 +113,21 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         pieces = [
             piece for document in documents if len(piece := _encode(tokenizer, document, eos))
         ]
-        ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+        ids = torch.cat(pieces) if pieces else _int64([])
         if len(ids) < max_length:
             raise DataError(
                 f"the text has {len(ids)} tokens, shorter than one sequence of {max_length}; "
                 "use more text or a smaller max_length."
             )
-        positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
+        positions = torch.cat([torch.arange(len(piece), device=piece.device) for piece in pieces])
         text_tokens = len(ids) - (0 if eos is None else len(pieces))
         if drop_last:
             whole = len(ids) // max_length * max_length
             ids, positions = ids[:whole], positions[:whole]
 
         # Within a row, a document that began earlier is counted from the start of the row.
-        start = torch.arange(len(ids)) // max_length * max_length
-        positions = torch.minimum(positions, torch.arange(len(ids)) - start)
+        place = torch.arange(len(ids), device=ids.device)
+        positions = torch.minimum(positions, place % max_length)
         labels = ids.masked_fill(positions == 0, IGNORED)
         self.max_length = max_length
         self.num_tokens = len(ids)
@@ -174,7 +174,7 @@ class PackingCollator:
         if not rows:
             raise ValueError("cannot pack a batch of no rows.")
         batch: dict[str, Any] = {
-            name: torch.cat([torch.as_tensor(row[name]) for row in rows])[None]
+            name: torch.cat([_as_tensor(row[name]) for row in rows])[None]
             for name in ("input_ids", "position_ids", "labels")
         }
         offsets = cu_seqlens(batch["position_ids"])
@@ -222,7 +222,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, eos: int | None) -> T
     # Not an input to a model yet: verbose=False silences the warning about its longest input.
     encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids = encoded["input_ids"]
-    return torch.tensor([*ids, eos] if ids and eos is not None else ids, dtype=torch.int64)
+    return _int64([*ids, eos] if ids and eos is not None else ids)
+
+
+def _int64(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _as_tensor(row: Any) -> Tensor:
+    return row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu")
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:

@@ -189,7 +189,7 @@ class Transform(nn.Module):
     # The running count, as a tensor: safetensors and weights_only loading take nothing else.
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self._count], dtype=torch.int64)
+        return torch.tensor([self._count], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         check(

@@ -300,7 +300,8 @@ __device__ void update(const UpdateEntry& t, const AdamScalars& s, int64_t begin
     v[k] = fmaf(s.weight2 * grad, grad, kept);
     if (s.amsgrad) largest[k] = v[k] > largest[k] || v[k] != v[k] ? v[k] : largest[k];
     float step = divide(s.step_size * m[k], root(s.amsgrad ? largest[k] : v[k]) + s.eps);
-    if (s.decay != 0) step = fmaf(s.decay, x[k], step);
+    // An infinite x decays to itself, not to inf - inf.
+    if (s.decay != 0) step = fabsf(x[k]) <= kLargest ? fmaf(s.decay, x[k], step) : step;
     x[k] -= step;
   }
   store<kWidth>(exp_avg, i, m);

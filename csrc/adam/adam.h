@@ -2,7 +2,6 @@
 // The formula stands in bigkernel/ops/adam/reference.py.
 #pragma once
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -67,16 +66,6 @@ BK_DECLARE_PER_ISA(
     void adam_stream(float* x, const float* g, float* m, float* v, int64_t n, float zero);
     // The memory traffic of the norm: returns something that depends on all n elements.
     float adam_read(const float* g, int64_t n))
-
-// Whether memory, dtype and layout are still the same for the tensors that the op adam_plan gave a
-// number.
-bool adam_plan_is_unchanged(int64_t number);
-// A step of these tensors, if they are unchanged, with contiguous gradients on the CPU. Returns
-// their norm, 0 without max_norm; nothing, and nothing is done, where their sizes or the groups do
-// not fit.
-std::optional<double> adam_run_plan(int64_t number, const std::vector<AdamGradient>& grads,
-                                    const std::vector<AdamGroup>& groups,
-                                    std::optional<double> max_norm, std::optional<uint64_t> seed);
 
 // What `bigkernel bench adam` holds the step against: for each float32 array i of sizes[i] elements
 // reads grads, reads and writes params, exp_avgs and exp_avg_sqs, with the (finite) values that

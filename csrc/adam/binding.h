@@ -54,11 +54,23 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// Asked for once a tensor: of thousands of small ones the questions take longer than the update.
+struct Layout {
+  explicit Layout(const Tensor& t) : sizes(t.sizes()), strides(t.strides()) {}
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+};
+
+inline bool same_sizes(const Layout& a, const Layout& b) {
+  if (a.sizes.size() != b.sizes.size()) return false;
+  for (size_t d = 0; d < a.sizes.size(); ++d)
+    if (a.sizes[d] != b.sizes[d]) return false;
+  return true;
+}
+
 // Elements in the same order of memory: equal strides, except where a size of 1 makes them idle.
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] != 1 && x[d] != y[d]) return false;
+inline bool same_strides(const Layout& a, const Layout& b) {
+  for (size_t d = 0; d < a.sizes.size(); ++d)
+    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d]) return false;
   return true;
 }
 
@@ -125,22 +137,22 @@ inline std::vector<AdamTensor> gather(const AdamCall& call, Staging& staging) {
       BK_CHECK(narrow || e.param_type == DType::kFloat32, kAdamOp, "params[", i,
                "] must be float32, bfloat16 or float16");
 
+      const Layout param_layout(param);
       auto fits = [&](const Tensor& t, const char* name) {
         BK_CHECK(t.is_cuda() == cuda && t.get_device_index() == device, kAdamOp, name, "[", i,
                  "] is not on the device of params[0]");
-        const auto a = t.sizes(), b = param.sizes();
-        bool same = a.size() == b.size();
-        for (size_t d = 0; same && d < a.size(); ++d) same = a[d] == b[d];
-        BK_CHECK(same, kAdamOp, name, "[", i, "] must have its parameter's shape ", shape_of(param),
-                 ", got ", shape_of(t));
+        const Layout layout(t);
+        BK_CHECK(same_sizes(layout, param_layout), kAdamOp, name, "[", i,
+                 "] must have its parameter's shape ", shape_of(param), ", got ", shape_of(t));
+        return layout;
       };
       const Tensor& grad = call.grads[i];
       const Tensor& exp_avg = call.exp_avgs[i];
       const Tensor& exp_avg_sq = call.exp_avg_sqs[i];
       fits(param, "params");
-      fits(grad, "grads");
-      fits(exp_avg, "exp_avgs");
-      fits(exp_avg_sq, "exp_avg_sqs");
+      const Layout grad_layout = fits(grad, "grads");
+      const Layout exp_avg_layout = fits(exp_avg, "exp_avgs");
+      const Layout exp_avg_sq_layout = fits(exp_avg_sq, "exp_avg_sqs");
       e.grad_type = dtype_of(grad, kAdamOp, "grads");
       BK_CHECK(e.grad_type <= DType::kFloat16, kAdamOp, "grads[", i,
                "] must be float32, bfloat16 or float16");
@@ -175,22 +187,24 @@ inline std::vector<AdamTensor> gather(const AdamCall& call, Staging& staging) {
       }
       if (e.numel == 0) continue;
 
-      Tensor layout = param;
+      Tensor like = param;
       if (!is_dense(param)) {
         BK_CHECK(!shares_memory_within(param), kAdamOp, "params[", i,
                  "] is expanded: its elements share memory and cannot be updated one by one");
-        layout = staging.update(param, param);
+        like = staging.update(param, param);
       }
-      e.param = layout.mutable_data_ptr();
-      auto ordered = [&](const Tensor& t) {
-        return same_strides(t, layout) ? t : staging.update(t, layout);
+      const Layout order(like);
+      e.param = like.mutable_data_ptr();
+      auto ordered = [&](const Tensor& t, const Layout& layout) {
+        return same_strides(layout, order) ? t.mutable_data_ptr()
+                                           : staging.update(t, like).mutable_data_ptr();
       };
-      e.grad = same_strides(grad, layout) ? grad.const_data_ptr()
-                                          : staging.read(grad, layout).const_data_ptr();
-      e.exp_avg = ordered(exp_avg).mutable_data_ptr();
-      e.exp_avg_sq = ordered(exp_avg_sq).mutable_data_ptr();
-      if (vmax) e.max_exp_avg_sq = ordered(*vmax).mutable_data_ptr();
-      if (master) e.master = static_cast<float*>(ordered(*master).mutable_data_ptr());
+      e.grad = same_strides(grad_layout, order) ? grad.const_data_ptr()
+                                                : staging.read(grad, like).const_data_ptr();
+      e.exp_avg = ordered(exp_avg, exp_avg_layout);
+      e.exp_avg_sq = ordered(exp_avg_sq, exp_avg_sq_layout);
+      if (vmax) e.max_exp_avg_sq = ordered(*vmax, Layout(*vmax));
+      if (master) e.master = static_cast<float*>(ordered(*master, Layout(*master)));
     }
   }
   BK_CHECK(next == count, kAdamOp, "group_sizes must add up to the number of parameters (", count,

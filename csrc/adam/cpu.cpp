@@ -1,11 +1,6 @@
 // CPU binding of adam_norm and adam_step_: checks, the balance over threads, the scalars.
-#include <atomic>
 #include <cmath>
-#include <exception>
-#include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 #include <vector>
 
 #include "adam/adam.h"
@@ -199,125 +194,7 @@ Tensor adam_step_cpu(const AdamCall& call) {
   return result;
 }
 
-// A step's tensors but for the gradients, handed over once: boxing thousands of small ones takes
-// longer than their update (csrc/python/adam_plan.cpp). Before each use every tensor is looked at
-// again, since its memory may have been replaced.
-struct Held {
-  Tensor tensor;
-  const void* at;
-  int64_t numel;
-  DType type;
-};
-
-struct Plan {
-  std::vector<AdamTensor> tensors;
-  std::vector<Held> held;
-  std::vector<int64_t> flags;
-};
-
-std::mutex plans_lock;
-// Never destroyed: at exit torch may be gone before.
-auto& plans = *new std::unordered_map<int64_t, std::shared_ptr<Plan>>;
-
-std::shared_ptr<Plan> find_plan(int64_t number) {
-  const std::lock_guard<std::mutex> guard(plans_lock);
-  const auto found = plans.find(number);
-  BK_CHECK(found != plans.end(), "adam_run_plan", "plan ", number, " does not exist");
-  return found->second;
-}
-
-bool unchanged(const Plan& plan) {
-  std::atomic<bool> same{true};
-  parallel_for(int64_t(plan.held.size()), 1000, [&](int64_t begin, int64_t end) {
-    bool here = true;
-    try {
-      for (int64_t i = begin; i < end; ++i) {
-        const Held& h = plan.held[i];
-        here &= h.tensor.mutable_data_ptr() == h.at && h.tensor.numel() == h.numel &&
-                h.tensor.is_contiguous() &&
-                dtype_of(h.tensor, "adam_run_plan", "a tensor") == h.type;
-      }
-    } catch (const std::exception&) {  // a tensor without memory; adam_step_ says which
-      here = false;
-    }
-    if (!here) same = false;
-  });
-  return same;
-}
-
-// The number of a plan, or 0 if these tensors need copies or are not all there, and so have none.
-int64_t adam_plan_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
-                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                      std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
-                      std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
-                      std::vector<int64_t> flags) {
-  AdamCall call;
-  call.params = std::move(params);
-  call.grads = std::move(grads);
-  call.exp_avgs = std::move(exp_avgs);
-  call.exp_avg_sqs = std::move(exp_avg_sqs);
-  call.max_exp_avg_sqs = std::move(max_exp_avg_sqs);
-  call.masters = std::move(masters);
-  call.steps = std::move(steps);
-  call.group_sizes = std::move(group_sizes);
-  call.flags = std::move(flags);
-  for (auto* list : {&call.lrs, &call.beta1s, &call.beta2s, &call.epss, &call.weight_decays})
-    list->resize(call.group_sizes.size());  // not known yet
-  Staging staging;
-  auto plan = std::make_shared<Plan>();
-  plan->tensors = gather(call, staging);
-  plan->flags = call.flags;
-  size_t maxima = 0, copies = 0;
-  for (size_t i = 0; i < plan->tensors.size(); ++i) {
-    const AdamTensor& e = plan->tensors[i];
-    if (e.numel == 0) return 0;
-    auto hold = [&](const Tensor& t, const void* at, DType type) {
-      plan->held.push_back({t, at, at == e.step ? 1 : e.numel, type});
-    };
-    hold(call.params[i], e.param, e.param_type);
-    hold(call.exp_avgs[i], e.exp_avg, e.moment_type);
-    hold(call.exp_avg_sqs[i], e.exp_avg_sq, e.moment_type);
-    if (e.max_exp_avg_sq) hold(call.max_exp_avg_sqs[maxima++], e.max_exp_avg_sq, e.moment_type);
-    if (e.master) hold(call.masters[copies++], e.master, DType::kFloat32);
-    hold(call.steps[i], e.step, DType::kFloat32);
-  }
-  for (const Tensor& grad : call.grads)
-    if (!grad.is_contiguous()) return 0;
-  if (!unchanged(*plan)) return 0;
-  const std::lock_guard<std::mutex> guard(plans_lock);
-  static int64_t count = 0;
-  plans.emplace(++count, std::move(plan));
-  return count;
-}
-
-void adam_drop_plan(int64_t number) {
-  const std::lock_guard<std::mutex> guard(plans_lock);
-  plans.erase(number);
-}
-
 }  // namespace
-
-bool adam_plan_is_unchanged(int64_t number) { return unchanged(*find_plan(number)); }
-
-std::optional<double> adam_run_plan(int64_t number, const std::vector<AdamGradient>& grads,
-                                    const std::vector<AdamGroup>& groups,
-                                    std::optional<double> max_norm, std::optional<uint64_t> seed) {
-  const std::shared_ptr<Plan> plan = find_plan(number);
-  std::vector<AdamTensor> tensors = plan->tensors;
-  bool fits = grads.size() == tensors.size() && groups.size() == plan->flags.size();
-  for (size_t i = 0; fits && i < groups.size(); ++i)
-    fits = (groups[i].flags & kAmsgrad) == (plan->flags[i] & kAmsgrad);
-  for (size_t i = 0; fits && i < grads.size(); ++i) {
-    fits = grads[i].numel == tensors[i].numel;
-    tensors[i].grad = grads[i].data;
-    tensors[i].grad_type = grads[i].type;
-  }
-  if (!fits) return std::nullopt;
-  const double norm = max_norm ? float(norm_of(grads)) : 0.0;
-  if (std::isfinite(norm))
-    update_all(tensors, groups, max_norm ? std::fmin(*max_norm / (norm + 1e-6), 1.0) : 1.0, seed);
-  return norm;
-}
 
 void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
                  const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
@@ -347,21 +224,7 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
 
 }  // namespace bigkernel
 
-// Not defined in Python: they are no op that a caller uses, but how bigkernel.optim calls one.
-STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel, m) {
-  m.def(
-      "adam_plan(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
-      "Tensor[] max_exp_avg_sqs, Tensor[] masters, Tensor[] steps, int[] group_sizes, "
-      "int[] flags) -> int");
-  m.def("adam_drop_plan(int plan) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CompositeExplicitAutograd, m) {
-  m.impl("adam_drop_plan", TORCH_BOX(&bigkernel::adam_drop_plan));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("adam_plan", TORCH_BOX(&bigkernel::adam_plan_cpu));
   m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cpu));
   m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cpu>));
 }

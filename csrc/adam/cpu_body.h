@@ -93,7 +93,8 @@ inline void update(float* x_, const float* g_, float* m_, float* v_, float* vmax
       put(vmax_, v);
     }
     VecF step = (s.step_size * m) / (vsqrt(v) + s.eps);
-    if constexpr (kDecay) step = fma(set1(s.decay), x, step);
+    // An infinite x decays to itself, not to inf - inf.
+    if constexpr (kDecay) step = vabs(x) <= kLargest ? fma(set1(s.decay), x, step) : step;
     put(x_, x - step);
   };
   int64_t i = 0;

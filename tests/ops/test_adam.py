@@ -8,6 +8,7 @@ lengths, misalignment, instruction sets    lengths_and_misalignment
 layouts, gaps                              noncontiguous, rejects_expanded
 clipping, norm                             clipping, norm_*
 unscaling, found_inf, skipping             unscaling, skips
+NaN, infinities, extremes in each input    extremes_*, norm_from_end_to_end, odd_scalars
 stochastic rounding                        stochastic_*
 no read-back, compile, opcheck             opcheck, compile
 float64, forced backends                   float64_*
@@ -17,6 +18,7 @@ bad input                                  rejects_bad_input
 import copy
 import functools
 
+import adam_extremes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -357,6 +359,44 @@ def test_adam_norm_neither_overflows_nor_underflows(cpu_isa, scale):
     grads = [torch.randn(700) * scale, torch.zeros(600), torch.randn(3) * scale]
     exact = torch.linalg.vector_norm(torch.cat(grads).double())
     assert_norm(ops.adam_norm(grads), exact)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_adam_norm_from_end_to_end(cpu_isa, dtype):
+    """Each decade from 1e-38 to 1e38, as far as the dtype holds it; on both backends."""
+    for scale in adam_extremes.GRADIENT_SCALES:
+        grads = adam_extremes.gradients_of_scale(scale, dtype)
+        for backend in ("cpu", "torch"):
+            with use_backend(backend):
+                adam_extremes.assert_norm(ops.adam_norm(grads), grads)
+
+
+@pytest.mark.parametrize("variant", adam_extremes.VARIANTS)
+@pytest.mark.parametrize("dtypes", adam_extremes.DTYPES)
+def test_adam_extremes_are_as_in_torch(cpu_isa, dtypes, variant):
+    """NaN, infinities, the largest and the smallest numbers, once in every input."""
+    options = adam_extremes.VARIANTS[variant]
+    start = adam_extremes.extreme_lists(dtypes, options.get("amsgrad", False))
+    wanted = adam_extremes.torch_step(start, options)
+    for backend in ("cpu", "torch"):
+        lists = clone(start)
+        step(lists, backend, **adam_extremes.HYPER | options)
+        adam_extremes.assert_like_torch(lists, wanted)
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf", "total_norm", "lr"])
+def test_adam_odd_scalars_are_the_same_on_every_backend(cpu_isa, name, value):
+    lists = make(DTYPES["fp32"], amsgrad=True)
+    lists["grads"][1].fill_(float("inf"))
+    other, options = clone(lists), {name: torch.tensor(value), "amsgrad": True}
+    if name == "total_norm":
+        options["max_norm"] = 1.0
+    step(lists, "cpu", **options)
+    step(other, "torch", **options)
+    for key in lists:
+        for a, b in zip(lists[key], other[key], strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

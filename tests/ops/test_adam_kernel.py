@@ -5,6 +5,7 @@ device, several groups, clipping, unscaling, found_inf, stochastic rounding, odd
 misalignment, many tensors. And what the update reads and writes, counted.
 """
 
+import adam_extremes
 import adam_ptx
 import pytest
 import torch
@@ -134,14 +135,26 @@ def test_adam_kernel_clips(host, dtypes, max_norm):
     assert len(launches) == 3  # norm, prepare, update
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30], ids=["tiny", "huge"])
-def test_adam_kernel_norm_of_extreme_gradients(host, scale):
-    lists = make(DTYPES["fp32"])
-    for g in lists["grads"]:
-        g.mul_(scale)
-    norm, launches = step(host, lists, only_norm=True)
-    torch.testing.assert_close(norm, reference.adam_norm(lists["grads"], None), rtol=1e-6, atol=0)
-    assert len(launches) == 2
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+def test_adam_kernel_norm_from_end_to_end(host, dtype):
+    """Each decade from 1e-38 to 1e38, as far as the dtype holds it."""
+    for scale in adam_extremes.GRADIENT_SCALES:
+        grads = adam_extremes.gradients_of_scale(scale, dtype)
+        lists = make((dtype, dtype, F32, False), sizes=[g.shape for g in grads])
+        norm, launches = step(host, lists | {"grads": grads}, only_norm=True)
+        adam_extremes.assert_norm(norm, grads)
+        assert len(launches) == 2
+
+
+@pytest.mark.parametrize("variant", adam_extremes.VARIANTS)
+@pytest.mark.parametrize("dtypes", adam_extremes.DTYPES)
+def test_adam_kernel_extremes_are_as_in_torch(host, dtypes, variant):
+    """NaN, infinities, the largest and the smallest numbers, once in every input."""
+    options = adam_extremes.HYPER | adam_extremes.VARIANTS[variant]
+    lists = adam_extremes.extreme_lists(dtypes, options.get("amsgrad", False))
+    wanted = adam_extremes.torch_step(lists, options)
+    step(host, lists, **options)
+    adam_extremes.assert_like_torch(lists, wanted)
 
 
 def test_adam_kernel_total_norm_is_taken(host):

@@ -5,9 +5,9 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 
 - ``params`` .. ``steps`` are lists with one entry per tensor, except ``max_exp_avg_sqs``, which has
   one for each tensor of an amsgrad group, and ``masters``, which is empty or has one for each
-  16-bit parameter. Group i owns the next ``group_sizes[i]`` tensors and the i-th entry of each
-  hyper-parameter list; ``flags`` is a sum of AMSGRAD, MAXIMIZE and DECOUPLED. ``lr_tensors`` is
-  empty or has one learning rate per group, which then counts instead of ``lrs``.
+  parameter of 16 or 8 bits. Group i owns the next ``group_sizes[i]`` tensors and the i-th entry of
+  each hyper-parameter list; ``flags`` is a sum of AMSGRAD, MAXIMIZE and DECOUPLED. ``lr_tensors``
+  is empty or has one learning rate per group, which then counts instead of ``lrs``.
 - Gradients are only read. They are divided by ``grad_scale``; with ``max_norm`` they are clipped by
   the norm over all groups (``total_norm`` if given), and a norm that is not finite skips the step.
   So does a ``found_inf`` that is not 0. A skipped step changes nothing, step counts included.
@@ -15,24 +15,22 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 - The result is the norm before clipping, 0-d, or an empty tensor when ``max_norm`` is None.
 """
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigkernel import _library, backend, registry
+from bigkernel import backend, registry
 from bigkernel.errors import check
 from bigkernel.ops.adam import reference
 from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE
 
 __all__ = ["AdamGroup", "adam_groups_step_", "adam_norm", "adam_step_"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NARROW = (torch.bfloat16, torch.float16)
+# The lists of a group, in the order of the op's arguments.
+TENSORS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *reference.FLOAT8)
 
 
 def _norm_fake(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
@@ -96,8 +94,8 @@ _OP = registry.register(
 class AdamGroup:
     """Tensors that share hyper-parameters. Each list has one entry per parameter.
 
-    ``max_exp_avg_sqs`` is for amsgrad only; ``masters`` holds fp32 copies of the 16-bit parameters
-    (of all of them, over all groups, or of none), in order.
+    ``max_exp_avg_sqs`` is for amsgrad only; ``masters`` holds fp32 copies of the 16-bit and 8-bit
+    parameters (of all of them, over all groups, or of none), in order.
     """
 
     lr: float | Tensor = 1e-3
@@ -124,20 +122,24 @@ def launch(
     total_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
 ) -> Tensor | None:
     """``adam_groups_step_`` without the Python checks, for the optimizer, whose state fits by
-    construction; what memory safety depends on is checked again in C++.
+    construction; what memory safety depends on is checked again in C++. A ``seed`` that is a number
+    becomes a tensor where a parameter needs it.
     """
-    params = [p for group in groups for p in group.params]
+    lists = _lists(groups)
+    params, grads = lists[:2]
     if not params:
-        return None if max_norm is None else torch.zeros(())
-    grads = [g for group in groups for g in group.grads]
+        return None if max_norm is None else no_norm()
     device = params[0].device
     lrs, lr_tensors = _learning_rates(groups, device)
+    if isinstance(seed, int):
+        needed = any(p.dtype is torch.bfloat16 for p in params)
+        seed = torch.full((), seed, dtype=torch.int64, device=device) if needed else None
     namespace = backend.select("adam_step_", device, _OP.why_not_native([*params, *grads]))
     norm: Tensor = namespace.adam_step_(
-        *_lists(groups),
+        *lists,
         [len(group.params) for group in groups],
         list(map(_flags, groups)),
         lrs,
@@ -159,65 +161,9 @@ def launch(
     return None if max_norm is None else norm
 
 
-class Plan:
-    """A CPU step on tensors that the kernel knows, but for the gradients.
-
-    Thousands of small tensors take longer to collect and hand over than to update. What may have
-    been replaced since is compared first: the parameters' lists, the state's dicts and all their
-    entries by identity, then each tensor's memory, dtype and layout. Gradients are not kept.
-    """
-
-    def __init__(self, number: int, params: list[Tensor], state: dict[Any, Any]) -> None:
-        self._number = number
-        weakref.finalize(self, torch.ops.bigkernel.adam_drop_plan, number)
-        self._params = params
-        self._state_objects: list[Any] = []
-        for entries in state.values():
-            self._state_objects += [entries, *chain.from_iterable(entries.items())]
-
-    @classmethod
-    def of(cls, groups: Sequence[AdamGroup], state: dict[Any, Any]) -> "Plan | None":
-        """The plan of groups that ``launch`` took on the native CPU kernel, whose tensors but for
-        parameters and gradients are in ``state``; None if they are not contiguous, or empty, or
-        torch does not show tensors' memory to C.
-        """
-        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-            return None
-        if not all(isinstance(entries, dict) for entries in state.values()):
-            return None
-        number: int = torch.ops.bigkernel.adam_plan(
-            *_lists(groups), [len(group.params) for group in groups], list(map(_flags, groups))
-        )
-        return cls(number, [p for group in groups for p in group.params], state) if number else None
-
-    def step(
-        self,
-        params: list[list[Tensor]],
-        state: dict[Any, Any],
-        groups: Sequence[AdamGroup],
-        max_norm: float | None,
-        seed: int | None,
-    ) -> float | None:
-        """A step with the hyper-parameters of ``groups``, whose parameters are ``params``.
-
-        Returns the norm, 0 without ``max_norm``; None, and nothing was done, where a tensor is no
-        longer what it was or a gradient is missing.
-        """
-        assert _library.native is not None
-        make = _library.native.AdamHyperParameters
-        norm: float | None = _library.native.adam_run_plan(
-            self._number,
-            params,
-            self._params,
-            state,
-            self._state_objects,
-            [make(_flags(g), float(g.lr), g.beta1, g.beta2, g.eps, g.weight_decay) for g in groups],
-            max_norm,
-            seed,
-        )
-        if norm is not None:
-            torch.autograd.graph.increment_version(self._params)
-        return norm
+def no_norm() -> Tensor:
+    """Of no gradients, which have no device."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _flags(group: AdamGroup) -> int:
@@ -225,9 +171,10 @@ def _flags(group: AdamGroup) -> int:
 
 
 def _lists(groups: Sequence[AdamGroup]) -> list[list[Tensor]]:
-    """The op's first seven arguments."""
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
-    return [[t for group in groups for t in getattr(group, name)] for name in names]
+    """The op's first seven arguments, in the order of ``TENSORS``."""
+    if len(groups) == 1:
+        return [getattr(groups[0], name) for name in TENSORS]
+    return [[t for group in groups for t in getattr(group, name)] for name in TENSORS]
 
 
 def _learning_rates(
@@ -260,7 +207,7 @@ def adam_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tens
     """
     grads = list(grads)
     if not grads:
-        return torch.zeros(())
+        return no_norm()
     op = "adam_norm"
     for i, grad in enumerate(grads):
         _check_tensor(op, f"grads[{i}]", grad, grads[0].device)
@@ -282,7 +229,7 @@ def adam_groups_step_(
     """One Adam step, in place, for tensors in groups of different hyper-parameters.
 
     All tensors are on one device; a tensor's gradient, moments and master copy have its shape.
-    Parameters and gradients are float32, bfloat16, float16 (float64: PyTorch backend), moments
+    Parameters and gradients are float32, bfloat16, float16 (float64, float8: PyTorch), moments
     float32 or bfloat16 (float64 for float64 parameters), masters and steps float32. Memory of any
     layout works; the same dense strides throughout avoid copies.
 
@@ -367,7 +314,7 @@ def adam_step_(
     params = list(params)
     if not isinstance(steps, Sequence):
         check(steps >= 1, "adam_step_", "steps", "the number of this step, from 1", steps)
-        steps = [torch.full((), steps - 1.0, device=p.device) for p in params]
+        steps = [torch.full((), steps - 1.0, dtype=torch.float32, device=p.device) for p in params]
     group = AdamGroup(
         lr=lr,
         beta1=beta1,
@@ -416,13 +363,13 @@ def _check_scalar(op: str, name: str, tensor: Tensor | None, device: torch.devic
 def _check_groups(groups: Sequence[AdamGroup]) -> None:
     op = "adam_step_"
     device = next((p.device for group in groups for p in group.params), torch.device("cpu"))
-    narrow = sum(p.dtype in _NARROW for group in groups for p in group.params)
+    narrow = sum(p.dtype in reference.NARROW for group in groups for p in group.params)
     masters = [t for group in groups for t in group.masters]
     check(
         len(masters) in (0, narrow),
         op,
         "masters",
-        f"empty or one for each of the {narrow} 16-bit parameters",
+        f"empty or one for each of the {narrow} parameters of 16 or 8 bits",
         len(masters),
     )
     for group in groups:
@@ -445,9 +392,9 @@ def _check_groups(groups: Sequence[AdamGroup]) -> None:
             _check_state(op, f"exp_avg_sqs[{i}]", group.exp_avg_sqs[i], param, same)
             if group.amsgrad:
                 _check_state(op, f"max_exp_avg_sqs[{i}]", group.max_exp_avg_sqs[i], param, same)
-            if group.masters and param.dtype in _NARROW:
+            if group.masters and param.dtype in reference.NARROW:
                 master = next(copies, None)
-                check(master is not None, op, "masters", "one for each 16-bit parameter", "fewer")
+                check(master is not None, op, "masters", "one for each narrow parameter", "fewer")
                 assert master is not None
                 _check_state(op, f"the master of params[{i}]", master, param, (torch.float32,))
             step = group.steps[i]

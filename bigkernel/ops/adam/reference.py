@@ -21,6 +21,9 @@ from torch import Tensor
 
 from bigkernel.random import philox4x32
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+# A parameter of these may have a master copy.
+NARROW = (torch.bfloat16, torch.float16, *FLOAT8)
 AMSGRAD = 1
 MAXIMIZE = 2
 DECOUPLED = 4
@@ -37,7 +40,8 @@ def adam_norm(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
 
     Squares are summed in fp64, as ``clip_grad_norm_`` would in exact arithmetic.
     """
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads]
+    wide = [g.float() if g.dtype in FLOAT8 else g for g in grads]  # torch has no norm of those
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in wide]
     total = torch.stack(squares).sum().sqrt()
     if grad_scale is not None:
         total = total / grad_scale.double()
@@ -116,7 +120,7 @@ def adam_step_(
         for j in range(first, first + size):
             param, step = params[j], steps[j]
             compute = torch.float64 if param.dtype == torch.float64 else torch.float32
-            narrow = param.dtype in (torch.bfloat16, torch.float16)
+            narrow = param.dtype in NARROW
             master = next(master_copies) if masters and narrow else None
             x = (param if master is None else master).to(compute)
             g = grads[j].to(compute)
@@ -139,11 +143,13 @@ def adam_step_(
             new_step = step + 1
             t = new_step.double().reshape(())
             root = (1 - torch.pow(beta2, t)).sqrt()
-            update = m / (v.sqrt() + (eps * root).to(compute))
-            update = (lr * root / (1 - torch.pow(beta1, t))).to(compute) * update
+            step_size = (lr * root / (1 - torch.pow(beta1, t))).to(compute)
+            update = step_size * m / (v.sqrt() + (eps * root).to(compute))
             if decay and flags[i] & DECOUPLED:
                 rate = lr * decay
-                update = update + (rate.to(compute) if isinstance(rate, Tensor) else rate) * x
+                rate = rate.to(compute) if isinstance(rate, Tensor) else rate
+                # An infinite x decays to itself, not to inf - inf.
+                update = torch.where(x.isinf(), update, update + rate * x)
             x = x - update
             if master is not None:
                 write(master, x)

@@ -127,7 +127,7 @@ def attention_reference(
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b]
-        batch = torch.tensor([b], device=q.device)
+        batch = torch.tensor([b], dtype=torch.int64, device=q.device)
         out, lse = _dense(one_q, one_k, one_v, rule, None, slopes, seed, batch)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])

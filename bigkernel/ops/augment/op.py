@@ -151,7 +151,7 @@ def augment(
     source = batch[0].dtype if batch else torch.uint8
     _check_table("geometry", geometry, torch.float64, (n, 16), "(N, 16)", device)
     if color is None:
-        color = torch.zeros(n, 0, 2)
+        color = torch.zeros(n, 0, 2, dtype=torch.float32, device="cpu")
     k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0
     _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
     if batch:
@@ -348,9 +348,16 @@ def _check_size(size: Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def _float32(numbers: Numbers) -> Tensor:
+    """A tensor where it is, numbers on the CPU, whatever torch's default device is."""
+    if isinstance(numbers, Tensor):
+        return numbers.to(torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+
 def _fill(fill: Numbers, n: int, channels: int | None) -> Tensor:
     """[N, C] or [1, C]; without images (``channels`` None) it says how many channels there are."""
-    table = torch.as_tensor(fill, dtype=torch.float32)
+    table = _float32(fill)
     if table.dim() == 0:
         table = table.expand(1, 1 if channels is None else channels)
     elif table.dim() == 1:
@@ -370,7 +377,7 @@ def _fill(fill: Numbers, n: int, channels: int | None) -> Tensor:
 def _per_channel(name: str, numbers: Numbers | None, channels: int) -> Tensor | None:
     if numbers is None:
         return None
-    row = torch.as_tensor(numbers, dtype=torch.float32)
+    row = _float32(numbers)
     check(
         row.dim() == 0 or tuple(row.shape) in ((1,), (channels,)),
         "augment",

@@ -144,7 +144,7 @@ def _nearest(s: Tensor, rule: float, step: float, straight: bool, origin: float)
     if rule == NEAREST_RESIZE and usable:
         # interpolate(mode="nearest") multiplies the output index by the scale in float32, and so
         # lands on either side of a whole number; the same product gives the same pixel.
-        scale = torch.tensor(abs(step), dtype=torch.float64).float().to(s.device)
+        scale = torch.tensor(abs(step), dtype=torch.float64, device=s.device).float()
         k = ((s - origin) / abs(step) - 0.5).round()
         return (k.float() * scale).floor().long() + int(origin)
     # What is a tie in exact arithmetic is to be one here: drop the noise of sines and products.
@@ -281,8 +281,9 @@ def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
                     f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}."
                 )
             rows = [i for i, c in enumerate(codes) if c == code]
-            factor = torch.tensor([table[i][k][1] for i in rows], dtype=value.dtype)
-            value[rows] = _adjust(value[rows], int(code), factor.to(value.device), bound)
+            numbers = [table[i][k][1] for i in rows]
+            factor = torch.tensor(numbers, dtype=value.dtype, device=value.device)
+            value[rows] = _adjust(value[rows], int(code), factor, bound)
     return value
 
 
