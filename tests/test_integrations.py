@@ -8,6 +8,7 @@ autocast, torch.compile; what is refused; accelerate, report and restore.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -54,6 +55,33 @@ def build(name):
         model = t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
     elif name == "mistral":
         model = t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=4))
+    elif name == "qwen2":
+        config = t.Qwen2Config(
+            **DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        )
+        model = t.Qwen2ForCausalLM(config)
+    elif name == "gemma3":
+        config = t.Gemma3TextConfig(
+            **DECODER, head_dim=8, sliding_window=4, query_pre_attn_scalar=8
+        )
+        model = t.Gemma3ForCausalLM(config)
+    elif name == "phi":
+        model = t.PhiForCausalLM(t.PhiConfig(**DECODER))
+    elif name == "gpt_neox":
+        config = {**DECODER, "num_key_value_heads": None}
+        model = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**config))
+    elif name == "opt":
+        config = t.OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            ffn_dim=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            **quiet,
+        )
+        model = t.OPTForCausalLM(config)
     elif name == "qwen3":
         model = t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=8))
     elif name == "gemma2":
@@ -262,9 +290,7 @@ def test_autocast_matches_sdpa_in_bf16():
 
 PACKED = [
     *[(name, spelling) for name in DECODERS for spelling in ("cu_seq_lens", "position_ids")],
-    # With a cache or a mask of ones, restarting positions are only seen by models that hand them to
-    # their attention; GPT-2 does not and needs cu_seq_lens.
-    *[(name, spelling) for name in ("llama", "mistral") for spelling in ("cache", "ones")],
+    *[(name, spelling) for name in DECODERS for spelling in ("cache", "ones")],
 ]
 
 
@@ -324,6 +350,118 @@ def test_packed_loss_is_that_of_the_documents_apart():
         for ids in (torch.tensor([[*text.encode(), 258]]) for text in texts)
     )
     close(packed, apart)
+
+
+# Positions that are not 0, 1, 2, ...
+
+FAMILIES = [
+    *DECODERS,
+    *("qwen2", "gemma3", "phi", "gpt_neox", "opt", "llama4"),
+]
+
+# Positions of a row of twelve, and where its documents begin.
+POSITIONS = {
+    "gap": ([0, 1, 2, 3, 4, 5, 40, 41, 42, 43, 44, 45], [0]),
+    "stride 2": ([*range(0, 24, 2)], [0]),
+    "from 7": ([*range(7, 19)], [0]),
+    "four each": ([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], [0]),
+    "constant": ([3] * 12, [0]),
+    "zeros": ([0] * 12, [0]),
+    "reversed": ([*range(11, -1, -1)], [0]),
+    "shuffled": ([5, 0, 3, 1, 11, 2, 4, 10, 7, 9, 8, 6], [0]),
+    "right padding": ([0, 1, 2, 3, 4, 5, 6, 1, 1, 1, 1, 1], [0]),
+    "left padding": ([1, 1, 1, 1, 0, 1, 2, 3, 4, 5, 6, 7], [0, 4]),
+    "packed": ([0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2], [0, 5, 6, 9]),
+    "packed, cut off before": ([3, 4, 5, 0, 1, 2, 3, 4, 5, 6, 7, 0], [0, 3, 11]),
+    "packed with gaps": ([0, 1, 2, 30, 31, 0, 1, 20, 21, 22, 0, 9], [0, 5, 10]),
+    "packed, two each": ([0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2], [0, 6]),
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mistral with a dense mask"])
+@pytest.mark.parametrize("mask", ["none", "cache", "ones", "padded"])
+def test_positions_make_documents_only_where_they_return_to_0(name, mask):
+    """What is meant is eager's result of each document by itself, with a mask of ones.
+
+    eager itself looks at positions only where there is neither mask nor cache ("none"), and then
+    cuts at every step that is not 1; elsewhere it takes each row for one sequence, and packed
+    documents leak; so do ours where a model keeps its positions from its attention (Llama 4). With
+    padding the mask alone counts, for both.
+    """
+    name, *dense = name.split(" with ")
+    eager, ours = pair(name)
+    if dense:
+        ours.set_attn_implementation("bigkernel")
+    ids = tokens(1, 12)
+    for kind, (positions, starts) in POSITIONS.items():
+        at = torch.tensor([positions])
+        real = torch.ones(1, 12, dtype=torch.bool)
+        given = {"use_cache": mask == "cache"}
+        if mask == "ones":
+            given["attention_mask"] = torch.ones_like(ids)
+        if mask == "padded":
+            real[:, :4] = False
+            given["attention_mask"] = real.long()
+            with torch.no_grad():
+                expected = eager(ids, position_ids=at, **given).logits
+        else:
+            if name == "llama4" and mask != "none":
+                starts = [0]
+            with torch.no_grad():
+                expected = torch.cat(
+                    [
+                        eager(
+                            ids[:, a:b],
+                            position_ids=at[:, a:b],
+                            attention_mask=torch.ones_like(ids[:, a:b]),
+                        ).logits
+                        for a, b in itertools.pairwise([*starts, 12])
+                    ],
+                    dim=1,
+                )
+        with torch.no_grad():
+            actual = ours(ids, position_ids=at, **given).logits
+        try:
+            close(actual[real], expected[real])
+        except AssertionError as error:
+            raise AssertionError(f"{kind}: {error}") from None
+
+
+@pytest.mark.parametrize(("positions", "starts"), POSITIONS.values(), ids=POSITIONS)
+def test_offsets_of_documents_in_rows_of_any_positions(positions, starts):
+    from bigkernel.data import PackingCollator
+
+    assert cu_seqlens(torch.tensor([positions])).tolist() == [*starts, 12]
+    other, own = POSITIONS["packed"]
+    both = [*starts, *(12 + start for start in own), 24]
+    assert cu_seqlens(torch.tensor([positions, other])).tolist() == both
+    rows = [{"input_ids": row, "position_ids": row, "labels": row} for row in (positions, other)]
+    assert PackingCollator()(rows)["cu_seq_lens_q"].tolist() == both
+
+
+@pytest.mark.parametrize("kind", ["gap", "four each", "packed with gaps"])
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_a_batch_with_irregular_positions_and_its_gradients(name, kind):
+    """One irregular row beside one that is really packed."""
+    eager, ours = pair(name)
+    at = torch.tensor([POSITIONS[kind][0], POSITIONS["packed"][0]])
+    document = torch.zeros(2, 12, dtype=torch.long)
+    for row, start in zip(document, (POSITIONS[kind][1], POSITIONS["packed"][1]), strict=True):
+        row[start] = 1
+    document = document.cumsum(1)
+    places = torch.arange(12)
+    seen = (document[:, :, None] == document[:, None]) & (places[:, None] >= places)
+    if name == "mistral":
+        seen &= places[:, None] - places < 4
+    added = torch.zeros(2, 1, 12, 12).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    ids = tokens(2, 12)
+    expected = eager(ids, position_ids=at, attention_mask=added).logits
+    actual = ours(ids, position_ids=at, use_cache=False).logits
+    close(actual, expected)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+        close(b.grad, a.grad, 5e-5)
 
 
 # Caches
@@ -484,11 +622,24 @@ def test_masks_are_as_small_as_they_can_be():
 
 def test_packed_offsets_are_read_once():
     positions = torch.tensor([[0, 1, 0, 1]])
-    offsets = packed_offsets(positions)
+    offsets = packed_offsets(positions, 1)
     assert offsets.tolist() == [0, 2, 4]
-    assert packed_offsets(positions) is offsets
+    assert packed_offsets(positions, 1) is offsets
+    assert packed_offsets(positions, 2).tolist() == [0, 2, 4, 6, 8]
     positions[0, 2:] = torch.tensor([2, 3])
-    assert packed_offsets(positions) is None
+    assert packed_offsets(positions, 1) is None
+
+
+def test_a_forward_looks_at_positions_once(monkeypatch):
+    """Not in every layer, though a row of positions for a whole batch is expanded there."""
+    from bigkernel.integrations import masks
+
+    _, ours = pair("llama")
+    calls = []
+    find = masks.document_starts
+    monkeypatch.setattr(masks, "document_starts", lambda p: calls.append(p) or find(p))
+    ours(tokens(), attention_mask=torch.ones(2, 11), position_ids=torch.arange(11)[None])
+    assert len(calls) == 1
 
 
 # accelerate, report, restore

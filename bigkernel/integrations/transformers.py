@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.import_utils import is_tracing
 
-from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
+from bigkernel.integrations.masks import (
+    compact_mask,
+    dense_mask,
+    packed_offsets,
+    with_documents,
+)
 from bigkernel.ops.attention import attention, attention_varlen
 
 NAME = "bigkernel"
@@ -70,7 +75,7 @@ def attention_forward(
         softcap: as in Gemma 2.
         position_bias: [1 or B, H, Sq, Sk], added to the scores (T5).
         s_aux: [H], one more logit in every softmax that no value belongs to (GPT-OSS).
-        position_ids: [B, Sq]; restarts mark packed documents where no mask was made.
+        position_ids: [B, Sq]; returns to 0 mark packed documents where no mask was made.
         cu_seq_lens_q: int32 [documents + 1], offsets of packed documents in the B * Sq queries.
         cu_seq_lens_k: the same for the keys.
         max_length_q: upper bound of the documents' lengths.
@@ -105,6 +110,9 @@ def attention_forward(
         query, key, attention_mask, position_ids, position_bias, cu_seq_lens_q, cu_seq_lens_k
     )
     if offsets is None:
+        if attention_mask is not None and _may_be_packed(query, key, position_ids):
+            assert position_ids is not None
+            attention_mask = with_documents(attention_mask, position_ids)
         mask = _dense(attention_mask, position_bias)
         result: Any = attention(query, key, value, mask=mask, **options)
     else:
@@ -152,7 +160,7 @@ def _document_offsets(
         offsets = mask[0], mask[0]
     elif mask is None and _may_be_packed(query, key, position_ids):
         assert position_ids is not None
-        found = packed_offsets(position_ids.expand(query.shape[0], -1))
+        found = packed_offsets(position_ids, query.shape[0])
         if found is None:
             return None
         offsets = found, found
@@ -168,7 +176,7 @@ def _document_offsets(
 
 
 def _may_be_packed(query: Tensor, key: Tensor, position_ids: Tensor | None) -> bool:
-    """Whether restarting positions would mean packed documents.
+    """Whether positions that return to 0 would mean packed documents.
 
     transformers looks for them itself, but not where a cache or an attention mask of ones is there,
     and then documents would see each other.
