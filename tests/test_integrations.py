@@ -506,6 +506,116 @@ def test_prefill_in_chunks_matches_one_forward(name, cache):
         close(torch.cat(parts, 1), eager(ids).logits)
 
 
+# Attention weights
+
+
+def assert_same_weights(actual, expected, rows=None):
+    kinds = [name for name in expected if name.endswith("attentions")]
+    assert kinds
+    for kind in kinds:
+        assert len(actual[kind]) == len(expected[kind])
+        for a, b in zip(actual[kind], expected[kind], strict=True):
+            if rows is not None and a.shape[2] == rows.shape[1]:
+                a, b = a.transpose(1, 2)[rows], b.transpose(1, 2)[rows]
+            close(a, b)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "deepseek", "modernbert", "bert", "vit", "t5"])
+def test_attention_weights_are_eagers_where_they_are_asked_for(name):
+    eager, ours = pair(name)
+    real = torch.ones(2, 11, dtype=torch.bool)
+    real[1, :4] = False
+    inputs = {"input_ids": tokens(), "attention_mask": real.long()}
+    if name == "vit":
+        inputs, real = {"pixel_values": torch.rand(3, 1, 8, 8)}, None
+    if name == "t5":
+        inputs["decoder_input_ids"] = tokens(2, 5, 1)
+    kept = ours(**inputs)
+    assert not any(kept.get(kind) for kind in kept if kind.endswith("attentions"))
+    assert_same_weights(
+        ours(**inputs, output_attentions=True), eager(**inputs, output_attentions=True), real
+    )
+    without = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    assert_same_weights(
+        ours(**without, output_attentions=True), eager(**without, output_attentions=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_weights_of_cross_attention(name):
+    torch.manual_seed(0)
+    config = build(name).config
+    config.is_decoder = config.add_cross_attention = True
+    kind = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertLMHeadModel}[name]
+    eager = kind(config).eval()
+    ours = accelerate(copy.deepcopy(eager), quiet=True)
+    eager.set_attn_implementation("eager")
+    inputs = {
+        "input_ids": tokens(),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2]),
+    }
+    expected = eager(**inputs, output_attentions=True)
+    assert expected.cross_attentions[0].shape == (2, 4, 11, 7)
+    actual = ours(**inputs, output_attentions=True)
+    assert_same_weights(actual, expected)
+    close(actual.logits, expected.logits)
+    close(ours(**inputs).logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_attention_weights_of_packed_documents(name):
+    eager, ours = pair(name)
+    lengths = [5, 1, 6]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = torch.cat(documents, 1)
+    actual = ours(packed, position_ids=positions, use_cache=False, output_attentions=True)
+    for layer, weights in enumerate(actual.attentions):
+        expected = torch.zeros_like(weights)
+        start = 0
+        for document in documents:
+            own = eager(document, output_attentions=True).attentions[layer]
+            here = slice(start, start + document.shape[1])
+            expected[:, :, here, here] = own
+            start = here.stop
+        close(weights, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_attention_weights_while_generating(cache):
+    eager, ours = pair("mistral")
+    options = {
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]),
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+        "disable_compile": True,
+        "cache_implementation": None if cache == "dynamic" else cache,
+    }
+    expected = eager.generate(tokens(2, 6), **options).attentions
+    actual = ours.generate(tokens(2, 6), **options).attentions
+    for ours_step, theirs_step in zip(actual[1:], expected[1:], strict=True):
+        for a, b in zip(ours_step, theirs_step, strict=True):
+            close(a, b)
+
+
+def test_attention_weights_that_cannot_be_had_are_told(monkeypatch):
+    """A layer without an eager function warns as transformers' sdpa does."""
+    from bigkernel.integrations import transformers as registered
+
+    told = []
+    monkeypatch.setattr(registered.logger, "warning_once", told.append)
+    _, weights = attention_forward(Layer(), *states(), None, output_attentions=True)
+    assert weights is None
+    assert ["does not support `output_attentions=True` in Layer" in text for text in told] == [True]
+    attention_forward(Layer(), *states(), None)
+    assert len(told) == 1
+
+
 # Compiled
 
 

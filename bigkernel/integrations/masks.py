@@ -29,7 +29,6 @@ from transformers.utils.import_utils import is_tracing
 
 from bigkernel.data.text import document_starts, offsets_of_documents
 
-
 _PLAIN = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
 
 
