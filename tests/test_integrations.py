@@ -783,13 +783,88 @@ def test_accelerate_again_after_another_choice():
 @pytest.mark.parametrize("inner_first", [True, False])
 def test_a_part_and_the_whole_are_restored_in_any_order(inner_first):
     model = build("llama")
+    before = model.config
     parts = [model.model, model]
     for part in parts:
         accelerate(part, quiet=True)
+    # The whole has taken its part over, so that the part alone cannot be restored.
+    restore(model.model)
+    assert model.model.config._attn_implementation == "bigkernel_compact"
     for part in parts if inner_first else parts[::-1]:
-        assert "bigkernel" in model.config._attn_implementation or inner_first
         restore(part)
-    assert model.config._attn_implementation == "sdpa"
+    assert all(m.config is before for m in model.modules() if hasattr(m, "config"))
+    assert before._attn_implementation == "sdpa"
+
+
+def test_a_part_of_what_is_accelerated_is_accelerated(capsys):
+    model = accelerate(build("llama"), quiet=True)
+    accelerate(model.model)
+    assert "replaced attention in 2 x LlamaAttention" in capsys.readouterr().out
+    restore(model.model)
+    assert model.model.config._attn_implementation == "bigkernel_compact"
+    restore(model)
+    assert model.model.config._attn_implementation == "sdpa"
+
+
+def clip():
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    return transformers.CLIPConfig(
+        text_config={**small, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
+        (transformers.CLIPModel, clip()),
+    ],
+    ids=["llama", "clip"],
+)
+def test_models_of_one_config_are_accelerated_by_themselves(kind, config):
+    def configs(model):
+        held = [module.__dict__.get("config") for module in model.modules()]
+        return [one for one in held if one is not None]
+
+    model, other = kind(config), kind(config)
+    before = configs(model)
+    state = {id(one): dict(vars(one)) for one in before}
+    accelerate(model, quiet=True)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(model))
+    assert all(one._attn_implementation == "sdpa" for one in configs(other))
+    assert all(vars(one) == state[id(one)] for one in before)
+    clone = copy.deepcopy(model)
+    restore(model)
+    assert all(a is b for a, b in zip(configs(model), before, strict=True))
+    assert all(vars(one) == state[id(one)] for one in before)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(clone))
+    assert all(one._attn_implementation == "sdpa" for one in configs(restore(clone)))
+    # Two in one: both are switched and put back.
+    both = accelerate(nn.ModuleList([model, other]), quiet=True)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(both))
+    restore(both)
+    assert all(a is b for a, b in zip(configs(both), before + before, strict=True))
+
+
+def test_what_is_changed_in_an_accelerated_models_config_stays():
+    model = build("llama")
+    before = model.config
+    accelerate(model, quiet=True)
+    model.resize_token_embeddings(VOCAB + 3)
+    model.config.use_cache = False
+    model.config.note = "new"
+    del model.config.bos_token_id
+    restore(model)
+    assert model.config is before
+    assert (before.vocab_size, before.use_cache, before.note) == (VOCAB + 3, False, "new")
+    assert "bos_token_id" not in vars(before)
+    assert before._attn_implementation == "sdpa"
 
 
 def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):
