@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigkernel.reference.attention import Rule, allowed_keys
+from bigkernel.ops.attention.reference import Rule, allowed_keys
 
 _collector: Any
 try:
