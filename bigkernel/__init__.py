@@ -18,11 +18,18 @@ from bigkernel.ops.attention.sdpa import scaled_dot_product_attention
 if TYPE_CHECKING:
     from bigkernel import data
     from bigkernel.integrations import accelerate, restore
-    from bigkernel.trainer import Trainer, TrainingArguments
+    from bigkernel.trainer import (
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        Trainer,
+        TrainingArguments,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
     "Trainer",
     "TrainingArguments",
     "__version__",
@@ -40,6 +47,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Seq2SeqTrainer": "bigkernel.trainer",
+    "Seq2SeqTrainingArguments": "bigkernel.trainer",
     "Trainer": "bigkernel.trainer",
     "TrainingArguments": "bigkernel.trainer",
     "accelerate": "bigkernel.integrations",

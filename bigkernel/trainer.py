@@ -74,6 +74,8 @@ class Trainer(transformers.Trainer):
     start) and the path of a run folder.
     """
 
+    _arguments_class: type[TrainingArguments] = TrainingArguments
+
     def __init__(
         self,
         model: Any = None,
@@ -84,7 +86,7 @@ class Trainer(transformers.Trainer):
         **keywords: Any,
     ) -> None:
         if args is None:
-            args = TrainingArguments(output_dir="tmp_trainer")
+            args = self._arguments_class(output_dir="tmp_trainer")
         self.augmentation = augmentation
         self.eval_augmentation = eval_augmentation
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -93,9 +95,9 @@ class Trainer(transformers.Trainer):
         self._interrupted = False
         self._saved_step: int | None = None
         self._resumed_losses: dict[str, float] | None = None
+        self._clipping_paused: tuple[Adam, float | None] | None = None
         super().__init__(model, args, *positional, **keywords)
         self._accelerate(self._module())
-        self.add_callback(_ContinueLosses(self))
 
     # What is replaced
 
@@ -156,11 +158,33 @@ class Trainer(transformers.Trainer):
         return None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._resume_clipping()  # from a step that an exception ended
+        optimizer = self._clipping_optimizer()
+        if optimizer is None or self._gradients_are_shown():
+            if optimizer is not None:
+                self._clipping_paused = optimizer, optimizer.max_grad_norm
+                optimizer.max_grad_norm = None
+            return super()._clip_grad_norm(model)
         # The norm is known after the step; the log takes it from there.
-        return None if self._clipping_optimizer() else super()._clip_grad_norm(model)
+        return None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return None if self._clipping_optimizer() else super()._get_grad_norm(model, grad_norm)
+        clips = self._clipping_optimizer() is not None
+        return None if clips else super()._get_grad_norm(model, grad_norm)
+
+    def _gradients_are_shown(self) -> bool:
+        """Whether a callback may look at gradients beside the step, where they must be clipped."""
+        return any(
+            getattr(type(callback), event, None) is not getattr(TrainerCallback, event)
+            for callback in self.callback_handler.callbacks
+            if not type(callback).__module__.startswith("transformers.")  # none of these looks
+            for event in ("on_pre_optimizer_step", "on_optimizer_step")
+        )
+
+    def _resume_clipping(self) -> None:
+        if self._clipping_paused is not None:
+            optimizer, limit = self._clipping_paused
+            optimizer.max_grad_norm, self._clipping_paused = limit, None
 
     # Images
 
@@ -195,10 +219,20 @@ class Trainer(transformers.Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', which would take one step more where the checkpoint is the last one."""
+        self._continue_losses()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _continue_losses(self) -> None:
+        """Put back the losses summed since the last log, which transformers starts from zero."""
+        resumed, self._resumed_losses = self._resumed_losses, None
+        if resumed is not None:
+            self._tr_loss += resumed["sum"]
+            self._globalstep_last_logged = int(resumed["step"])
+            # The average that train() returns is that of the steps of this call.
+            self._total_loss_scalar -= resumed["sum"]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -236,8 +270,9 @@ class Trainer(transformers.Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
     ) -> None:
+        self._resume_clipping()
         optimizer = self._clipping_optimizer()
-        if optimizer is not None:
+        if grad_norm is None and optimizer is not None:
             grad_norm = optimizer.grad_norm
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
         if self._interrupted:
@@ -434,19 +469,15 @@ class Trainer(transformers.Trainer):
         raise TrainingInterrupted(message, step, saved)
 
 
-class _ContinueLosses(TrainerCallback):
-    """Puts back the losses summed since the last log, which transformers starts from zero."""
+@dataclass
+class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):
+    """transformers' Seq2SeqTrainingArguments, and the switches of :class:`TrainingArguments`."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        resumed, self.trainer._resumed_losses = self.trainer._resumed_losses, None
-        if resumed is not None:
-            self.trainer._tr_loss += resumed["sum"]
-            self.trainer._globalstep_last_logged = int(resumed["step"])
-            # The average that train() returns is that of the steps of this call.
-            self.trainer._total_loss_scalar -= resumed["sum"]
+class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer (``predict_with_generate``) with what :class:`Trainer` adds."""
+
+    _arguments_class = Seq2SeqTrainingArguments
 
 
 @contextlib.contextmanager

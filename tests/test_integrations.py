@@ -8,6 +8,7 @@ autocast, torch.compile; what is refused; accelerate, report and restore.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -54,6 +55,33 @@ def build(name):
         model = t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
     elif name == "mistral":
         model = t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=4))
+    elif name == "qwen2":
+        config = t.Qwen2Config(
+            **DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        )
+        model = t.Qwen2ForCausalLM(config)
+    elif name == "gemma3":
+        config = t.Gemma3TextConfig(
+            **DECODER, head_dim=8, sliding_window=4, query_pre_attn_scalar=8
+        )
+        model = t.Gemma3ForCausalLM(config)
+    elif name == "phi":
+        model = t.PhiForCausalLM(t.PhiConfig(**DECODER))
+    elif name == "gpt_neox":
+        config = {**DECODER, "num_key_value_heads": None}
+        model = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**config))
+    elif name == "opt":
+        config = t.OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            ffn_dim=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            **quiet,
+        )
+        model = t.OPTForCausalLM(config)
     elif name == "qwen3":
         model = t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=8))
     elif name == "gemma2":
@@ -262,9 +290,7 @@ def test_autocast_matches_sdpa_in_bf16():
 
 PACKED = [
     *[(name, spelling) for name in DECODERS for spelling in ("cu_seq_lens", "position_ids")],
-    # With a cache or a mask of ones, restarting positions are only seen by models that hand them to
-    # their attention; GPT-2 does not and needs cu_seq_lens.
-    *[(name, spelling) for name in ("llama", "mistral") for spelling in ("cache", "ones")],
+    *[(name, spelling) for name in DECODERS for spelling in ("cache", "ones")],
 ]
 
 
@@ -326,6 +352,118 @@ def test_packed_loss_is_that_of_the_documents_apart():
     close(packed, apart)
 
 
+# Positions that are not 0, 1, 2, ...
+
+FAMILIES = [
+    *DECODERS,
+    *("qwen2", "gemma3", "phi", "gpt_neox", "opt", "llama4"),
+]
+
+# Positions of a row of twelve, and where its documents begin.
+POSITIONS = {
+    "gap": ([0, 1, 2, 3, 4, 5, 40, 41, 42, 43, 44, 45], [0]),
+    "stride 2": ([*range(0, 24, 2)], [0]),
+    "from 7": ([*range(7, 19)], [0]),
+    "four each": ([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], [0]),
+    "constant": ([3] * 12, [0]),
+    "zeros": ([0] * 12, [0]),
+    "reversed": ([*range(11, -1, -1)], [0]),
+    "shuffled": ([5, 0, 3, 1, 11, 2, 4, 10, 7, 9, 8, 6], [0]),
+    "right padding": ([0, 1, 2, 3, 4, 5, 6, 1, 1, 1, 1, 1], [0]),
+    "left padding": ([1, 1, 1, 1, 0, 1, 2, 3, 4, 5, 6, 7], [0, 4]),
+    "packed": ([0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2], [0, 5, 6, 9]),
+    "packed, cut off before": ([3, 4, 5, 0, 1, 2, 3, 4, 5, 6, 7, 0], [0, 3, 11]),
+    "packed with gaps": ([0, 1, 2, 30, 31, 0, 1, 20, 21, 22, 0, 9], [0, 5, 10]),
+    "packed, two each": ([0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2], [0, 6]),
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mistral with a dense mask"])
+@pytest.mark.parametrize("mask", ["none", "cache", "ones", "padded"])
+def test_positions_make_documents_only_where_they_return_to_0(name, mask):
+    """What is meant is eager's result of each document by itself, with a mask of ones.
+
+    eager itself looks at positions only where there is neither mask nor cache ("none"), and then
+    cuts at every step that is not 1; elsewhere it takes each row for one sequence, and packed
+    documents leak; so do ours where a model keeps its positions from its attention (Llama 4). With
+    padding the mask alone counts, for both.
+    """
+    name, *dense = name.split(" with ")
+    eager, ours = pair(name)
+    if dense:
+        ours.set_attn_implementation("bigkernel")
+    ids = tokens(1, 12)
+    for kind, (positions, starts) in POSITIONS.items():
+        at = torch.tensor([positions])
+        real = torch.ones(1, 12, dtype=torch.bool)
+        given = {"use_cache": mask == "cache"}
+        if mask == "ones":
+            given["attention_mask"] = torch.ones_like(ids)
+        if mask == "padded":
+            real[:, :4] = False
+            given["attention_mask"] = real.long()
+            with torch.no_grad():
+                expected = eager(ids, position_ids=at, **given).logits
+        else:
+            if name == "llama4" and mask != "none":
+                starts = [0]
+            with torch.no_grad():
+                expected = torch.cat(
+                    [
+                        eager(
+                            ids[:, a:b],
+                            position_ids=at[:, a:b],
+                            attention_mask=torch.ones_like(ids[:, a:b]),
+                        ).logits
+                        for a, b in itertools.pairwise([*starts, 12])
+                    ],
+                    dim=1,
+                )
+        with torch.no_grad():
+            actual = ours(ids, position_ids=at, **given).logits
+        try:
+            close(actual[real], expected[real])
+        except AssertionError as error:
+            raise AssertionError(f"{kind}: {error}") from None
+
+
+@pytest.mark.parametrize(("positions", "starts"), POSITIONS.values(), ids=POSITIONS)
+def test_offsets_of_documents_in_rows_of_any_positions(positions, starts):
+    from bigkernel.data import PackingCollator
+
+    assert cu_seqlens(torch.tensor([positions])).tolist() == [*starts, 12]
+    other, own = POSITIONS["packed"]
+    both = [*starts, *(12 + start for start in own), 24]
+    assert cu_seqlens(torch.tensor([positions, other])).tolist() == both
+    rows = [{"input_ids": row, "position_ids": row, "labels": row} for row in (positions, other)]
+    assert PackingCollator()(rows)["cu_seq_lens_q"].tolist() == both
+
+
+@pytest.mark.parametrize("kind", ["gap", "four each", "packed with gaps"])
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_a_batch_with_irregular_positions_and_its_gradients(name, kind):
+    """One irregular row beside one that is really packed."""
+    eager, ours = pair(name)
+    at = torch.tensor([POSITIONS[kind][0], POSITIONS["packed"][0]])
+    document = torch.zeros(2, 12, dtype=torch.long)
+    for row, start in zip(document, (POSITIONS[kind][1], POSITIONS["packed"][1]), strict=True):
+        row[start] = 1
+    document = document.cumsum(1)
+    places = torch.arange(12)
+    seen = (document[:, :, None] == document[:, None]) & (places[:, None] >= places)
+    if name == "mistral":
+        seen &= places[:, None] - places < 4
+    added = torch.zeros(2, 1, 12, 12).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    ids = tokens(2, 12)
+    expected = eager(ids, position_ids=at, attention_mask=added).logits
+    actual = ours(ids, position_ids=at, use_cache=False).logits
+    close(actual, expected)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+        close(b.grad, a.grad, 5e-5)
+
+
 # Caches
 
 
@@ -366,6 +504,116 @@ def test_prefill_in_chunks_matches_one_forward(name, cache):
             ours(part, past_key_values=past, use_cache=True).logits for part in ids.split(5, 1)
         ]
         close(torch.cat(parts, 1), eager(ids).logits)
+
+
+# Attention weights
+
+
+def assert_same_weights(actual, expected, rows=None):
+    kinds = [name for name in expected if name.endswith("attentions")]
+    assert kinds
+    for kind in kinds:
+        assert len(actual[kind]) == len(expected[kind])
+        for a, b in zip(actual[kind], expected[kind], strict=True):
+            if rows is not None and a.shape[2] == rows.shape[1]:
+                a, b = a.transpose(1, 2)[rows], b.transpose(1, 2)[rows]
+            close(a, b)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "deepseek", "modernbert", "bert", "vit", "t5"])
+def test_attention_weights_are_eagers_where_they_are_asked_for(name):
+    eager, ours = pair(name)
+    real = torch.ones(2, 11, dtype=torch.bool)
+    real[1, :4] = False
+    inputs = {"input_ids": tokens(), "attention_mask": real.long()}
+    if name == "vit":
+        inputs, real = {"pixel_values": torch.rand(3, 1, 8, 8)}, None
+    if name == "t5":
+        inputs["decoder_input_ids"] = tokens(2, 5, 1)
+    kept = ours(**inputs)
+    assert not any(kept.get(kind) for kind in kept if kind.endswith("attentions"))
+    assert_same_weights(
+        ours(**inputs, output_attentions=True), eager(**inputs, output_attentions=True), real
+    )
+    without = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    assert_same_weights(
+        ours(**without, output_attentions=True), eager(**without, output_attentions=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_weights_of_cross_attention(name):
+    torch.manual_seed(0)
+    config = build(name).config
+    config.is_decoder = config.add_cross_attention = True
+    kind = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertLMHeadModel}[name]
+    eager = kind(config).eval()
+    ours = accelerate(copy.deepcopy(eager), quiet=True)
+    eager.set_attn_implementation("eager")
+    inputs = {
+        "input_ids": tokens(),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2]),
+    }
+    expected = eager(**inputs, output_attentions=True)
+    assert expected.cross_attentions[0].shape == (2, 4, 11, 7)
+    actual = ours(**inputs, output_attentions=True)
+    assert_same_weights(actual, expected)
+    close(actual.logits, expected.logits)
+    close(ours(**inputs).logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_attention_weights_of_packed_documents(name):
+    eager, ours = pair(name)
+    lengths = [5, 1, 6]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = torch.cat(documents, 1)
+    actual = ours(packed, position_ids=positions, use_cache=False, output_attentions=True)
+    for layer, weights in enumerate(actual.attentions):
+        expected = torch.zeros_like(weights)
+        start = 0
+        for document in documents:
+            own = eager(document, output_attentions=True).attentions[layer]
+            here = slice(start, start + document.shape[1])
+            expected[:, :, here, here] = own
+            start = here.stop
+        close(weights, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_attention_weights_while_generating(cache):
+    eager, ours = pair("mistral")
+    options = {
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]),
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+        "disable_compile": True,
+        "cache_implementation": None if cache == "dynamic" else cache,
+    }
+    expected = eager.generate(tokens(2, 6), **options).attentions
+    actual = ours.generate(tokens(2, 6), **options).attentions
+    for ours_step, theirs_step in zip(actual[1:], expected[1:], strict=True):
+        for a, b in zip(ours_step, theirs_step, strict=True):
+            close(a, b)
+
+
+def test_attention_weights_that_cannot_be_had_are_told(monkeypatch):
+    """A layer without an eager function warns as transformers' sdpa does."""
+    from bigkernel.integrations import transformers as registered
+
+    told = []
+    monkeypatch.setattr(registered.logger, "warning_once", told.append)
+    _, weights = attention_forward(Layer(), *states(), None, output_attentions=True)
+    assert weights is None
+    assert ["does not support `output_attentions=True` in Layer" in text for text in told] == [True]
+    attention_forward(Layer(), *states(), None)
+    assert len(told) == 1
 
 
 # Compiled
@@ -484,11 +732,24 @@ def test_masks_are_as_small_as_they_can_be():
 
 def test_packed_offsets_are_read_once():
     positions = torch.tensor([[0, 1, 0, 1]])
-    offsets = packed_offsets(positions)
+    offsets = packed_offsets(positions, 1)
     assert offsets.tolist() == [0, 2, 4]
-    assert packed_offsets(positions) is offsets
+    assert packed_offsets(positions, 1) is offsets
+    assert packed_offsets(positions, 2).tolist() == [0, 2, 4, 6, 8]
     positions[0, 2:] = torch.tensor([2, 3])
-    assert packed_offsets(positions) is None
+    assert packed_offsets(positions, 1) is None
+
+
+def test_a_forward_looks_at_positions_once(monkeypatch):
+    """Not in every layer, though a row of positions for a whole batch is expanded there."""
+    from bigkernel.integrations import masks
+
+    _, ours = pair("llama")
+    calls = []
+    find = masks.document_starts
+    monkeypatch.setattr(masks, "document_starts", lambda p: calls.append(p) or find(p))
+    ours(tokens(), attention_mask=torch.ones(2, 11), position_ids=torch.arange(11)[None])
+    assert len(calls) == 1
 
 
 # accelerate, report, restore
@@ -522,13 +783,88 @@ def test_accelerate_again_after_another_choice():
 @pytest.mark.parametrize("inner_first", [True, False])
 def test_a_part_and_the_whole_are_restored_in_any_order(inner_first):
     model = build("llama")
+    before = model.config
     parts = [model.model, model]
     for part in parts:
         accelerate(part, quiet=True)
+    # The whole has taken its part over, so that the part alone cannot be restored.
+    restore(model.model)
+    assert model.model.config._attn_implementation == "bigkernel_compact"
     for part in parts if inner_first else parts[::-1]:
-        assert "bigkernel" in model.config._attn_implementation or inner_first
         restore(part)
-    assert model.config._attn_implementation == "sdpa"
+    assert all(m.config is before for m in model.modules() if hasattr(m, "config"))
+    assert before._attn_implementation == "sdpa"
+
+
+def test_a_part_of_what_is_accelerated_is_accelerated(capsys):
+    model = accelerate(build("llama"), quiet=True)
+    accelerate(model.model)
+    assert "replaced attention in 2 x LlamaAttention" in capsys.readouterr().out
+    restore(model.model)
+    assert model.model.config._attn_implementation == "bigkernel_compact"
+    restore(model)
+    assert model.model.config._attn_implementation == "sdpa"
+
+
+def clip():
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    return transformers.CLIPConfig(
+        text_config={**small, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
+        (transformers.CLIPModel, clip()),
+    ],
+    ids=["llama", "clip"],
+)
+def test_models_of_one_config_are_accelerated_by_themselves(kind, config):
+    def configs(model):
+        held = [module.__dict__.get("config") for module in model.modules()]
+        return [one for one in held if one is not None]
+
+    model, other = kind(config), kind(config)
+    before = configs(model)
+    state = {id(one): dict(vars(one)) for one in before}
+    accelerate(model, quiet=True)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(model))
+    assert all(one._attn_implementation == "sdpa" for one in configs(other))
+    assert all(vars(one) == state[id(one)] for one in before)
+    clone = copy.deepcopy(model)
+    restore(model)
+    assert all(a is b for a, b in zip(configs(model), before, strict=True))
+    assert all(vars(one) == state[id(one)] for one in before)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(clone))
+    assert all(one._attn_implementation == "sdpa" for one in configs(restore(clone)))
+    # Two in one: both are switched and put back.
+    both = accelerate(nn.ModuleList([model, other]), quiet=True)
+    assert all(one._attn_implementation.startswith("bigkernel") for one in configs(both))
+    restore(both)
+    assert all(a is b for a, b in zip(configs(both), before + before, strict=True))
+
+
+def test_what_is_changed_in_an_accelerated_models_config_stays():
+    model = build("llama")
+    before = model.config
+    accelerate(model, quiet=True)
+    model.resize_token_embeddings(VOCAB + 3)
+    model.config.use_cache = False
+    model.config.note = "new"
+    del model.config.bos_token_id
+    restore(model)
+    assert model.config is before
+    assert (before.vocab_size, before.use_cache, before.note) == (VOCAB + 3, False, "new")
+    assert "bos_token_id" not in vars(before)
+    assert before._attn_implementation == "sdpa"
 
 
 def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):

@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
+import bigkernel
 import bigkernel.optim
 from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
@@ -106,7 +107,7 @@ def arguments(out, cls=TrainingArguments, **changes):
         "log_level": "error",
         "use_cpu": True,
     }
-    if cls is TrainingArguments:
+    if issubclass(cls, TrainingArguments):
         options["announce"] = False
     return cls(**{**options, **changes})
 
@@ -324,6 +325,151 @@ def test_other_optimizers_are_left_alone(tmp_path, kind):
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
     assert len(norms) == 2
     assert min(norms) > 0
+
+
+class Gradients(transformers.TrainerCallback):
+    """The norm of the gradients beside each step."""
+
+    def __init__(self):
+        self.norms = []
+
+    def note(self, model):
+        self.norms.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        )
+
+
+class Before(Gradients):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+
+
+class After(Gradients):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+
+
+@pytest.mark.parametrize("kind", [Before, After])
+def test_callbacks_beside_the_step_see_clipped_gradients(tmp_path, kind):
+    runs = []
+    for cls in (transformers.Trainer, Trainer):
+        seen = kind()
+        trainer = text_trainer(
+            tmp_path,
+            cls,
+            dropout=0.0,
+            trainer={"callbacks": [seen]},
+            max_steps=4,
+            max_grad_norm=0.05,
+            logging_strategy="epoch",
+        )
+        trainer.train()
+        runs.append((seen.norms, losses(trainer, ("loss", "grad_norm")), parameters(trainer)))
+    (expected, their_logs, theirs), (actual, our_logs, ours) = runs
+    assert max(expected) == pytest.approx(0.05, rel=1e-3)
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert [log[:2] for log in our_logs] == [log[:2] for log in their_logs]
+    for (_, _, a), (_, _, b) in zip(our_logs, their_logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
+
+
+def test_clipping_goes_on_after_a_callback_that_fails_or_goes(tmp_path):
+    class Fails(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise KeyError("mine")
+
+    plain = text_trainer(tmp_path, dropout=0.0, max_steps=3, max_grad_norm=0.05)
+    plain.train()
+    trainer = text_trainer(tmp_path, dropout=0.0, max_steps=3, max_grad_norm=0.05)
+    callback = Fails()
+    trainer.add_callback(callback)
+    with pytest.raises(KeyError, match="mine"):
+        trainer.train()
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert trainer.optimizer.optimizer.max_grad_norm == 0.05
+    assert_equal_runs(trainer, plain)
+
+
+def test_the_list_of_callbacks_is_transformers_own(tmp_path):
+    def kinds(trainer):
+        return [type(callback) for callback in trainer.callback_handler.callbacks]
+
+    theirs = kinds(text_trainer(tmp_path, transformers.Trainer))
+    assert kinds(text_trainer(tmp_path)) == theirs
+
+
+def test_models_that_share_a_config_are_not_switched_by_a_trainer(tmp_path):
+    model = text_model()
+    other = type(model)(model.config)
+    config = model.config
+    Trainer(model, arguments(tmp_path), train_dataset=text_data())
+    assert other.config is config
+    assert config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation.startswith("bigkernel")
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        ids = torch.arange(index, index + 5) % 20 + 2
+        return {"input_ids": ids, "labels": ids.flip(0)}
+
+
+def test_seq2seq_trainer_generates_as_transformers(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    kinds = [
+        (transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments),
+        (bigkernel.Seq2SeqTrainer, bigkernel.Seq2SeqTrainingArguments),
+    ]
+    results = []
+    for cls, own in kinds:
+        torch.manual_seed(0)
+        options = {
+            **{"predict_with_generate": True, "generation_max_length": 7},
+            **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"},
+            **{"eval_steps": 2, "include_num_input_tokens_seen": True},
+        }
+        trainer = cls(
+            transformers.T5ForConditionalGeneration(config),
+            arguments(tmp_path / cls.__module__, own, **options),
+            train_dataset=Pairs(),
+            eval_dataset=Pairs(),
+            compute_metrics=lambda p: {"first": float(p.predictions[:, 1].sum())},
+        )
+        trainer.train()
+        prediction = trainer.predict(Pairs(), max_length=6)
+        results.append((trainer, prediction))
+    (theirs, expected), (ours, actual) = results
+    assert isinstance(ours, Trainer)
+    assert isinstance(ours.optimizer.optimizer, bigkernel.optim.AdamW)
+    assert actual.predictions.shape == expected.predictions.shape
+    assert (actual.predictions == expected.predictions).all()
+    for a, b in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        assert list(a) == list(b)
+        for name in ("loss", "eval_loss", "grad_norm", "eval_first", "num_input_tokens_seen"):
+            assert (name in a) == (name in b)
+            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-4), name
+    checkpoint.verify_checkpoint(tmp_path / "bigkernel.trainer" / "checkpoint-4")
+
+
+def test_seq2seq_trainer_without_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = bigkernel.Seq2SeqTrainer(text_model(), train_dataset=text_data())
+    assert type(trainer.args) is bigkernel.Seq2SeqTrainingArguments
 
 
 # Augmentation
@@ -705,23 +851,60 @@ if trainer.is_world_process_zero():
 """
 
 
-def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
-    """Every process writes its part to the folder that the first puts in place."""
-    script, run = tmp_path / "ranks.py", tmp_path / "run"
-    script.write_text(RANKS)
+def on_two_ranks(tmp_path, code, *arguments):
+    script = tmp_path / "ranks.py"
+    script.write_text(code)
     here = os.path.dirname(__file__)
     path = os.pathsep.join((here, os.path.dirname(here)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", "2", str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+FIGURES = """
+import json, sys
+from pathlib import Path
+import transformers, test_trainer
+
+logs = []
+for cls in (transformers.Trainer, test_trainer.Trainer):
+    trainer = test_trainer.text_trainer(
+        sys.argv[1], cls, dropout=0.0, max_steps=4, gradient_accumulation_steps=2,
+        per_device_train_batch_size=1, max_grad_norm=0.05, logging_steps=2,
+        eval_strategy="steps", eval_steps=4, include_num_input_tokens_seen="all",
+    )
+    result = trainer.train()
+    trainer.state.log_history.append(result.metrics)
+    logs.append(trainer.state.log_history)
+if trainer.is_world_process_zero():
+    Path(sys.argv[1], "logs.json").write_text(json.dumps(logs))
+"""
+
+
+def test_figures_of_two_processes_are_transformers(tmp_path):
+    """Each rank has other rows, with other counts of labels."""
+    on_two_ranks(tmp_path, FIGURES, tmp_path)
+    theirs, ours = json.loads((tmp_path / "logs.json").read_text())
+    assert 4 * 2 * 16 < ours[1]["num_input_tokens_seen"] <= 2 * 4 * 2 * 16
+    for a, b in zip(ours, theirs, strict=True):
+        assert list(a) == list(b)
+        for name, value in b.items():
+            if not any(word in name for word in ("runtime", "per_second")):
+                assert a[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
+    """Every process writes its part to the folder that the first puts in place."""
+    run = tmp_path / "run"
 
     def train():
-        done = subprocess.run(
-            [*launcher, "--nproc_per_node", "2", str(script), str(run)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+        on_two_ranks(tmp_path, RANKS, run)
         return json.loads((run / "losses.json").read_text())
 
     whole = train()

@@ -177,7 +177,9 @@ class PackingCollator:
             name: torch.cat([_as_tensor(row[name]) for row in rows])[None]
             for name in ("input_ids", "position_ids", "labels")
         }
-        offsets = cu_seqlens(batch["position_ids"])
+        # Row by row: what one row's positions look like says nothing about another's.
+        pieces = [document_starts(torch.as_tensor(row["position_ids"])[None])[0] for row in rows]
+        offsets = offsets_of_documents(torch.cat(pieces).cumsum(0)[None])
         longest = int(offsets.diff().max())
         if self.max_length is not None:
             if longest > self.max_length:
@@ -194,13 +196,30 @@ class PackingCollator:
 def cu_seqlens(position_ids: Tensor) -> Tensor:
     """Offsets of the documents in packed rows: int32 [documents + 1], from 0 to the token count.
 
-    A document starts at every row and wherever the position is not the one before plus one.
+    A document starts at every row and wherever :func:`document_starts` says.
 
     Args:
         position_ids: integers [B, S]; the B rows count as laid end to end.
     """
-    restarts = position_ids.diff(dim=-1) != 1
-    return offsets_of_documents(torch.nn.functional.pad(restarts.cumsum(-1), (1, 0)))
+    return offsets_of_documents(document_starts(position_ids).cumsum(-1))
+
+
+def document_starts(position_ids: Tensor) -> Tensor:
+    """bool [B, S]: where the documents of each row begin, as its positions tell.
+
+    A document starts at the row's first token and where the position returns to 0; gaps, strides
+    and repeated positions belong to one document. A 0 after a 0 ends a document of one token,
+    unless the row repeats other positions too (as ``arange // 4`` does) or holds nothing but zeros.
+    A row whose positions step back to anything but 0 is no row of documents, but one sequence.
+    """
+    before, here = position_ids[..., :-1], position_ids[..., 1:]
+    steps_back = ((here < before) & (here != 0)).any(-1, keepdim=True)
+    repeats = ((here == before) & (here != 0)).any(-1, keepdim=True)
+    zeros_only = (position_ids == 0).all(-1, keepdim=True)
+    after_one_token = (before == 0) & ~(repeats | zeros_only)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[..., 1:] = (here == 0) & ((before > 0) | after_one_token) & ~steps_back
+    return starts
 
 
 def offsets_of_documents(document: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,8 +35,12 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
     Every transformers model in ``model`` (itself, or one inside it) whose layers go through
     transformers' AttentionInterface is switched. Parameters, results and saved checkpoints stay
     what they were: the choice is not saved, and a model that is loaded again needs this call again.
-    Calling it twice is the same as once, unless another attention was chosen in between. Undo it
-    with :func:`restore`.
+    The choice of attention stands in the config, which other models may share, so the model gets a
+    config of its own: ``model.config`` is another object until :func:`restore` puts the old one
+    back, with what was changed in the meantime.
+
+    Calling it twice is the same as once, unless another attention was chosen in between; parts that
+    were accelerated by themselves belong to the whole from then on.
 
     Args:
         model: any module.
@@ -53,11 +58,11 @@ def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
         cls=TypeError,
     )
     known = model.__dict__.get(_UNDO)
-    if known is None or any(_now(config) != ours for config, _, ours in known[1]):
-        restore(model)
-        result, undo = _switch(model)
+    if known is None or any(_now(own.config) != own.attention for own in known[1]):
+        for part in model.modules():
+            restore(part)
         # Through __dict__: nn.Module would take a module in the list for a child.
-        model.__dict__[_UNDO] = (result, undo)
+        model.__dict__[_UNDO] = _switch(model)
     if not quiet:
         print(report(model))
     return model
@@ -77,10 +82,53 @@ def restore(model: ModelT) -> ModelT:
         cls=TypeError,
     )
     _, undo = model.__dict__.pop(_UNDO, (None, []))
-    for config, implementation, ours in undo:
-        if _now(config) == ours:
-            config._attn_implementation_internal = implementation
+    for own in reversed(undo):
+        own.give_back()
     return model
+
+
+@dataclass
+class _OwnConfig:
+    """A config that a model got in the place of one that other models may share."""
+
+    config: Any
+    original: Any
+    users: list[tuple[nn.Module, str]]  # module, attribute
+    attention: Any = None  # what accelerate chose
+    known: dict[str, Any] = field(default_factory=dict)  # the config's attributes since then
+
+    def note(self) -> None:
+        self.attention = _now(self.config)
+        self.known = dict(vars(self.config))
+
+    def give_back(self) -> None:
+        """Put the original in its place again, with what was changed in the other one since."""
+        own, original = vars(self.config), vars(self.original)
+        missing = object()
+        for name in own.keys() | self.known.keys():
+            value = own.get(name, missing)
+            if value is missing:
+                original.pop(name, None)
+            elif value is not self.known.get(name, missing):
+                original[name] = value
+        for module, name in self.users:
+            if module.__dict__.get(name) is self.config:
+                module.__dict__[name] = self.original
+
+
+def _give_own_configs(model: nn.Module, configs: list[Any]) -> list[_OwnConfig]:
+    """Copy the configs that the modules of ``model`` hold, and put the copies in their places."""
+    owns = {id(config): _OwnConfig(copy.copy(config), config, []) for config in configs}
+    for own in owns.values():  # sub-configs
+        for name, value in vars(own.config).items():
+            if id(value) in owns:
+                vars(own.config)[name] = owns[id(value)].config
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if id(value) in owns:
+                module.__dict__[name] = owns[id(value)].config
+                owns[id(value)].users.append((module, name))
+    return list(owns.values())
 
 
 def _now(config: Any) -> Any:
@@ -93,23 +141,29 @@ def report(model: nn.Module) -> Report:
     return known[0] if known is not None else Report()
 
 
-def _switch(model: nn.Module) -> tuple[Report, list[tuple[Any, Any, Any]]]:
-    """The report, and (config, attention before, attention now) of each config."""
+def _switch(model: nn.Module) -> tuple[Report, list[_OwnConfig]]:
+    """The report, and what the configs were replaced by."""
     from transformers import PreTrainedModel
 
-    undo: list[tuple[Any, Any, Any]] = []
+    undo: list[_OwnConfig] = []
     reasons: dict[int, str] = {}  # by id of the config that was not switched
     before: dict[int, Any] = {}
     for top in _outermost(model, PreTrainedModel):
         configs = _configs(top)
-        saved = [(config, _now(config)) for config in configs]
-        before.update({id(config): implementation for config, implementation in saved})
         reason = _why_not(top, configs)
         if reason is not None:
             reasons.update({id(config): reason for config in configs})
             continue
-        top.set_attn_implementation(_name_for(top))
-        undo += [(config, implementation, _now(config)) for config, implementation in saved]
+        name = _name_for(top)
+        if all(_now(config) == name for config in configs):  # a part of what is accelerated
+            before.update({id(config): name for config in configs})
+            continue
+        owns = _give_own_configs(model, configs)
+        before.update({id(own.config): _now(own.original) for own in owns})
+        top.set_attn_implementation(name)
+        for own in owns:
+            own.note()
+        undo += owns
     return _describe(model, before, reasons), undo
 
 

@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
+from bigkernel.integrations.eager import asks_for_weights, eager_function, eager_mask
+from bigkernel.integrations.masks import (
+    compact_mask,
+    dense_mask,
+    packed_offsets,
+    with_documents,
+)
 from bigkernel.ops.attention import attention, attention_varlen
+
+logger: Any = logging.get_logger(__name__)
 
 NAME = "bigkernel"
 COMPACT_NAME = "bigkernel_compact"
@@ -52,7 +61,7 @@ def attention_forward(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers' models call.
 
     Args:
@@ -70,14 +79,15 @@ def attention_forward(
         softcap: as in Gemma 2.
         position_bias: [1 or B, H, Sq, Sk], added to the scores (T5).
         s_aux: [H], one more logit in every softmax that no value belongs to (GPT-OSS).
-        position_ids: [B, Sq]; restarts mark packed documents where no mask was made.
+        position_ids: [B, Sq]; returns to 0 mark packed documents where no mask was made.
         cu_seq_lens_q: int32 [documents + 1], offsets of packed documents in the B * Sq queries.
         cu_seq_lens_k: the same for the keys.
         max_length_q: upper bound of the documents' lengths.
         max_length_k: the same for the keys.
 
     Returns:
-        ([B, Sq, Hq, Dv], None): attention weights are never formed.
+        ([B, Sq, Hq, Dv], None), or, where ``output_attentions`` asks for them in the call or in the
+        config, with the weights [B, Hq, Sq, Sk]: then the layer's own eager function computes both.
 
     Raises:
         ValueError: the model asks for something that would be lost.
@@ -104,6 +114,42 @@ def attention_forward(
     offsets = _document_offsets(
         query, key, attention_mask, position_ids, position_bias, cu_seq_lens_q, cu_seq_lens_k
     )
+    if (
+        offsets is None
+        and attention_mask is not None
+        and position_ids is not None
+        and _may_be_packed(query, key, position_ids)
+    ):
+        attention_mask = with_documents(attention_mask, position_ids)
+
+    if asks_for_weights(module, kwargs):
+        eager = eager_function(module)
+        if eager is not None:
+            mask = eager_mask(
+                query,
+                key,
+                attention_mask,
+                options.get("causal", False),
+                options.get("window", (None, None)),
+                offsets,
+            )
+            for name, given in (
+                ("softcap", softcap),
+                ("position_bias", position_bias),
+                ("s_aux", s_aux),
+                ("sliding_window", sliding_window),
+                ("position_ids", position_ids),
+            ):
+                if given is not None:
+                    kwargs[name] = given
+            if scaling is not None:
+                kwargs["scaling"] = scaling
+            return eager(module, query, key, value, mask, dropout=dropout, **kwargs)
+        logger.warning_once(
+            f"bigkernel attention does not support `output_attentions=True` in "
+            f"{type(module).__name__}. Please set your attention to `eager` if you want it."
+        )
+
     if offsets is None:
         mask = _dense(attention_mask, position_bias)
         result: Any = attention(query, key, value, mask=mask, **options)
@@ -152,7 +198,7 @@ def _document_offsets(
         offsets = mask[0], mask[0]
     elif mask is None and _may_be_packed(query, key, position_ids):
         assert position_ids is not None
-        found = packed_offsets(position_ids.expand(query.shape[0], -1))
+        found = packed_offsets(position_ids, query.shape[0])
         if found is None:
             return None
         offsets = found, found
@@ -168,7 +214,7 @@ def _document_offsets(
 
 
 def _may_be_packed(query: Tensor, key: Tensor, position_ids: Tensor | None) -> bool:
-    """Whether restarting positions would mean packed documents.
+    """Whether positions that return to 0 would mean packed documents.
 
     transformers looks for them itself, but not where a cache or an attention mask of ones is there,
     and then documents would see each other.

@@ -1,0 +1,1 @@
+"""Other libraries' own tests, run on ours: ``python -m tests.peers --help``."""
