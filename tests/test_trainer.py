@@ -1072,3 +1072,45 @@ def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
     assert sorted(os.listdir(run)) == ["checkpoint-2", "checkpoint-4", "losses.json"]
     (last / "optimizer.pt").write_bytes(b"cut off")
     assert train() == whole
+
+
+SIGNALLED_RANKS = """
+import os, signal, sys
+import test_trainer
+from transformers import TrainerCallback
+
+class OneRank(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+trainer = test_trainer.text_trainer(sys.argv[1], max_steps=4, trainer={"callbacks": [OneRank()]})
+try:
+    trainer.train()
+except test_trainer.TrainingInterrupted as stop:
+    print(f"rank {trainer.args.process_index}: {stop.signal.name} {stop.step} {stop.checkpoint}")
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    script, run = tmp_path / "ranks.py", tmp_path / "run"
+    script.write_text(SIGNALLED_RANKS)
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(script), str(run)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((here, os.path.dirname(here))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank}: SIGUSR1 2 {run / 'checkpoint-2'}" in done.stdout
+    checkpoint.verify_checkpoint(run / "checkpoint-2")
