@@ -24,7 +24,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -128,7 +128,8 @@ def atomic_folder(path: str | Path, manifest: bool = True) -> Iterator[Path]:
         if reason is not None:
             raise CheckpointError(f"{final} could not be written: {reason}.") from error
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        _remove(replaced)
 
 
 def write_file_atomically(path: str | Path, content: bytes | str) -> None:
@@ -160,11 +161,11 @@ def clean_up(run: str | Path) -> None:
     """Settle what a writer that was killed left of the checkpoints in a run folder."""
     for left in Path(run).glob(".checkpoint-*"):
         name, suffix = left.stem.removeprefix("."), left.suffix
-        if _NUMBERED.fullmatch(name) and left.is_dir():
+        if _NUMBERED.fullmatch(name):
             if suffix in (_ASIDE, _REPLACED):
                 _settle(left.with_name(name))
             elif suffix == _REMOVED:
-                shutil.rmtree(left)
+                _remove(left)
 
 
 def _settle(final: Path) -> None:
@@ -174,8 +175,15 @@ def _settle(final: Path) -> None:
         # Stopped between the two renames: the folder before is still the valid one.
         os.rename(replaced, final)
     for left in (replaced, _beside(final, _ASIDE)):
-        if left.exists():
-            shutil.rmtree(left)
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or whatever else has its name: of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def find_checkpoints(run: str | Path) -> list[Path]:
@@ -207,9 +215,10 @@ def rotate(run: str | Path, limit: int | None, keep: Collection[Path]) -> None:
             return
         if path.resolve() not in kept:
             gone = _beside(path, _REMOVED)
-            shutil.rmtree(gone, ignore_errors=True)
-            os.rename(path, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            with suppress(OSError):  # the run goes on, and the next start tries again
+                _remove(gone)
+                os.rename(path, gone)
+                _remove(gone)
             left -= 1
 
 

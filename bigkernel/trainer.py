@@ -29,6 +29,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
@@ -37,7 +42,7 @@ from bigkernel.integrations.replace import accelerate
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
 from bigkernel.optim import Adam, AdamW
-from bigkernel.run_lock import writing_to
+from bigkernel.run_lock import RunLockedError, writing_to
 
 STATE_FILE = "bigkernel_state.json"
 
@@ -298,8 +303,15 @@ class Trainer(transformers.Trainer):
         """
         with contextlib.ExitStack() as stack:
             if self.args.should_save:
-                stack.enter_context(writing_to(self._run_folder()))
-                checkpoint.clean_up(self._run_folder())
+                try:
+                    stack.enter_context(writing_to(self._run_folder()))
+                    checkpoint.clean_up(self._run_folder())
+                except RunLockedError:
+                    raise
+                except CheckpointError:
+                    if self.args.save_strategy != SaveStrategy.NO:
+                        raise
+                    # Only a signal would have something saved; then the folder is named again.
             self.check_saving()
             self.accelerator.wait_for_everyone()
             folder: Path | None = None
@@ -545,7 +557,7 @@ class Trainer(transformers.Trainer):
                     lambda: model.generation_config.save_pretrained(folder),
                 )
             yield "model.safetensors", lambda: _check_ties(model)
-            yield "model.safetensors", lambda: model.save_pretrained(folder, state_dict={})
+            yield "model.safetensors", lambda: _save_without_weights(model, folder)
         elif not hasattr(model, "save_pretrained"):
             yield "model.safetensors", lambda: _check_state_dict(model)
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -622,12 +634,20 @@ class Trainer(transformers.Trainer):
     def _stop(self, model: nn.Module, trial: Any, number: signal.Signals, save: bool) -> None:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        by = "" if number == signal.SIGINT else f" by {number.name}"
         if self._saved_step != step and save:
-            self._save_checkpoint(model, trial)
+            try:
+                self._save_checkpoint(model, trial)
+            except (CheckpointError, NonFiniteLossError):
+                raise
+            except Exception as error:  # of as many kinds as there are things to save
+                raise CheckpointError(
+                    f"interrupted{by} after step {step}, and {saved} could not be saved: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+                ) from error
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         elif self._saved_step != step:
             saved = Path(self.state.best_model_checkpoint or saved)
-        by = "" if number == signal.SIGINT else f" by {number.name}"
         message = f"interrupted{by} after step {step}; saved {saved}, from which it can be resumed."
         if self.is_world_process_zero():
             checkpoint.notify(message)
@@ -695,6 +715,16 @@ def _check_ties(model: Any) -> None:
         state.pop(name, None)
     with warnings.catch_warnings():
         remove_tied_weights_from_state_dict(state, model)
+
+
+def _save_without_weights(model: Any, folder: Path) -> None:
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict={})
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _check_state_dict(model: nn.Module) -> None:

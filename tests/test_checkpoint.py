@@ -494,6 +494,23 @@ def test_rotation_is_by_step_whatever_the_clock_says(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint-5"]
 
 
+def test_a_link_goes_and_what_it_names_stays(tmp_path):
+    """Also a plain file where a folder is to be written."""
+    other = make(tmp_path / "other", 1)
+    make(tmp_path, 2)
+    (tmp_path / "checkpoint-1").symlink_to(other)
+    (tmp_path / ".checkpoint-3.removed").symlink_to(other)
+    (tmp_path / ".checkpoint-3.partial").write_text("")
+    rotate(tmp_path, 1, [tmp_path / "checkpoint-2"])
+    clean_up(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "other"]
+    verify_checkpoint(other)
+    (tmp_path / ".checkpoint-3.partial").symlink_to(other)
+    make(tmp_path, 3)
+    verify_checkpoint(tmp_path / "checkpoint-3")
+    verify_checkpoint(other)
+
+
 def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path, monkeypatch):
     """Killed in the middle: what is left has no name that is read, and goes at the next start."""
     for step in (1, 2):

@@ -248,6 +248,18 @@ def test_force_keeps_the_old_run_if_the_new_one_could_not_be_saved(
     assert sorted(os.listdir(folder / "kept")) == sorted(os.listdir(folder / "whole"))
 
 
+def test_killed_while_it_replaced_a_run(folder: Path) -> None:
+    """What it had put aside goes; the folder counts as the run until nothing of it is left."""
+    half, empty = folder / "half", folder / "emptied"
+    for run in (half, empty):
+        shutil.copytree(folder / "whole", run / ".replaced-1")
+    (half / ".replaced-1" / "config.yaml").rename(half / "config.yaml")
+    assert main(arguments(folder, "half", "--max-steps", "2")) == 2
+    assert main(arguments(folder, "half", "--max-steps", "2", "--force")) == 0
+    assert main(arguments(folder, "emptied", "--max-steps", "2")) == 0
+    assert not [*half.glob(".*"), *empty.glob(".*")]
+
+
 def test_force_through_a_link_replaces_the_run_and_keeps_the_link(folder: Path) -> None:
     shutil.copytree(folder / "whole", folder / "target")
     (folder / "link").symlink_to("target")

@@ -941,6 +941,33 @@ def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, told, kin
     free.train()  # nothing is to be saved
 
 
+def test_a_signal_that_cannot_save_says_so(tmp_path, told):
+    """Without checkpoints nothing was tried before; the reason is the end's, not a traceback's."""
+    callbacks = {"callbacks": [Signalled(signal.SIGTERM, "on_step_end")]}
+    trainer = text_trainer(tmp_path, trainer=callbacks)
+    trainer.model.config.note = object()
+    with pytest.raises(
+        CheckpointError, match=r"by SIGTERM after step 2, and .* could not be saved"
+    ):
+        trainer.train()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_matters_where_something_is_saved(
+    tmp_path, told, monkeypatch
+):
+    trainer = text_trainer(tmp_path, max_steps=2)
+
+    def read_only(*_):
+        raise CheckpointError("read-only file system")
+
+    monkeypatch.setattr("bigkernel.run_lock._take", read_only)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(CheckpointError, match="read-only"):
+        text_trainer(tmp_path, max_steps=2, save_strategy="steps").train()
+
+
 def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, told, monkeypatch):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = text_trainer(tmp_path, **options)

@@ -138,6 +138,8 @@ def _check_writable(path: Path) -> None:
 
 def clear(path: Path) -> None:
     """Make ``path`` an empty folder. Only for a folder that ``taken`` holds."""
+    for left in path.glob(f"{_CLEARED}*"):  # of a process that was killed here
+        shutil.rmtree(left)
     content = _content(path)
     if not content:
         return
@@ -146,13 +148,15 @@ def clear(path: Path) -> None:
     aside = path / f"{_CLEARED}{os.getpid()}"
     aside.mkdir(exist_ok=True)
     for file in sorted(content, key=lambda file: file.name == CONFIG):
-        if file != aside:
-            file.rename(aside / file.name)
+        file.rename(aside / file.name)
     shutil.rmtree(aside)
 
 
 def _content(path: Path) -> list[Path]:
-    return [file for file in path.iterdir() if file.name != LOCK]
+    """What a folder holds, but for what a writer leaves that is stopped on the way."""
+    return [
+        file for file in path.iterdir() if file.name != LOCK and not file.name.startswith(_CLEARED)
+    ]
 
 
 def write_evaluation(run: Path, figures: Mapping[str, float]) -> None:
