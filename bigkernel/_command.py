@@ -1,4 +1,4 @@
-"""Ctrl-C while the ``bigkernel`` command still loads torch: an exit code, no traceback.
+"""A signal while the ``bigkernel`` command still loads torch: an exit code, no traceback.
 
 Imported before everything else; does nothing in any other program.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130
+from bigkernel.interrupts import STOPPING, stop_at_once
 
 
 def _is_command() -> bool:
@@ -18,17 +18,30 @@ def _is_command() -> bool:
     return Path(sys.argv[0]).name == "bigkernel" if sys.argv else False
 
 
-def _leave(*_: Any) -> None:
+def _leave(number: int, *_: Any) -> None:
     # Written past sys.stderr, whose lock the interrupted code may hold.
-    os.write(2, b"\nInterrupted.\n")
-    os._exit(INTERRUPTED)
+    try:
+        os.write(2, f"\n{sentence(number)}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def sentence(number: int) -> str:
+    """What is said where a signal stops the command at once."""
+    if number == signal.SIGINT:
+        return "Interrupted."
+    return f"Stopped by {signal.Signals(number).name}."
 
 
 def ready() -> None:
-    """From here on the command itself answers Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """From here on the command itself answers these signals."""
+    for number in STOPPING:
+        if signal.getsignal(number) is _leave:
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else stop_at_once)
 
 
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave)
+if _is_command():
+    for _number in STOPPING:
+        if signal.getsignal(_number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(_number, _leave)

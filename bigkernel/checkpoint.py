@@ -5,7 +5,9 @@ each file is added, every file is synced to the disk, and the folder is renamed.
 machine in between leaves at most a folder with a name that nothing reads, which the next start
 removes.
 Before a checkpoint is used, its files are compared with its manifest; one without a manifest (from
-transformers' own Trainer) has its files checked for their own structure instead.
+transformers' own Trainer) has its files checked for their own structure instead. A checkpoint that
+somebody has named is also taken when files that can be done without are gone, and when files have
+been edited into another whole file, with a sentence that says so.
 
 Nothing here unpickles: weights are safetensors, other files are loaded with ``weights_only=True``.
 """
@@ -18,16 +20,28 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = ".partial"  # being written
 _REPLACED = ".replaced"  # the folder before, for as long as the new one takes its place
+_REMOVED = ".removed"  # being deleted
+_STATE = "trainer_state.json"
+_UNLISTED = f"{MANIFEST} is missing, so only the form of its files could be checked"
+# What a resumed run does without a file that is not needed to go on.
+_WITHOUT = {
+    "optimizer.pt": "the optimizer starts without its moments",
+    "scheduler.pt": "the learning rate is worked out from the step",
+    "scaler.pt": "the loss scale starts anew",
+    "rng_state.pth": "the random numbers are others",
+    "bigkernel_state.json": "the loss since the last log is not known",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -53,21 +67,30 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt, SystemExit):
-    """Ctrl-C stopped the training, after a checkpoint was saved.
+    """Ctrl-C or another signal stopped the training, after a checkpoint was saved.
 
     It is a KeyboardInterrupt to whoever catches those. A process that lets it through exits with
-    status 130 and no traceback, as Python does for a SystemExit of that code.
+    status 128 + the signal's number (130 for Ctrl-C, 143 for SIGTERM) and no traceback, as Python
+    does for a SystemExit of that code.
 
     Attributes:
         step: optimizer steps done.
         checkpoint: the checkpoint that was saved.
+        signal: the signal that stopped it.
     """
 
-    def __init__(self, message: str, step: int, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        message: str,
+        step: int,
+        checkpoint: Path,
+        number: signal.Signals = signal.SIGINT,
+    ) -> None:
         super().__init__(message)
-        self.code = 130
+        self.code: int = 128 + number
         self.step = step
         self.checkpoint = checkpoint
+        self.signal = number
 
 
 def notify(message: str) -> None:
@@ -105,7 +128,8 @@ def atomic_folder(path: str | Path, manifest: bool = True) -> Iterator[Path]:
         if reason is not None:
             raise CheckpointError(f"{final} could not be written: {reason}.") from error
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        _remove(replaced)
 
 
 def write_file_atomically(path: str | Path, content: bytes | str) -> None:
@@ -137,8 +161,11 @@ def clean_up(run: str | Path) -> None:
     """Settle what a writer that was killed left of the checkpoints in a run folder."""
     for left in Path(run).glob(".checkpoint-*"):
         name, suffix = left.stem.removeprefix("."), left.suffix
-        if _NUMBERED.fullmatch(name) and suffix in (_ASIDE, _REPLACED) and left.is_dir():
-            _settle(left.with_name(name))
+        if _NUMBERED.fullmatch(name):
+            if suffix in (_ASIDE, _REPLACED):
+                _settle(left.with_name(name))
+            elif suffix == _REMOVED:
+                _remove(left)
 
 
 def _settle(final: Path) -> None:
@@ -148,8 +175,15 @@ def _settle(final: Path) -> None:
         # Stopped between the two renames: the folder before is still the valid one.
         os.rename(replaced, final)
     for left in (replaced, _beside(final, _ASIDE)):
-        if left.exists():
-            shutil.rmtree(left)
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or whatever else has its name: of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def find_checkpoints(run: str | Path) -> list[Path]:
@@ -163,6 +197,29 @@ def find_checkpoints(run: str | Path) -> list[Path]:
         if (match := _NUMBERED.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def rotate(run: str | Path, limit: int | None, keep: Collection[Path]) -> None:
+    """Delete the checkpoints of the lowest steps until ``limit`` are left; None or 0 deletes none.
+
+    By step and not by time, which a clock that was set back or a copy of the folder changes. Those
+    in ``keep`` stay, also beyond the limit. One that is being deleted is never taken for whole.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {path.resolve() for path in keep}
+    found = find_checkpoints(run)
+    left = len(found)
+    for path in reversed(found):
+        if left <= limit:
+            return
+        if path.resolve() not in kept:
+            gone = _beside(path, _REMOVED)
+            with suppress(OSError):  # the run goes on, and the next start tries again
+                _remove(gone)
+                os.rename(path, gone)
+                _remove(gone)
+            left -= 1
 
 
 def newest_whole_checkpoint(run: str | Path) -> Path | None:
@@ -182,7 +239,9 @@ def resolve_checkpoint(source: str | Path | bool, run: str | Path) -> Path | Non
 
     Args:
         source: True or ``"auto"``: the newest whole one of ``run``; the path of a checkpoint, or of
-            a run. Damaged ones are passed over, with a sentence, for the one before.
+            a run. Damaged ones are passed over, with a sentence, for the one before. A checkpoint
+            that is named is also taken if it has been edited or lacks what can be done without,
+            as is the newest such one of a run that has none as it was saved.
         run: the folder of this run.
 
     Returns:
@@ -191,96 +250,198 @@ def resolve_checkpoint(source: str | Path | bool, run: str | Path) -> Path | Non
     Raises:
         NoCheckpointError: there is none, or none of them is whole.
     """
-    newest: int | None = None
+    candidates: list[Path]
+    named = False
     if isinstance(source, bool) or str(source) == "auto":
         folder = Path(run)
+        candidates = find_checkpoints(folder)
     else:
         path = Path(source)
-        named = _NUMBERED.fullmatch(path.resolve().name)
-        folder, newest = (path.resolve().parent, int(named[1])) if named else (path, None)
         if not path.is_dir():
             raise NoCheckpointError(f"there is no checkpoint or run folder {path}.")
-        if named is None and not find_checkpoints(path):
-            verify_checkpoint(path)  # a checkpoint under another name
+        number = _NUMBERED.fullmatch(path.resolve().name)
+        folder = path.resolve().parent if number else path
+        candidates = find_checkpoints(folder)
+        if number:
+            named = True
+            earlier = [other for other in candidates if _step(other) < int(number[1])]
+            candidates = [path.resolve(), *earlier]
+        elif not candidates:  # a checkpoint under another name
+            _tell_changes(path, examine_checkpoint(path))
             return path
-    candidates = [
-        path
-        for path in find_checkpoints(folder)
-        if newest is None or int(path.name.rsplit("-", 1)[1]) <= newest
-    ]
+    troubles: list[str] = []
+    changed: tuple[Path, list[str], int] | None = None
     for path in candidates:
         try:
-            verify_checkpoint(path)
+            changes = examine_checkpoint(path)
         except CheckpointError as error:
-            notify(f"{error} Using the one before.")
-        else:
+            troubles.append(str(error))
+            continue
+        if changes in ([], [_UNLISTED]) or (named and not troubles):
+            for trouble in troubles:
+                notify(f"{trouble} Using the one before.")
+            _tell_changes(path, changes)
             return path
+        troubles.append(f"the checkpoint {path} has been changed: {'; '.join(changes)}.")
+        changed = changed or (path, changes, len(troubles) - 1)
+    if changed is not None:
+        path, changes, before = changed
+        for trouble in troubles[:before]:
+            notify(f"{trouble} Using the one before.")
+        _tell_changes(path, changes)
+        return path
     if candidates:
         raise NoCheckpointError(
-            f"none of the {len(candidates)} checkpoints in {folder} is whole; start again without "
-            "resuming, in another folder."
+            f"none of the {len(candidates)} checkpoints in {folder} is whole ({troubles[0]} "
+            "That is the newest); start again without resuming, in another folder."
         )
     if str(source) == "auto":
         return None
     raise NoCheckpointError(f"there is no checkpoint in {folder}; train without resuming first.")
 
 
+def _tell_changes(path: Path, changes: list[str]) -> None:
+    if changes:
+        notify(f"{path} is no longer as it was saved and is used as it is: {'; '.join(changes)}.")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])
+
+
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that a checkpoint is whole.
+    """Check that a checkpoint is whole, and as it was saved.
 
     Raises:
         CheckpointError: a file is missing, cut off or changed; the message names it.
     """
+    changes = examine_checkpoint(path)
+    if changes not in ([], [_UNLISTED]):
+        raise CheckpointError(f"the checkpoint {path} is damaged: {changes[0]}.")
+
+
+def examine_checkpoint(path: str | Path) -> list[str]:
+    """What somebody has changed in a checkpoint that can be used.
+
+    Returns:
+        a few words for each file that is gone and can be done without, and for each that is another
+        whole file than was saved; [] if all is as it was saved.
+
+    Raises:
+        CheckpointError: it cannot be used: a file that is needed is missing, or one is cut off, or
+            changed in a way that its own format does not vouch for; the message names it.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"the checkpoint {folder} does not exist.")
-    if (folder / MANIFEST).exists():
-        _verify_manifest(folder)
-    else:
+    if not (folder / MANIFEST).exists():
         _verify_structure(folder)
-
-
-def _verify_manifest(folder: Path) -> None:
+        ours = (folder / "bigkernel_state.json").is_file()
+        return [_UNLISTED] if ours else []
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         listed = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint {folder} is damaged: bad {MANIFEST}.") from error
+    changes = []
     for name, size, digest in listed:
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"the checkpoint {folder} is damaged: {name} is missing.")
+            changes.append(_missing(folder, name))
+            continue
         actual = file.stat().st_size
-        if actual != size:
+        trouble = f"{name} has {actual} bytes, expected {size}"
+        if actual == size:
+            if _sha256(file) == digest:
+                continue
+            trouble = f"the content of {name} has changed"
+        if not _is_edited(file, actual == size):
             raise CheckpointError(
-                f"the checkpoint {folder} is damaged: {name} has {actual} bytes, expected {size}."
+                f"the checkpoint {folder} is damaged: {trouble}. If you changed it yourself, "
+                f"delete {MANIFEST} beside it."
             )
-        if _sha256(file) != digest:
-            raise CheckpointError(
-                f"the checkpoint {folder} is damaged: the content of {name} has changed."
-            )
+        changes.append(f"{name} has been edited ({trouble})")
+    listed_names = {name for name, *_ in listed}
+    if any(name not in listed_names for name in _shards(folder)):
+        _verify_structure(folder)  # weights that somebody has put there
+    return changes
+
+
+def _missing(folder: Path, name: str) -> str:
+    """What a missing file means, or CheckpointError if there is no going on without it."""
+    found = f"{name} is missing"
+    is_weights = name.endswith((".safetensors", ".bin")) and name != "training_args.bin"
+    is_index = name.endswith(".safetensors.index.json")
+    if (is_weights or is_index) and "/" not in name:
+        if (folder / "model.safetensors").is_file() or _shards(folder):
+            return f"{found}, the weights are in other files"
+    elif name != _STATE and "/" not in name:
+        without = _WITHOUT.get("rng_state.pth" if name.startswith("rng_state") else name)
+        return f"{found}, so {without}" if without else found
+    raise CheckpointError(
+        f"the checkpoint {folder} is damaged: {found}, and there is no going on without it."
+    )
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files of weights that an index names, all of them there; or none."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        names = {str(name) for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return names if all((folder / name).is_file() for name in names) else set()
+
+
+def _is_edited(file: Path, same_size: bool) -> bool:
+    """Whether a changed file is whole by its own format: then somebody has written it anew.
+
+    Weights of the same size are not taken for that: their format has no checksum, and what the disk
+    lost looks the same as what a user changed.
+    """
+    try:
+        return _has_own_form(file) and not (same_size and file.suffix == ".safetensors")
+    except Exception:  # zip and JSON readers meet damage with many kinds
+        return False
+
+
+def _has_own_form(file: Path) -> bool:
+    """Whether the file's format was checked, by its suffix; any Exception if it is not whole."""
+    if file.name == _STATE:
+        _check_state(file)
+    elif file.suffix == ".json":
+        json.loads(file.read_text())
+    elif file.suffix == ".safetensors":
+        _check_safetensors(file)
+    elif file.suffix in (".pt", ".pth", ".bin"):
+        _check_zip(file)
+    else:
+        return False
+    return True
 
 
 def _verify_structure(folder: Path) -> None:
     """For checkpoints without a manifest: each file's own format says whether it is all there."""
-    state = folder / "trainer_state.json"
+    state = folder / _STATE
     if not state.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: {state.name} is missing.")
     for file in sorted(folder.rglob("*")):
         if not file.is_file():
             continue
         try:
-            if file.suffix == ".json":
-                json.loads(file.read_text())
-            elif file.suffix == ".safetensors":
-                _check_safetensors(file)
-            elif file.suffix in (".pt", ".pth", ".bin"):
-                _check_zip(file)
+            _has_own_form(file)
         except Exception as error:  # zip and JSON readers meet damage with many kinds
             name = file.relative_to(folder)
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged: {name} is cut off or changed ({error})."
             ) from error
+
+
+def _check_state(file: Path) -> None:
+    state = json.loads(file.read_text())
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise ValueError("global_step must be a whole number")
 
 
 def _check_safetensors(file: Path) -> None:

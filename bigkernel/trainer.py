@@ -3,18 +3,21 @@
 Differences: the model's attention is bigkernel's, AdamW is :class:`bigkernel.optim.AdamW` with the
 clipping inside its step, image batches can be augmented on the device, checkpoints appear whole or
 not at all and are checked before they are used, a resumed run repeats the uninterrupted one bit for
-bit on the CPU, Ctrl-C saves, and a loss that is not finite stops the run.
+bit on the CPU, Ctrl-C and a cluster's signals save, what saving needs is checked before the first
+step, no two runs write to one folder, and a loss that is not finite stops the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
+import shutil
 import signal
-import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,23 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from bigkernel import checkpoint
-from bigkernel.checkpoint import NonFiniteLossError, TrainingInterrupted
+from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.integrations.replace import accelerate
 from bigkernel.integrations.weights import has_other_names, load_weights
+from bigkernel.interrupts import StopRequest, shield_workers
 from bigkernel.optim import Adam, AdamW
+from bigkernel.run_lock import RunLockedError, writing_to
 
 STATE_FILE = "bigkernel_state.json"
 
@@ -50,7 +61,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True, metadata={"help": "Stop when the loss becomes NaN or infinite."}
     )
     save_on_interrupt: bool = field(
-        default=True, metadata={"help": "On Ctrl-C finish the step and save a checkpoint."}
+        default=True,
+        metadata={
+            "help": "On Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save a checkpoint."
+        },
     )
     announce: bool = field(
         default=True, metadata={"help": "Print what bigkernel replaced and what it could not."}
@@ -92,7 +106,9 @@ class Trainer(transformers.Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         self._batch_augmentation = BatchAugmentation(seed)
         self._in_training_step = False
-        self._interrupted = False
+        self._stop_request = StopRequest(_tell_stop)
+        self._in_evaluation_that_may_stop = False
+        self._evaluation_due = False
         self._saved_step: int | None = None
         self._resumed_losses: dict[str, float] | None = None
         self._clipping_paused: tuple[Adam, float | None] | None = None
@@ -220,9 +236,13 @@ class Trainer(transformers.Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', which would take one step more where the checkpoint is the last one."""
         self._continue_losses()
+        if self._evaluation_due:
+            self._make_up_evaluation(**kwargs)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return
+        shield_workers(kwargs.get("train_dataloader"), self._stop_request)
         super()._run_epoch(*args, **kwargs)
 
     def _continue_losses(self) -> None:
@@ -264,8 +284,15 @@ class Trainer(transformers.Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', without touching the random numbers that training goes on with."""
+        shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
         with _same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; an evaluation during training is left when training is to stop."""
+        if self._in_evaluation_that_may_stop and self._stop_request.received is not None:
+            raise _EvaluationLeft
+        return super().prediction_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
@@ -274,9 +301,15 @@ class Trainer(transformers.Trainer):
         optimizer = self._clipping_optimizer()
         if grad_norm is None and optimizer is not None:
             grad_norm = optimizer.grad_norm
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
-        if self._interrupted:
-            self._stop(model, trial)
+        # Several processes leave an evaluation together, or they would wait for each other.
+        self._in_evaluation_that_may_stop = self.args.world_size <= 1
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
+        except _EvaluationLeft:
+            self._evaluation_due, self._saved_step = True, None
+        finally:
+            self._in_evaluation_that_may_stop = False
+        self._stop_if_asked(model, trial)
 
     # Checkpoints
 
@@ -292,34 +325,53 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint: None or False: start. True: the newest whole checkpoint of the
                 output folder; ``"auto"``: the same, or the start where there is none. A path: that
                 checkpoint, or the newest of that run folder. Damaged ones are passed over, with a
-                sentence, for the one before.
+                sentence, for the one before. One that is named is also taken when its files have
+                been edited or some that can be done without are gone, with a sentence.
             trial: as transformers'.
             ignore_keys_for_eval: as transformers'.
 
         Raises:
             NoCheckpointError: nothing to resume from.
-            TrainingInterrupted: Ctrl-C; a checkpoint was saved.
+            RunLockedError: another run writes to the output folder.
+            TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
             NonFiniteLossError: the loss became NaN or infinite.
-            CheckpointError: a checkpoint could not be written; those before it are intact.
+            CheckpointError: a checkpoint could not be written, or could not have been, which is
+                found out before the first step; those before it are intact.
         """
-        if self.args.should_save:
-            checkpoint.clean_up(self._run_folder())
-        self.accelerator.wait_for_everyone()
-        folder: Path | None = None
-        if resume_from_checkpoint:
-            folder = checkpoint.resolve_checkpoint(resume_from_checkpoint, self._run_folder())
-            if self.is_world_process_zero():
-                nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
-                checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
-        self._resumed_losses = None if folder is None else self._load_own_state(folder)
-        self._interrupted, self._saved_step = False, None
-        try:
-            with self._catching_interrupts():
+        with contextlib.ExitStack() as stack:
+            if self.args.should_save:
+                try:
+                    stack.enter_context(writing_to(self._run_folder()))
+                    checkpoint.clean_up(self._run_folder())
+                except RunLockedError:
+                    raise
+                except CheckpointError:
+                    if self.args.save_strategy != SaveStrategy.NO:
+                        raise
+                    # Only a signal would have something saved; then the folder is named again.
+            self.check_saving()
+            self.accelerator.wait_for_everyone()
+            folder: Path | None = None
+            if resume_from_checkpoint:
+                folder = checkpoint.resolve_checkpoint(resume_from_checkpoint, self._run_folder())
+                if self.is_world_process_zero():
+                    nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
+                    checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
+            self._evaluation_due = False
+            self._resumed_losses = None if folder is None else self._load_own_state(folder)
+            self._saved_step = None
+            if folder is not None and folder.parent.resolve() == self._run_folder().resolve():
+                name = folder.name.removeprefix("checkpoint-")
+                self._saved_step = int(name) if name.isdecimal() else None
+            self._stop_request = StopRequest(_tell_stop)
+            if getattr(self.args, "save_on_interrupt", True):
+                stack.enter_context(self._stop_request)
+            try:
                 return super().train(
                     None if folder is None else str(folder), trial, ignore_keys_for_eval
                 )
-        finally:
-            self.is_in_train = False
+            finally:
+                self.is_in_train = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all, and never with parameters that are lost."""
@@ -348,12 +400,9 @@ class Trainer(transformers.Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint
+            keep = [final] if best is None else [final, Path(best)]
+            checkpoint.rotate(run, self.args.save_total_limit, keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As transformers', also for weights that it saves under other names than it loads."""
@@ -363,6 +412,81 @@ class Trainer(transformers.Trainer):
                 load_weights(target, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As transformers', and CheckpointError if a weight that is trained was not loaded."""
+        missing = set(load_result.missing_keys)
+        if missing:
+            model = self._module()
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            loaded = {id(p) for name, p in parameters.items() if name not in missing}
+            ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+            lost = sorted(
+                name
+                for name in missing - ignored
+                if name in parameters
+                and parameters[name].requires_grad
+                and id(parameters[name]) not in loaded  # tied to one that was
+            )
+            if lost:
+                raise CheckpointError(
+                    f"the checkpoint lacks {len(lost)} of the model's weights, such as {lost[0]}."
+                )
+        super()._issue_warnings_after_load(load_result)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the best checkpoint found where the run folder is now.
+
+        It is recorded by the path that it had when it was saved.
+        """
+        result = super()._init_training_state(*args, **kwargs)
+        folder = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        if folder is None:
+            return result
+        recorded = json.loads((Path(folder) / "trainer_state.json").read_text())
+        best = recorded.get("best_model_checkpoint")
+        if best is None:
+            return result
+        beside = Path(folder).resolve().parent / Path(best).name
+        if beside.is_dir():
+            self.state.best_model_checkpoint = str(self._as_seen_from_run(beside))
+        elif self.state.best_model_checkpoint is None and self.is_world_process_zero():
+            checkpoint.notify(
+                f"the best checkpoint so far, {best}, is gone; the best from here on counts."
+            )
+            self.state.best_metric = self.state.best_global_step = None
+        return result
+
+    def _as_seen_from_run(self, folder: Path) -> Path:
+        """A checkpoint of this run by the path that its run folder was given."""
+        run = self._run_folder()
+        return run / folder.name if folder.parent == run.resolve() else folder
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers', which loads both or, if one is missing, none without a word."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        optimizer, scheduler = Path(checkpoint, "optimizer.pt"), Path(checkpoint, "scheduler.pt")
+        if optimizer.is_file() and scheduler.is_file():
+            return
+        stepper: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        if optimizer.is_file():
+            state = torch.load(optimizer, map_location="cpu", weights_only=True)
+            stepper.load_state_dict(state)
+        elif scheduler.is_file():
+            schedule.load_state_dict(torch.load(scheduler, weights_only=True))
+            rates = schedule.get_last_lr()
+            for group, rate in zip(stepper.param_groups, rates, strict=True):
+                group["lr"] = rate
+            return
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            with warnings.catch_warnings():
+                # The optimizer has made these steps, before it was saved.
+                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+                for _ in range(self.state.global_step):
+                    schedule.step()
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -415,6 +539,7 @@ class Trainer(transformers.Trainer):
             "loss_since_log": float(self._tr_loss),
             "step_of_last_log": self._globalstep_last_logged,
             "augmentation": self._batch_augmentation.state_dict(),
+            "evaluation_due": self._evaluation_due,
         }
 
     def _load_own_state(self, folder: Path) -> dict[str, float] | None:
@@ -423,50 +548,242 @@ class Trainer(transformers.Trainer):
             return None  # a checkpoint of transformers' own Trainer
         state = json.loads(file.read_text())
         self._batch_augmentation.load_state_dict(state["augmentation"])
+        self._evaluation_due = bool(state.get("evaluation_due", False))
         return {"sum": state["loss_since_log"], "step": state["step_of_last_log"]}
 
     def _run_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None))
 
-    # Ctrl-C
+    # Before the first step
 
-    @contextlib.contextmanager
-    def _catching_interrupts(self) -> Iterator[None]:
-        usual = signal.getsignal(signal.SIGINT)
+    def check_saving(self) -> None:
+        """Try all that a checkpoint needs, except the weights' bytes; `train` begins with it.
+
+        Raises:
+            CheckpointError: something cannot be saved; the message names the file.
+        """
         if (
-            not getattr(self.args, "save_on_interrupt", True)
-            or threading.current_thread() is not threading.main_thread()
-            or usual is not signal.default_int_handler  # someone else looks after it
+            not self.args.should_save
+            or self.args.save_strategy == SaveStrategy.NO
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
         ):
-            yield
             return
-        process = os.getpid()
+        run = self._run_folder()
+        with writing_to(run):
+            trial = checkpoint.folder_aside(run / "checkpoint-0")
+            shutil.rmtree(trial, ignore_errors=True)
+            try:
+                trial.mkdir()
+                for name, save in self._savers(trial):
+                    _rehearse(run, name, save)
+            except OSError as error:
+                reason = os.strerror(error.errno or 0).lower()
+                raise CheckpointError(f"{run} cannot be written to: {reason}.") from error
+            finally:
+                shutil.rmtree(trial, ignore_errors=True)
 
-        def handle(number: int, frame: Any) -> None:
-            if os.getpid() != process:
-                return  # a data-loading worker: it works on until it is told to stop
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            checkpoint.notify(
-                "finishing this step, then saving; Ctrl-C again stops at once, without saving."
+    def _savers(self, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The files of a checkpoint, and what writes each to ``folder`` without the weights."""
+        model: Any = self._module()
+        if isinstance(model, transformers.PreTrainedModel):
+            yield "config.json", lambda: model.config.save_pretrained(folder)
+            if model.can_generate():
+                yield (
+                    "generation_config.json",
+                    lambda: model.generation_config.save_pretrained(folder),
+                )
+            yield "model.safetensors", lambda: _check_ties(model)
+            yield "model.safetensors", lambda: _save_without_weights(model, folder)
+        elif not hasattr(model, "save_pretrained"):
+            yield "model.safetensors", lambda: _check_state_dict(model)
+        tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            yield "tokenizer_config.json", lambda: tokenizer.save_pretrained(folder)
+        yield "training_args.bin", lambda: torch.save(self.args, folder / "training_args.bin")
+        yield "trainer_state.json", self._check_callback_states
+
+    def _check_before_first_step(self) -> None:
+        """What can be checked only now: there are an optimizer and a scheduler."""
+        if not self.args.should_save or self.args.save_strategy == SaveStrategy.NO:
+            return
+        if not self.args.save_only_model:
+            run = self._run_folder()
+            optimizer, scheduler = self.optimizer, self.lr_scheduler
+            if optimizer is not None:
+                # Not its state, which a resumed run has in full: only what describes it.
+                groups = [
+                    {name: value for name, value in group.items() if name != "params"}
+                    for group in optimizer.param_groups
+                ]
+                _rehearse(run, "optimizer.pt", lambda: torch.save(groups, io.BytesIO()))
+            if scheduler is not None:
+                state = scheduler.state_dict()
+                _rehearse(run, "scheduler.pt", lambda: torch.save(state, io.BytesIO()))
+        self._check_space()
+
+    def _check_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                json.dumps(callback.state())
+
+    def _check_space(self) -> None:
+        """CheckpointError if the disk has less room than a checkpoint is estimated to need."""
+        weights = sum(p.nbytes for p in self._module().parameters())
+        moments = 0
+        wrapped: Any = self.optimizer
+        optimizer = getattr(wrapped, "optimizer", wrapped)
+        if isinstance(optimizer, (Adam, torch.optim.Adam)) and not self.args.save_only_model:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            width = getattr(optimizer, "state_dtype", None)
+            size = [
+                p.numel() * (p.element_size() if width is None else width.itemsize) for p in trained
+            ]
+            moments = 2 * sum(size)
+        free = shutil.disk_usage(self._run_folder()).free
+        if weights + moments > free:
+            raise CheckpointError(
+                f"{self._run_folder()} has {free / 1e6:,.1f} MB free, and a checkpoint takes about "
+                f"{(weights + moments) / 1e6:,.1f} MB: model.safetensors {weights / 1e6:,.1f}, "
+                f"optimizer.pt {moments / 1e6:,.1f}. Free some space, or use another output folder."
             )
 
-        signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """As transformers', also for a plain module that holds a parameter under two names."""
+        model = self._module()
+        if state_dict is None and not hasattr(model, "save_pretrained") and self.args.should_save:
+            state_dict = _separate(model.state_dict())
+        super()._save(output_dir, state_dict)
 
-    def _stop(self, model: nn.Module, trial: Any) -> None:
+    # Signals
+
+    def _stop_if_asked(self, model: nn.Module, trial: Any, save: bool = True) -> None:
+        """Save and raise if a signal has asked any of the processes to stop."""
+        number = 0 if self._stop_request.received is None else int(self._stop_request.received)
+        if self.args.world_size > 1:  # all stop after the same step, or none
+            flag = torch.tensor([number], dtype=torch.int64, device=self.args.device)
+            number = int(self.accelerator.gather(flag).max())
+        if number:
+            self._stop(model, trial, signal.Signals(number), save)
+
+    def _stop(self, model: nn.Module, trial: Any, number: signal.Signals, save: bool) -> None:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
-        if self._saved_step != step:
-            self._save_checkpoint(model, trial)
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        if self._saved_step != step and save:
+            try:
+                self._save_checkpoint(model, trial)
+            except (CheckpointError, NonFiniteLossError):
+                raise
+            except Exception as error:  # of as many kinds as there are things to save
+                raise CheckpointError(
+                    f"interrupted{by} after step {step}, and {saved} could not be saved: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+                ) from error
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        message = f"interrupted after step {step}; saved {saved}, from which it can be resumed."
-        checkpoint.notify(message)
-        raise TrainingInterrupted(message, step, saved)
+        elif self._saved_step != step:
+            saved = Path(self.state.best_model_checkpoint or saved)
+        message = f"interrupted{by} after step {step}; saved {saved}, from which it can be resumed."
+        if self.is_world_process_zero():
+            checkpoint.notify(message)
+        raise TrainingInterrupted(message, step, saved, number)
+
+    def _finalize_training(self, trial: Any, *rest: Any) -> Any:
+        """As transformers'; a signal that came after the last step stops too."""
+        self._stop_if_asked(self.model_wrapped, trial)
+        result = super()._finalize_training(trial, *rest)
+        best_is_loaded = (
+            self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        )
+        self._stop_if_asked(self.model_wrapped, trial, save=not best_is_loaded)
+        return result
+
+    def _make_up_evaluation(
+        self,
+        model: nn.Module,
+        epoch: int,
+        trial: Any,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        resume_from_checkpoint: str,
+        **_: Any,
+    ) -> None:
+        """The evaluation that a signal cut short, so that the run is the uninterrupted one."""
+        self._evaluation_due = False
+        self._load_rng_state(resume_from_checkpoint)  # the checkpoint is written anew
+        self.control.should_log = False
+        self.control.should_evaluate = self.control.should_save = True
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time
+        )
+
+
+class _EvaluationLeft(Exception):
+    """A signal came during an evaluation."""
+
+
+def _tell_stop(number: signal.Signals) -> None:
+    name = "" if number == signal.SIGINT else f"{number.name}: "
+    checkpoint.notify(
+        f"{name}finishing this step, then saving; Ctrl-C again stops at once, without saving."
+    )
+
+
+def _rehearse(run: Path, name: str, save: Callable[[], Any]) -> None:
+    try:
+        save()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise CheckpointError(f"{run} cannot be written to: {name}: {reason}.") from error
+    except Exception as error:  # of as many kinds as there are things to save
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name} could not be saved, so there would be no checkpoint; nothing was trained: "
+            f"{type(error).__name__}: {reason[:600]}"
+        ) from error
+
+
+def _check_ties(model: Any) -> None:
+    """What `save_pretrained` does about shared weights, on those that it would save."""
+    state = dict(model.state_dict())
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    with warnings.catch_warnings():
+        remove_tied_weights_from_state_dict(state, model)
+
+
+def _save_without_weights(model: Any, folder: Path) -> None:
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict={})
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _check_state_dict(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if not torch.is_tensor(value):
+            raise TypeError(
+                f"{name} of the model's state_dict is no tensor but a {type(value).__name__}"
+            )
+
+
+def _separate(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict in which no two tensors share memory, which safetensors refuses."""
+    seen: set[int] = set()
+    apart = {}
+    for name, value in state.items():
+        if torch.is_tensor(value):
+            memory = value.untyped_storage().data_ptr()
+            value = value.clone() if memory in seen else value
+            seen.add(memory)
+            value = value.contiguous()
+        apart[name] = value
+    return apart
 
 
 @dataclass
@@ -474,10 +791,21 @@ class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingAr
     """transformers' Seq2SeqTrainingArguments, and the switches of :class:`TrainingArguments`."""
 
 
+<<<<<<< HEAD
 class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer (``predict_with_generate``) with what :class:`Trainer` adds."""
 
     _arguments_class = Seq2SeqTrainingArguments
+=======
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._check_before_first_step()
+        resumed, self.trainer._resumed_losses = self.trainer._resumed_losses, None
+        if resumed is not None:
+            self.trainer._tr_loss += resumed["sum"]
+            self.trainer._globalstep_last_logged = int(resumed["step"])
+            # The average that train() returns is that of the steps of this call.
+            self.trainer._total_loss_scalar -= resumed["sum"]
+>>>>>>> runs
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Feature list: atomic folders and files; full disk (a real file-size limit, and a full file system
 where one can be had), killed writers; manifests; checkpoints of transformers' own Trainer; choosing
-the checkpoint to resume from; no pickle.
+the checkpoint to resume from, what its user has changed in it; rotation by step; no pickle.
 """
 
 import errno
@@ -30,6 +30,7 @@ from bigkernel.checkpoint import (
     find_checkpoints,
     newest_whole_checkpoint,
     resolve_checkpoint,
+    rotate,
     verify_checkpoint,
     write_file_atomically,
 )
@@ -331,10 +332,195 @@ def test_nothing_to_resume_from(tmp_path, told):
     with pytest.raises(ValueError, match="no checkpoint or run folder"):
         resolve_checkpoint(tmp_path / "nowhere", tmp_path)
     path = make(tmp_path, 1)
-    (path / "optimizer.pt").unlink()
+    DAMAGE["cut off"](path / "optimizer.pt")
     for source in ("auto", True, path):
-        with pytest.raises(NoCheckpointError, match="none of the 1 checkpoints"):
+        with pytest.raises(
+            NoCheckpointError,
+            match=r"none of the 1 checkpoints .*damaged: optimizer\.pt has \d+ bytes",
+        ):
             resolve_checkpoint(source, tmp_path)
+
+
+def edit_state(path):
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "note": "by hand"}, indent=2))
+
+
+def reshard(path):
+    (path / "model.safetensors").unlink()
+    save_file({"w": torch.full((100,), 7.0)}, path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def save_again(path):
+    torch.save({"step": 1, "edited": True}, path / "optimizer.pt")
+
+
+def other_weights(path):
+    save_file({"w": torch.zeros(50)}, path / "model.safetensors")
+
+
+CHANGES = {
+    "optimizer": (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "scheduler": (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "scaler": (lambda path: (path / "scaler.pt").unlink(), "scaler.pt is missing"),
+    "rng": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "rng-of-rank": (lambda path: (path / "rng_state_0.pth").unlink(), "rng_state_0.pth is missing"),
+    "own-state": (
+        lambda path: (path / "bigkernel_state.json").unlink(),
+        "bigkernel_state.json is missing",
+    ),
+    "arguments": (lambda path: (path / "training_args.bin").unlink(), "training_args.bin is mis"),
+    "tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "state": (edit_state, "trainer_state.json has been edited"),
+    "optimizer-edited": (save_again, "optimizer.pt has been edited"),
+    "weights-edited": (other_weights, "model.safetensors has been edited"),
+    "resharded": (reshard, "model.safetensors is missing, the weights are in other files"),
+    "manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+}
+
+
+def make_full(run, step):
+    path = make(run, step)
+    with atomic_folder(path) as folder:
+        save_file({"w": torch.full((100,), float(step))}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin"):
+            torch.save({"step": step}, folder / name)
+        torch.save({}, folder / "rng_state.pth")
+        torch.save({}, folder / "rng_state_0.pth")
+        (folder / "bigkernel_state.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_its_user_has_changed_is_taken_by_name_and_said(tmp_path, told, change):
+    older, newer = make_full(tmp_path, 1), make_full(tmp_path, 2)
+    do, expected = CHANGES[change]
+    do(newer)
+    assert resolve_checkpoint(newer, tmp_path) == newer
+    assert len(told) == 1
+    assert str(newer) in told[0]
+    assert expected in told[0]
+    if change != "manifest":  # without one, as transformers writes it, it counts as whole
+        assert resolve_checkpoint("auto", tmp_path) == older
+        assert expected in told[1]
+        assert newest_whole_checkpoint(tmp_path) == older
+    (older / "model.safetensors").unlink()
+    (older / "manifest.json").unlink()
+    DAMAGE["cut off"](older / "optimizer.pt")
+    del told[:]
+    for source in ("auto", True, tmp_path):  # nothing better is there
+        assert resolve_checkpoint(source, tmp_path) == newer
+    assert [expected in text for text in told] == [True] * 3
+
+
+def test_files_that_somebody_added_do_not_matter(tmp_path, told):
+    path = make_full(tmp_path, 1)
+    (path / "notes.md").write_text("a good one")
+    (path / "samples").mkdir()
+    (path / "samples" / "a.json").write_text("{")
+    assert resolve_checkpoint(path, tmp_path) == path
+    verify_checkpoint(path)
+    assert told == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_damage_is_refused_by_name_too(tmp_path, told, name, keep):
+    path = make_full(tmp_path, 1)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:keep] if keep < len(content) else content[:-1])
+    with pytest.raises(NoCheckpointError, match=rf"damaged: {name} has \d+ bytes, expected"):
+        resolve_checkpoint(path, tmp_path)
+
+
+def test_what_cannot_be_told_from_damage_is_refused(tmp_path, told):
+    path = make_full(tmp_path, 1)
+    DAMAGE["changed"](path / "model.safetensors")  # the same size: one bit, or new weights
+    with pytest.raises(NoCheckpointError, match=r"changed it yourself, delete manifest\.json"):
+        resolve_checkpoint(path, tmp_path)
+    (path / "manifest.json").unlink()
+    assert resolve_checkpoint(path, tmp_path) == path
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"global_step": "7"}', '{"global_step": -1}'])
+def test_an_edited_state_has_to_be_one(tmp_path, told, content):
+    path = make_full(tmp_path, 1)
+    (path / "trainer_state.json").write_text(content)
+    with pytest.raises(NoCheckpointError, match=r"trainer_state\.json"):
+        resolve_checkpoint(path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+def test_what_is_needed_and_gone_is_damage(tmp_path, told, name):
+    path = make_full(tmp_path, 1)
+    (path / name).unlink()
+    with pytest.raises(NoCheckpointError, match=rf"{name} is missing, and there is no going on"):
+        resolve_checkpoint(path, tmp_path)
+
+
+def test_shards_are_checked_too(tmp_path, told):
+    path = make_full(tmp_path, 1)
+    reshard(path)
+    DAMAGE["cut off"](path / "model-00001-of-00001.safetensors")
+    with pytest.raises(NoCheckpointError, match=r"model-00001-of-00001\.safetensors is cut off"):
+        resolve_checkpoint(path, tmp_path)
+    (path / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(NoCheckpointError, match=r"model\.safetensors is missing, and"):
+        resolve_checkpoint(path, tmp_path)
+
+
+# Keeping few
+
+
+def test_rotation_is_by_step_whatever_the_clock_says(tmp_path):
+    for at, step in enumerate((5, 10, 15, 20, 100)):
+        path = make(tmp_path, step)
+        os.utime(path, (1e9 - at, 1e9 - at))  # the newest has the oldest time
+    last = tmp_path / "checkpoint-100"
+    rotate(tmp_path, None, [last])
+    rotate(tmp_path, 0, [last])
+    assert len(find_checkpoints(tmp_path)) == 5
+    rotate(tmp_path, 3, [last, tmp_path / "checkpoint-5"])
+    kept = [path.name for path in find_checkpoints(tmp_path)]
+    assert kept == ["checkpoint-100", "checkpoint-20", "checkpoint-5"]
+    rotate(tmp_path, 1, [last, tmp_path / "checkpoint-5"])
+    kept = [path.name for path in find_checkpoints(tmp_path)]
+    assert kept == ["checkpoint-100", "checkpoint-5"]
+    rotate(tmp_path, 1, [tmp_path / "checkpoint-5"])  # just saved, in a folder of an earlier run
+    assert os.listdir(tmp_path) == ["checkpoint-5"]
+
+
+def test_a_link_goes_and_what_it_names_stays(tmp_path):
+    """Also a plain file where a folder is to be written."""
+    other = make(tmp_path / "other", 1)
+    make(tmp_path, 2)
+    (tmp_path / "checkpoint-1").symlink_to(other)
+    (tmp_path / ".checkpoint-3.removed").symlink_to(other)
+    (tmp_path / ".checkpoint-3.partial").write_text("")
+    rotate(tmp_path, 1, [tmp_path / "checkpoint-2"])
+    clean_up(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "other"]
+    verify_checkpoint(other)
+    (tmp_path / ".checkpoint-3.partial").symlink_to(other)
+    make(tmp_path, 3)
+    verify_checkpoint(tmp_path / "checkpoint-3")
+    verify_checkpoint(other)
+
+
+def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path, monkeypatch):
+    """Killed in the middle: what is left has no name that is read, and goes at the next start."""
+    for step in (1, 2):
+        make(tmp_path, step)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: None)
+    rotate(tmp_path, 1, [tmp_path / "checkpoint-2"])
+    assert sorted(os.listdir(tmp_path)) == [".checkpoint-1.removed", "checkpoint-2"]
+    monkeypatch.undo()
+    clean_up(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
 
 
 def test_a_checkpoint_under_another_name(tmp_path):

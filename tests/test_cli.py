@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -593,29 +594,37 @@ def test_surprises_are_one_sentence_too(
         main(["env"])
 
 
-def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path: Path) -> None:
-    """The command is interrupted at its first import of torch, before it could catch anything."""
+def test_a_signal_while_torch_loads_is_no_traceback(tmp_path: Path) -> None:
+    """The command is stopped at its first import of torch, before it could catch anything."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.abc, os, signal, sys\n"
         "class Interrupt(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch':\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            os.kill(os.getpid(), signal.Signals[os.environ['SENT']])\n"
         "sys.meta_path.insert(0, Interrupt())\n"
     )
     root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
-    for code in ("-m bigkernel env", "bigkernel env"):
-        command = [sys.executable, *code.split()]
-        if code.startswith("bigkernel"):  # as the console script that pip makes
-            script = tmp_path / "bigkernel"
-            script.write_text("import sys\nfrom bigkernel.cli import main\nsys.exit(main())\n")
-            command = [sys.executable, str(script), "env"]
+    script = tmp_path / "bigkernel"  # as the console script that pip makes
+    script.write_text("import sys\nfrom bigkernel.cli import main\nsys.exit(main())\n")
+    for name, words, start in (
+        ("SIGINT", "Interrupted.", ["-m", "bigkernel"]),
+        ("SIGINT", "Interrupted.", [str(script)]),
+        ("SIGTERM", "Stopped by SIGTERM.", ["-m", "bigkernel"]),
+        ("SIGHUP", "Stopped by SIGHUP.", ["-m", "bigkernel"]),
+        ("SIGUSR1", "Stopped by SIGUSR1.", [str(script)]),
+    ):
         done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [sys.executable, *start, "env"],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]), "SENT": name},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
-        assert done.returncode == 130, done.stderr
-        assert done.stderr.strip() == "Interrupted."
+        assert done.returncode == 128 + signal.Signals[name], done.stderr
+        assert done.stderr.strip() == words
 
 
 def test_warnings_are_one_sentence_without_source() -> None:

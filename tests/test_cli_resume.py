@@ -1,19 +1,27 @@
-"""Runs that end early: killed, interrupted, gone wrong, with a damaged checkpoint; and go on."""
+"""Runs that end early: killed, interrupted, gone wrong, with a damaged checkpoint; and go on.
+
+Also what keeps two runs apart: folders taken one by one, locks, no launchers, moved folders.
+"""
 
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from bigkernel.cli import main
+from bigkernel.cli.progress import TrainingProgress
+from bigkernel.interrupts import stop_at_once
 
 VIT = {
     "model_type": "vit",
@@ -95,6 +103,171 @@ def test_ctrl_c_saves_and_exits_130(folder: Path) -> None:
     assert main(["train", "images", "--resume", "auto", "--out", run]) == 0
     assert losses(folder / "stopped") == losses(folder / "whole")
     assert weights(folder / "stopped") == weights(folder / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_save_and_exit_128_and_their_number(
+    folder: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = TrainingProgress.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        usual(self, args, state, control, **more)
+        if state.global_step == 7:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TrainingProgress, "on_step_end", on_step_end)
+    assert main(arguments(folder, number.name)) == 128 + number
+    said = capsys.readouterr().err
+    run = folder / number.name
+    assert f"interrupted by {number.name} after step 7; saved {run / 'checkpoint-7'}" in said
+    assert not list(run.glob(".*"))
+    monkeypatch.undo()
+    assert main(["train", "images", "--resume", "auto", "--out", str(run)]) == 0
+    assert losses(run) == losses(folder / "whole")
+    assert weights(run) == weights(folder / "whole")
+
+
+def test_a_signal_after_training_says_what_is_left_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        stop_at_once(signal.SIGTERM, None)  # as the handler of the command does
+
+    monkeypatch.setattr("bigkernel.report.save_loss_curve", stopped)
+    assert main(arguments(folder, "late")) == 143
+    said = capsys.readouterr().err
+    assert "The training was done and is saved" in said
+    assert "Stopped by SIGTERM." in said
+    monkeypatch.undo()
+    assert main(arguments(folder, "late", "--resume", "auto")) == 0
+    assert weights(folder / "late") == weights(folder / "whole")
+
+
+def test_runs_started_together_keep_apart(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two without --out take two folders, and nobody else may write there while they do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    usual = ["train", "images", "--model", str(folder / "vit.json"), "--threads", "1"]
+    usual += ["--batch-size", "16", "--max-steps", "100000", "--save-steps", "50000"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bigkernel", *usual, "--seed", str(seed)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2)
+    ]
+    runs = [Path("runs/images"), Path("runs/images-2")]
+    try:
+        deadline = time.monotonic() + 300
+        while not all((run / "metrics.jsonl").exists() for run in runs):
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for more in (["--force"], ["--resume", "auto"]):
+            given = usual if more == ["--force"] else usual[:2]
+            assert main([*given, "--out", str(runs[0]), *more]) == 1
+            said = capsys.readouterr().err
+            refused = re.search(r"runs/images is being written by process (\d+) on \S+ since", said)
+            assert refused, said
+            assert int(refused[1]) in {process.pid for process in processes}
+    finally:
+        for process, number in zip(processes, (signal.SIGTERM, signal.SIGHUP), strict=True):
+            process.send_signal(number)
+        ended = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 129], ended
+    seeds = [yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs]
+    assert sorted(seeds) == [1, 2]
+    for run in runs:
+        assert len(checkpoints(run)) == 1
+        assert not (run / ".lock").exists()
+
+
+def test_a_moved_run_needs_nothing_of_its_old_place(folder: Path, tmp_path: Path) -> None:
+    """Every path that a run stores: it is resumed and measured where it is now."""
+    shutil.copytree(folder / "whole", tmp_path / "a")
+    moved = (tmp_path / "a").rename(tmp_path / "b")
+    (moved / "model.safetensors").unlink()
+    assert main(["train", "images", "--resume", str(moved)]) == 0
+    assert weights(moved) == weights(folder / "whole")
+    assert main(["evaluate", str(moved)]) == 0
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("names", [("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_a_launcher_is_refused_before_anything_is_touched(
+    folder: Path,
+    names: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size, rank = names
+    before = {file: file.stat().st_mtime_ns for file in (folder / "whole").rglob("*")}
+    commands = [
+        arguments(folder, "whole", "--force"),
+        arguments(folder, "whole", "--resume", "auto"),
+        arguments(folder, "never"),
+        ["evaluate", str(folder / "whole")],
+        ["generate", str(folder / "whole")],
+        ["bench", "adam"],
+    ]
+    monkeypatch.setenv(size, "2")
+    for number, lines in (("0", 1), ("1", 0)):  # one process says it for all
+        monkeypatch.setenv(rank, number)
+        for command in commands:
+            assert main(command) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == lines
+            assert ("a launcher such as torchrun has started it in 2" in said) == bool(lines)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "whole").rglob("*")} == before
+    assert not (folder / "never").exists()
+
+
+def test_force_keeps_the_old_run_if_the_new_one_could_not_be_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "whole", folder / "kept")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("Object of type set is not JSON serializable")
+
+    monkeypatch.setattr("transformers.PreTrainedConfig.save_pretrained", refuse)
+    assert main(arguments(folder, "kept", "--force")) == 1
+    assert "config.json could not be saved" in capsys.readouterr().err
+    assert weights(folder / "kept") == weights(folder / "whole")
+    assert sorted(os.listdir(folder / "kept")) == sorted(os.listdir(folder / "whole"))
+
+
+def test_killed_while_it_replaced_a_run(folder: Path) -> None:
+    """What it had put aside goes; the folder counts as the run until nothing of it is left."""
+    half, empty = folder / "half", folder / "emptied"
+    for run in (half, empty):
+        shutil.copytree(folder / "whole", run / ".replaced-1")
+    (half / ".replaced-1" / "config.yaml").rename(half / "config.yaml")
+    assert main(arguments(folder, "half", "--max-steps", "2")) == 2
+    assert main(arguments(folder, "half", "--max-steps", "2", "--force")) == 0
+    assert main(arguments(folder, "emptied", "--max-steps", "2")) == 0
+    assert not [*half.glob(".*"), *empty.glob(".*")]
+
+
+def test_force_through_a_link_replaces_the_run_and_keeps_the_link(folder: Path) -> None:
+    shutil.copytree(folder / "whole", folder / "target")
+    (folder / "link").symlink_to("target")
+    assert main(arguments(folder, "link", "--force", "--max-steps", "2")) == 0
+    assert (folder / "link").is_symlink()
+    assert [step for step, _ in losses(folder / "target")] == [1, 2]
+    assert not list(folder.glob(".link*"))
+    assert not list((folder / "target").glob(".*"))
 
 
 def truncate(checkpoint: Path) -> None:

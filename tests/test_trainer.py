@@ -3,8 +3,9 @@
 Feature list: the same losses, logs, callbacks and metrics as transformers' Trainer; gradient
 accumulation; bf16 autocast; clipping once; other optimizers; augmentation keyed by sample and
 epoch; resuming bit for bit (text with dropout, images with augmentation, kill -9 while saving,
-a cut-off checkpoint, a checkpoint of transformers' own); Ctrl-C; a loss that is not finite; a full
-disk; rotation and best model.
+a cut-off checkpoint, one that its user has changed, a checkpoint of transformers' own); Ctrl-C and
+other signals at any moment, with workers and on two ranks; a loss that is not finite; a full disk;
+what cannot be saved, before the first step; a second writer; rotation, best model, moved folders.
 """
 
 import errno
@@ -12,9 +13,12 @@ import functools
 import json
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingIn
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, PackingCollator, build_tokenizer
 from bigkernel.data.augmentation import BatchAugmentation
 from bigkernel.data.images import collate_images
+from bigkernel.run_lock import RunLockedError, writing_to
 from bigkernel.trainer import Trainer, TrainingArguments
 
 
@@ -689,7 +694,7 @@ def interrupted(out):
     text_trainer(out, max_steps=6, trainer={"callbacks": [CtrlC()]}).train()
 
 
-def in_another_process(function, out):
+def in_another_process(function, out, **options):
     tests = os.path.dirname(__file__)
     path = f"import sys; sys.path.insert(0, {tests!r})"
     code = f"{path}; import test_trainer as t; t.{function}({str(out)!r})"
@@ -699,6 +704,7 @@ def in_another_process(function, out):
         text=True,
         cwd=os.path.dirname(tests),
         check=False,
+        **options,
     )
 
 
@@ -706,7 +712,7 @@ def test_kill_9_while_saving_then_resume_bit_for_bit(tmp_path, told):
     done = in_another_process("killed_while_saving", tmp_path / "run")
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = sorted(os.listdir(tmp_path / "run"))
-    assert left == [".checkpoint-4.partial", "checkpoint-2"]
+    assert left == [".checkpoint-4.partial", ".lock", "checkpoint-2"]
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     resumed = text_trainer(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint="auto")
@@ -762,6 +768,367 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, told):
         text_trainer(tmp_path, trainer={"callbacks": [Signals(1)]}, save_on_interrupt=False).train()
     assert not isinstance(caught.value, TrainingInterrupted)
     assert checkpoint.find_checkpoints(tmp_path) == []
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
+MOMENTS = ["on_train_begin", "on_step_end", "on_prediction_step", "on_save", "on_train_end"]
+
+
+class Signalled(transformers.TrainerCallback):
+    """Raises a signal at one of the trainer's events, the first time that step 2 is reached."""
+
+    def __init__(self, number, moment):
+        self.number, self.moment = number, moment
+
+    def on_event(self, moment, args, state, control, **kwargs):
+        if self.moment == moment and (state.global_step >= 2 or moment == "on_train_begin"):
+            self.moment = None
+            signal.raise_signal(self.number)
+
+
+for _moment in MOMENTS:
+    setattr(Signalled, _moment, functools.partialmethod(Signalled.on_event, _moment))
+
+
+SIGNALLED = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory):
+    """A run that no signal reached."""
+    torch.set_num_threads(1)
+    trainer = text_trainer(tmp_path_factory.mktemp("whole"), **SIGNALLED)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGTERM, moment) for moment in MOMENTS] + [(n, "on_step_end") for n in SIGNALS[1:]],
+    ids=str,
+)
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, told, signalled, number, moment):
+    """Whenever it comes; an evaluation is left at once and made up for."""
+    before = signal.getsignal(number)
+    trainer = text_trainer(
+        tmp_path, trainer={"callbacks": [Signalled(number, moment)]}, **SIGNALLED
+    )
+    name = "" if number == signal.SIGINT else f" by {number.name}"
+    step = {"on_train_begin": 1, "on_train_end": 6}.get(moment, 2)
+    with pytest.raises(
+        TrainingInterrupted, match=f"interrupted{name} after step {step};"
+    ) as caught:
+        trainer.train()
+    assert (caught.value.signal, caught.value.code) == (number, 128 + number)
+    checkpoint.verify_checkpoint(caught.value.checkpoint)
+    assert sum("finishing this step" in text for text in told) == 1
+    assert signal.getsignal(number) is before
+    if moment == "on_prediction_step":
+        assert not losses(trainer, ["eval_loss"])
+    resumed = text_trainer(tmp_path, **SIGNALLED)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal_runs(resumed, signalled)
+    assert resumed.state.best_global_step == signalled.state.best_global_step
+    for path in checkpoint.find_checkpoints(tmp_path):
+        checkpoint.verify_checkpoint(path)
+
+
+def signalled_in_group(out):
+    """Train with workers, and get SIGTERM in step 3 together with them."""
+    torch.set_num_threads(1)
+
+    class Group(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.killpg(0, signal.SIGTERM)
+
+    text_trainer(
+        out, max_steps=6, dataloader_num_workers=2, trainer={"callbacks": [Group()]}
+    ).train()
+
+
+def test_a_signal_to_the_whole_group_finds_the_workers_prepared(tmp_path, told):
+    done = in_another_process("signalled_in_group", tmp_path, start_new_session=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "interrupted by SIGTERM after step 3; saved" in done.stderr
+    assert [path.name for path in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_handlers_of_the_user_are_left_alone(tmp_path, told):
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        callbacks = [Signalled(signal.SIGUSR1, "on_step_end")]
+        text_trainer(tmp_path, max_steps=4, trainer={"callbacks": callbacks}).train()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_trains_in_another_thread(tmp_path, told):
+    trainer = text_trainer(tmp_path, max_steps=2)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 2
+
+
+def test_a_second_writer_is_refused(tmp_path, told):
+    text_trainer(tmp_path, max_steps=1, save_strategy="steps").train()
+    before = sorted(os.listdir(tmp_path))
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with writing_to(tmp_path):
+            os.write(tell, b".")
+            time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
+    try:
+        for resume in (None, True):
+            with pytest.raises(RunLockedError, match=rf"is being written by process {pid} on"):
+                text_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=resume)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    (tmp_path / ".lock").unlink()
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+# What its user has changed
+
+
+@pytest.mark.parametrize(
+    "gone", [["scheduler.pt"], ["optimizer.pt"], ["optimizer.pt", "scheduler.pt"]]
+)
+def test_what_is_left_of_optimizer_and_schedule_is_used(tmp_path, told, gone):
+    """transformers loads both or neither, and starts the schedule from its beginning."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "warmup_steps": 4}
+    whole = text_trainer(tmp_path, **options)
+    whole.train()
+    for name in gone:
+        (tmp_path / "checkpoint-3" / name).unlink()
+    resumed = text_trainer(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert losses(resumed, ["learning_rate"]) == losses(whole, ["learning_rate"])
+    assert all(f"{name} is missing" in told[0] for name in gone)
+    if gone == ["scheduler.pt"]:
+        assert_equal_runs(resumed, whole)
+    else:
+        assert losses(resumed)[6] == losses(whole)[6]  # before the first step without moments
+        assert losses(resumed)[-1] != losses(whole)[-1]
+
+
+def test_resharded_weights_and_an_edited_state_go_on(tmp_path, told):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = text_trainer(tmp_path, **options)
+    whole.train()
+    folder = tmp_path / "checkpoint-3"
+    model = type(whole.model).from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps({**state, "trial_name": "mine"}))
+    resumed = text_trainer(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=folder)
+    assert_equal_runs(resumed, whole)
+    assert "model.safetensors is missing, the weights are in other files" in told[0]
+    assert "trainer_state.json has been edited" in told[0]
+
+
+def test_weights_that_lack_some_are_refused(tmp_path, told):
+    from safetensors.torch import load_file, save_file
+
+    text_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(file)
+    lost = weights.pop("model.layers.0.mlp.up_proj.weight")
+    assert lost.numel()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of .* model\.layers\.0\.mlp\.up_proj"):
+        text_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=file.parent)
+
+
+def test_a_moved_run_ends_with_its_best_model(tmp_path, told):
+    class Worse(Trainer):
+        """Each evaluation is worse than the one before, so the first checkpoint is the best."""
+
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return {**metrics, "eval_loss": float(self.state.global_step)}
+
+    options = {**SIGNALLED, "save_total_limit": 2}
+    whole = text_trainer(tmp_path / "a", Worse, **options)
+    whole.train()
+    assert whole.state.best_model_checkpoint == str(tmp_path / "a" / "checkpoint-2")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for moved in (tmp_path / "copy", (tmp_path / "a").rename(tmp_path / "b")):
+        resumed = text_trainer(moved, Worse, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.best_model_checkpoint == str(moved / "checkpoint-2")
+        for x, y in zip(parameters(resumed), parameters(whole), strict=True):
+            assert torch.equal(x, y)
+    assert not [text for text in told if "is gone" in text]
+    shutil.rmtree(tmp_path / "b" / "checkpoint-2")
+    text_trainer(tmp_path / "b", Worse, **options).train(resume_from_checkpoint=True)
+    assert [text for text in told if "the best checkpoint so far" in text and "is gone" in text]
+
+
+# What cannot be saved
+
+
+class Plain(torch.nn.Module):
+    """A model of one's own, with one parameter under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(259, 8)
+        self.head = torch.nn.Linear(8, 259, bias=False)
+        self.head.weight = self.embed.weight
+        self.turned = torch.nn.Parameter(torch.randn(8, 8).t())  # not contiguous
+
+    def forward(self, input_ids, labels=None, **_):
+        logits = self.head(self.embed(input_ids) @ self.turned)
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+class Extra(Plain):
+    def get_extra_state(self):
+        return "not a tensor"
+
+    def set_extra_state(self, state):
+        pass
+
+
+def plain_trainer(out, model, **changes):
+    row = torch.arange(16)
+    rows = [{"input_ids": row + i, "labels": row + i} for i in range(20)]
+    return Trainer(model, arguments(out, **changes), train_dataset=rows)
+
+
+def test_tied_weights_of_a_plain_module_are_saved_and_go_on(tmp_path, told):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = plain_trainer(tmp_path / "a", Plain(), **options)
+    whole.train()
+    resumed = plain_trainer(tmp_path / "b", Plain(), **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-3")
+    assert_equal_runs(resumed, whole)
+    assert resumed.model.head.weight is resumed.model.embed.weight
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "a" / "checkpoint-6" / "model.safetensors")
+    Plain().load_state_dict(saved)  # strictly
+    assert torch.equal(saved["turned"], whole.model.turned)
+
+
+def unsaveable(kind, out):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if kind == "model.safetensors":
+        return plain_trainer(out, Extra(), **options)
+    trainer = text_trainer(out, **options)
+    if kind == "generation_config.json":
+        trainer.model.generation_config.do_sample = False
+        trainer.model.generation_config.temperature = 0.3
+    elif kind == "config.json":
+        trainer.model.config.note = object()
+    elif kind == "tokenizer_config.json":
+        trainer.processing_class = build_tokenizer("bytes")
+        trainer.processing_class.init_kwargs["note"] = object()
+    elif kind == "training_args.bin":
+        trainer.args.note = lambda: None
+    elif kind == "trainer_state.json":
+
+        class Stateful(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
+            def state(self):
+                return {"args": {"x": object()}, "attributes": {}}
+
+        trainer.add_callback(Stateful())
+    elif kind == "optimizer.pt":
+        trainer.create_optimizer().param_groups[0]["note"] = lambda: None
+    elif kind == "scheduler.pt":
+        trainer.create_optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
+        scheduler.note = lambda: None
+        trainer.lr_scheduler = scheduler
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "generation_config.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "training_args.bin",
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+    ],
+)
+def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, told, kind):
+    trainer = unsaveable(kind, tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{kind} could not be saved, so there would be no"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert os.listdir(tmp_path) == []
+    free = unsaveable(kind, tmp_path)
+    free.args.save_strategy = transformers.trainer_utils.SaveStrategy.NO
+    free.train()  # nothing is to be saved
+
+
+def test_a_signal_that_cannot_save_says_so(tmp_path, told):
+    """Without checkpoints nothing was tried before; the reason is the end's, not a traceback's."""
+    callbacks = {"callbacks": [Signalled(signal.SIGTERM, "on_step_end")]}
+    trainer = text_trainer(tmp_path, trainer=callbacks)
+    trainer.model.config.note = object()
+    with pytest.raises(
+        CheckpointError, match=r"by SIGTERM after step 2, and .* could not be saved"
+    ):
+        trainer.train()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_matters_where_something_is_saved(
+    tmp_path, told, monkeypatch
+):
+    trainer = text_trainer(tmp_path, max_steps=2)
+
+    def read_only(*_):
+        raise CheckpointError("read-only file system")
+
+    monkeypatch.setattr("bigkernel.run_lock._take", read_only)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(CheckpointError, match="read-only"):
+        text_trainer(tmp_path, max_steps=2, save_strategy="steps").train()
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, told, monkeypatch):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = text_trainer(tmp_path, **options)
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    usual = shutil.disk_usage(tmp_path)
+
+    def left(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usual._replace(free=free))
+
+    left(3 * weights - 1)
+    with pytest.raises(CheckpointError, match=r"0\.\d MB free, and a checkpoint takes about 0\.\d"):
+        trainer.train()
+    assert os.listdir(tmp_path) == []
+    left(3 * weights)
+    text_trainer(tmp_path, **options).train()
 
 
 class Poisoned(Trainer):
@@ -915,3 +1282,45 @@ def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
     assert sorted(os.listdir(run)) == ["checkpoint-2", "checkpoint-4", "losses.json"]
     (last / "optimizer.pt").write_bytes(b"cut off")
     assert train() == whole
+
+
+SIGNALLED_RANKS = """
+import os, signal, sys
+import test_trainer
+from transformers import TrainerCallback
+
+class OneRank(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+trainer = test_trainer.text_trainer(sys.argv[1], max_steps=4, trainer={"callbacks": [OneRank()]})
+try:
+    trainer.train()
+except test_trainer.TrainingInterrupted as stop:
+    print(f"rank {trainer.args.process_index}: {stop.signal.name} {stop.step} {stop.checkpoint}")
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    script, run = tmp_path / "ranks.py", tmp_path / "run"
+    script.write_text(SIGNALLED_RANKS)
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(script), str(run)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((here, os.path.dirname(here))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank}: SIGUSR1 2 {run / 'checkpoint-2'}" in done.stdout
+    checkpoint.verify_checkpoint(run / "checkpoint-2")

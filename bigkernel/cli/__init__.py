@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 failure, 2 usage, 130 interrupted."""
+    """Run the command line and return its exit code: 0, 1 failure, 2 usage, 128 + a signal."""
     from bigkernel.cli.app import app
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bigkernel.cli.errors import UsageError, guarded
+from bigkernel.cli.errors import UsageError, guarded, one_process
 
 # Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
 _PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -134,6 +134,7 @@ def generate(
     from bigkernel.cli import device as devices
     from bigkernel.cli import models, settings, text
 
+    one_process("generate")
     if temperature != 0 and not 1e-6 <= temperature < math.inf:  # scores are divided by it
         raise UsageError(f"--temperature must be 0, or 1e-6 or more, got {temperature}.")
     if not 0 < top_p <= 1:
@@ -179,6 +180,7 @@ def evaluate(
     from bigkernel.cli import device as devices
     from bigkernel.cli import images, models, run_folder, settings, text, train_loop
 
+    one_process("evaluate")
     command = settings.command_of(run)
     values, recorded = settings.read_config(run / run_folder.CONFIG, command)
     devices.use_threads(threads if threads is not None else values.get("threads"))
@@ -207,6 +209,7 @@ def bench(
     """Time the ops beside their peers and beside what the machine can give."""
     from bigkernel.cli.bench import bench as run
 
+    one_process("bench")
     run(ops, json, quick, threads, plot)
 
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import Any, NoReturn
 import typer
 
 from bigkernel import _command
+from bigkernel.checkpoint import TrainingInterrupted
+from bigkernel.interrupts import Stopped, drop_closed_streams
 
-OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, _command.INTERRUPTED
+OK, FAILURE, USAGE = 0, 1, 2
 TRACEBACK = "BIGKERNEL_TRACEBACK"
 
 
@@ -46,6 +49,29 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+# What launchers set, and accelerate would act on: torchrun and its like, and MPI's.
+_RANKS = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+
+
+def one_process(command: str) -> None:
+    """End the command if a launcher has started it in several processes; the first says so."""
+    for size, rank in _RANKS.items():
+        count = os.environ.get(size, "1")
+        if count.isdecimal() and int(count) > 1:
+            if os.environ.get(rank, "0") not in ("", "0"):
+                raise typer.Exit(USAGE)
+            raise UsageError(
+                f"`bigkernel {command}` runs in one process, and a launcher such as torchrun has "
+                f"started it in {count} ({size}={count}). Start it without the launcher, or train "
+                "with bigkernel.Trainer in a script of your own."
+            )
+
+
 def fail(error: BaseException, code: int) -> NoReturn:
     """Print ``error`` as a sentence on stderr and leave with ``code``."""
     if os.environ.get(TRACEBACK) == "1":
@@ -68,11 +94,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         warnings.formatwarning = _sentence_of_warning
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt as error:
-            # The Trainer's is a SystemExit too, and has said what it saved.
-            if not isinstance(error, SystemExit):
-                print("\nInterrupted.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        except TrainingInterrupted as error:  # it has said what it saved
+            raise typer.Exit(128 + error.signal) from None
+        except (KeyboardInterrupt, Stopped) as error:
+            number = error.signal if isinstance(error, Stopped) else signal.SIGINT
+            drop_closed_streams()
+            print(f"\n{_command.sentence(number)}", file=sys.stderr)
+            raise typer.Exit(128 + number) from None
         except (typer.Exit, SystemExit):
             raise
         except UsageError as error:

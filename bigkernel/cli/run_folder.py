@@ -1,30 +1,86 @@
 """The folder that a run writes to: which one, whether it may, and what is put there."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bigkernel.checkpoint import write_file_atomically
 from bigkernel.cli.errors import UsageError
+from bigkernel.run_lock import LOCK, writing_to
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LOSS = "loss.png"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
+_CLEARED = ".replaced-"
 
 
-def free_name(kind: str) -> Path:
-    """``runs/text``, or the first of ``runs/text-2``, ``runs/text-3`` ... that is free."""
-    first = path = Path("runs") / kind
-    number = 2
-    while path.exists():
-        path = first.with_name(f"{kind}-{number}")
-        number += 1
-    return path
+@contextlib.contextmanager
+def taken(kind: str, out: Path | None, allowed: Callable[[Path], None]) -> Iterator[Path]:
+    """The run folder to write to, locked: ``out``, or a new one under ``runs/``.
+
+    A new one is ``runs/text``, or the first of ``runs/text-2``, ``runs/text-3`` ... that is free.
+    ``allowed`` is called before anything is touched and again under the lock, since another run may
+    have ended there in between. A folder that was made here and stays empty goes again.
+    """
+    if out is not None:
+        allowed(out)
+    made: list[Path] = []
+    try:
+        run = _new_folder(kind, made) if out is None else out
+        if out is not None:
+            _make(out, made)
+        with writing_to(run):
+            if out is not None:
+                allowed(run)
+            yield run
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # it holds a run by now
+                folder.rmdir()
+
+
+def _new_folder(kind: str, made: list[Path]) -> Path:
+    parent = Path("runs")
+    _make(parent, made)
+    number = 1
+    while True:
+        path = parent / (kind if number == 1 else f"{kind}-{number}")
+        try:
+            path.mkdir()  # two that start together cannot both make it
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UsageError(_cannot_write(path, parent, error)) from None
+        else:
+            made.append(path)
+            return path
+
+
+def _make(path: Path, made: list[Path]) -> None:
+    """Make a folder and those above it; add to ``made``, outermost first, what was not there."""
+    missing: list[Path] = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(_cannot_write(folder, folder.parent, error)) from None
+        made.append(folder)
+
+
+def _cannot_write(path: Path, parent: Path, error: OSError) -> str:
+    reason = os.strerror(error.errno or errno.EIO).lower()
+    return f"{path} cannot be written: {parent} is not a writable folder ({reason})."
 
 
 def is_run(path: Path) -> bool:
@@ -58,7 +114,7 @@ def check_new(path: Path, force: bool) -> None:
     """UsageError unless a new run may be written to ``path``."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; --out must name a folder.")
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or not _content(path):
         _check_writable(path)
         return
     if not is_run(path):
@@ -81,19 +137,32 @@ def _check_writable(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Make ``path`` an empty folder. Only for a folder that ``check_new`` has let pass."""
-    if path.exists() and any(path.iterdir()):
-        # Renamed first, so that a crash in between never leaves half of an old run.
-        aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        path.rename(aside)
-        path.mkdir(parents=True)
-        shutil.rmtree(aside)
-    path.mkdir(parents=True, exist_ok=True)
+    """Make ``path`` an empty folder. Only for a folder that ``taken`` holds."""
+    for left in path.glob(f"{_CLEARED}*"):  # of a process that was killed here
+        shutil.rmtree(left)
+    content = _content(path)
+    if not content:
+        return
+    # Renamed first, so that a crash in between leaves each of the old files whole or gone. What
+    # makes it a run goes last: until then --force takes it again.
+    aside = path / f"{_CLEARED}{os.getpid()}"
+    aside.mkdir(exist_ok=True)
+    for file in sorted(content, key=lambda file: file.name == CONFIG):
+        file.rename(aside / file.name)
+    shutil.rmtree(aside)
+
+
+def _content(path: Path) -> list[Path]:
+    """What a folder holds, but for what a writer leaves that is stopped on the way."""
+    return [
+        file for file in path.iterdir() if file.name != LOCK and not file.name.startswith(_CLEARED)
+    ]
 
 
 def write_evaluation(run: Path, figures: Mapping[str, float]) -> None:
     """``evaluation.json``: the figures, as numbers."""
-    write_text(run / EVALUATION, json.dumps(dict(figures), indent=2) + "\n")
+    with writing_to(run):
+        write_text(run / EVALUATION, json.dumps(dict(figures), indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
@@ -107,14 +176,15 @@ def files_moved_into(run: Path) -> Iterator[Path]:
 
     Without an error only: a full disk leaves what ``run`` held before.
     """
-    aside = run / ".writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in sorted(aside.iterdir()):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(file, run / file.name)
-    finally:
+    with writing_to(run):
+        aside = run / ".writing"
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for file in sorted(aside.iterdir()):
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                os.replace(file, run / file.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

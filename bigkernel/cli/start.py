@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from bigkernel import presets
 from bigkernel.cli import augmentation, device, images, models, run_folder, text
-from bigkernel.cli.errors import UsageError
+from bigkernel.cli.errors import UsageError, one_process
 from bigkernel.cli.settings import (
     ImageSettings,
     Settings,
@@ -24,6 +24,7 @@ FREE_ON_RESUME = {"out", "preset", "device", "threads", "epochs", "max_steps", "
 
 def start(command: str, options: dict[str, Any]) -> None:
     """Work out the settings, prepare the task, and train."""
+    one_process(command)
     force, resume = options.pop("force"), options.pop("resume")
     config, sample = options.pop("config"), options.pop("sample", None)
     if force and resume is not None:
@@ -32,7 +33,7 @@ def start(command: str, options: dict[str, Any]) -> None:
         )
     _check_text({**options, "config": config, "resume": resume, "sample": sample})
     out_given = options.pop("out")
-    out = None if out_given is None else Path(out_given)
+    out = None if out_given is None else Path(out_given).expanduser()
     stored: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     going_on = False
@@ -49,20 +50,25 @@ def start(command: str, options: dict[str, Any]) -> None:
     settings = _inline(gather(command, options, given, sample))
     if going_on:
         _check_same(settings, stored, cast(Path, out))
-    run = out if out is not None else run_folder.free_name(command.split()[1])
-    if not going_on:
-        run_folder.check_new(run, force)
-    settings.out = str(run)
-    # Sums of matrix products depend on the thread count, so a resumed run keeps that of its start.
-    same = recorded.get("threads") if settings.threads is None else None
-    device.use_threads(settings.threads if same is None else int(same))
-    device.pick_dtype(settings.dtype, device.pick_device(settings.device))
-    models.quiet_transformers()
-    if isinstance(settings, TextSettings):
-        task = text.prepare(settings, run, recorded)
-    else:
-        task = images.prepare(cast(ImageSettings, settings), run, recorded)
-    train(task, resume if going_on else None)
+
+    def allowed(run: Path) -> None:
+        if not going_on:
+            run_folder.check_new(run, force)
+        elif not run_folder.is_run(run):
+            raise UsageError(f"{run} is no longer a run: another process has removed its files.")
+
+    with run_folder.taken(command.split()[1], out, allowed) as run:
+        settings.out = str(run)
+        # Sums of matrix products depend on the thread count, so a resumed run keeps its own.
+        same = recorded.get("threads") if settings.threads is None else None
+        device.use_threads(settings.threads if same is None else int(same))
+        device.pick_dtype(settings.dtype, device.pick_device(settings.device))
+        models.quiet_transformers()
+        if isinstance(settings, TextSettings):
+            task = text.prepare(settings, run, recorded)
+        else:
+            task = images.prepare(cast(ImageSettings, settings), run, recorded)
+        train(task, resume if going_on else None)
 
 
 def _check_text(options: Mapping[str, Any]) -> None:

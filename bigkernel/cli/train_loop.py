@@ -21,6 +21,7 @@ from bigkernel.cli.errors import Failure
 from bigkernel.cli.models import parameters
 from bigkernel.cli.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.cli.settings import Settings, dump
+from bigkernel.interrupts import Stopped, drop_closed_streams
 from bigkernel.optim import Adam
 from bigkernel.trainer import Trainer, TrainingArguments
 
@@ -66,10 +67,6 @@ def train(task: Task, resume: str | None) -> None:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    if resume is None:
-        config = dump(settings, task.command, record)
-        run_folder.clear(run)
-        run_folder.write_text(run / run_folder.CONFIG, config)
     print(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
         f"{len(task.held_back):,} held-back sequences"
@@ -96,12 +93,26 @@ def train(task: Task, resume: str | None) -> None:
     )
     for shown_by_us in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_by_us)
+    if resume is None:
+        config = dump(settings, task.command, record)
+        trainer.check_saving()  # while there is still the run that this one replaces
+        run_folder.clear(run)
+        run_folder.write_text(run / run_folder.CONFIG, config)
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         progress.close()
     print(f"trained in {human_time(progress.seconds)}")
-    _leave(task, record, read_metrics(metrics.path))
+    try:
+        _leave(task, record, read_metrics(metrics.path))
+    except (KeyboardInterrupt, Stopped):
+        drop_closed_streams()
+        print(
+            f"The training was done and is saved; bigkernel {task.command} --resume auto --out "
+            f"{run} writes the rest.",
+            file=sys.stderr,
+        )
+        raise
 
 
 def _arguments(task: Task) -> TrainingArguments:
