@@ -108,7 +108,7 @@ class Trainer(transformers.Trainer):
         self._in_training_step = False
         self._stop_request = StopRequest(_tell_stop)
         self._in_evaluation_that_may_stop = False
-        self._evaluation_due = False
+        self._has_begun = self._evaluation_due = False
         self._saved_step: int | None = None
         self._resumed_losses: dict[str, float] | None = None
         self._clipping_paused: tuple[Adam, float | None] | None = None
@@ -235,7 +235,10 @@ class Trainer(transformers.Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', which would take one step more where the checkpoint is the last one."""
-        self._continue_losses()
+        if not self._has_begun:
+            self._has_begun = True
+            self._check_before_first_step()
+            self._continue_losses()
         if self._evaluation_due:
             self._make_up_evaluation(**kwargs)
         if self.state.global_step >= self.state.max_steps:
@@ -357,7 +360,7 @@ class Trainer(transformers.Trainer):
                 if self.is_world_process_zero():
                     nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
                     checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
-            self._evaluation_due = False
+            self._has_begun = self._evaluation_due = False
             self._resumed_losses = None if folder is None else self._load_own_state(folder)
             self._saved_step = None
             if folder is not None and folder.parent.resolve() == self._run_folder().resolve():
@@ -791,21 +794,10 @@ class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingAr
     """transformers' Seq2SeqTrainingArguments, and the switches of :class:`TrainingArguments`."""
 
 
-<<<<<<< HEAD
 class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer (``predict_with_generate``) with what :class:`Trainer` adds."""
 
     _arguments_class = Seq2SeqTrainingArguments
-=======
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._check_before_first_step()
-        resumed, self.trainer._resumed_losses = self.trainer._resumed_losses, None
-        if resumed is not None:
-            self.trainer._tr_loss += resumed["sum"]
-            self.trainer._globalstep_last_logged = int(resumed["step"])
-            # The average that train() returns is that of the steps of this call.
-            self.trainer._total_loss_scalar -= resumed["sum"]
->>>>>>> runs
 
 
 @contextlib.contextmanager
