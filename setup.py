@@ -232,7 +232,7 @@ def extension() -> Extension:
 
 
 class BuildPython(build_py):
-    """Leaves a note in the package of what was compiled, which a wheel can be asked for unloaded."""
+    """Leaves a note in the package of what was compiled; tools/wheel_info.py reads it."""
 
     native = True
 

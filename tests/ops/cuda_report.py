@@ -429,7 +429,7 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def destination(archs: list[str]) -> Path:
-    """Where a report of these architectures goes, without its suffix: all of them are the record."""
+    """Where a report of these architectures goes, without suffix: all of them are the record."""
     if {*archs} == {*sass.LIMITS}:
         return RESULTS / "cuda_report"
     return ROOT / "build" / "cuda-report" / "_".join(sorted(archs))
