@@ -1,6 +1,6 @@
 """Checks a built site: no page needs the network, and every picture it shows is there.
 
-    python docs/_check.py build/docs
+python docs/_check.py build/docs
 """
 
 import sys
@@ -34,7 +34,7 @@ def faults(site: Path) -> list[str]:
         page.feed(path.read_text(encoding="utf-8"))
         for address in page.fetched:
             parts = urlsplit(address)
-            if parts.scheme == "data":
+            if parts.scheme == "data" or not address.lstrip("#"):
                 continue
             if parts.scheme or parts.netloc:
                 found.append(f"{path.name}: {address} is not on this site")

@@ -37,8 +37,8 @@ def bars(title: str, below: str, rows: list[Row]) -> str:
         pen.text(LEFT + max(best.high, best.middle) * scale + 7, y + 34, f"{best.middle:.2f}×", 15,
                  colour, bold=True)  # fmt: skip
     for k, words in enumerate([
-        "Upright line: 1×, as fast as the peer on the right.",
-        "Lying line: lowest to highest run.",
+        "Vertical line: 1×, as fast as the peer named.",
+        "Horizontal line: lowest to highest run.",
         "Orange: weakest case of its op, or a run that lost.",
     ]):  # fmt: skip
         pen.text(LEFT, bottom + 14 + 19 * k, words, 13, "dim")
@@ -100,7 +100,11 @@ def masks() -> str:
         pen.text(x, y + 14, name, 14)
         cells(pen, x, y + 24, rows, 19)
     y = pen.height + 10
-    for x, fill, words in [(0, "ours", "seen"), (74, "soft", "seen, with a bias"), (222, "box", "not seen")]:
+    for x, fill, words in [
+        (0, "ours", "seen"),
+        (74, "soft", "seen, with a bias"),
+        (222, "box", "not seen"),
+    ]:
         pen.rect(LEFT + x, y, 14, 14, fill, "line", radius=2)
         pen.text(LEFT + x + 20, y + 12, words, 13.5)
     return pen.svg()
@@ -275,7 +279,9 @@ def fold() -> str:
             pen.arrow(LEFT + 90, y + 35, LEFT + 90, y + 51, "weak", 2)
     bottom = 62 + 52 * 3 + 34
     pen.rect(WIDTH - 150, 62, 138, bottom - 62, "soft", "ours")
-    for k, words in enumerate(["one map", "one colour list", "one mean and std", "", "a single pass"]):
+    for k, words in enumerate(
+        ["one map", "one colour list", "one mean and std", "", "a single pass"]
+    ):
         pen.text(WIDTH - 81, 112 + 24 * k, words, 14, bold=k == 4, anchor="middle")
     pen.text(LEFT, bottom + 26, "Orange arrows: the whole batch goes to memory", 13.5, "dim")
     pen.text(LEFT, bottom + 44, "and comes back.", 13.5, "dim")
@@ -298,7 +304,7 @@ def parts() -> str:
         pen.text(LEFT + 12, y + 43, words, 13.5, "dim")
     third = (wide - 12) / 3
     for k, (name, words) in enumerate(
-        [("attention", "like torch's SDPA"), ("optim", "like AdamW"), ("transforms", "as torchvision")]
+        [("attention", "torch's SDPA"), ("optim", "torch's AdamW"), ("transforms", "torchvision's")]
     ):
         x = LEFT + k * (third + 6)
         pen.rect(x, 166, third, 54, "soft", "ours")

@@ -3,99 +3,20 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import _record
-import torch
 import typer
 
-from bigkernel import _library, backend, environment, ops, optim
+import bigkernel.ops  # noqa: F401 - registers the ops
+from bigkernel import environment, registry
 from bigkernel.cli.app import app
 from bigkernel.presets import AUGMENTATIONS, IMAGE_MODELS, IMAGE_RECIPES, TEXT_MODELS, TEXT_RECIPES
 
-ROOT = HERE.parent
 GENERATED = HERE / "_generated"
-DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.uint8,
-)
-
-
-class Support(NamedTuple):
-    """What runs where for one op."""
-
-    op: str
-    kernels: dict[str, bool]  # "cpu", "cuda": whether there is one
-    dtypes: dict[str, str]  # dtype -> "native", "PyTorch" or "refused"
-    limits: list[str]  # sentences
-
-
-def _attention(dtype: torch.dtype, width: int = 64) -> None:
-    x = torch.zeros(1, 1, 2, width).to(dtype)
-    ops.attention(x, x, x)
-
-
-def _adam(dtype: torch.dtype) -> None:
-    parameter = torch.zeros(2).to(dtype).requires_grad_()
-    parameter.grad = torch.zeros_like(parameter)
-    optim.AdamW([parameter]).step()
-
-
-def _augment(dtype: torch.dtype) -> None:
-    geometry = torch.zeros(1, 16, dtype=torch.float64)
-    images = torch.zeros(1, 3, 4, 4).to(dtype)
-    ops.augment(images, geometry, torch.zeros(1, 0, 2), size=(2, 2), fill=torch.zeros(1, 3))
-
-
-PROBES: dict[str, Callable[..., None]] = {
-    "adam": _adam,
-    "attention": _attention,
-    "augment": _augment,
-}
-
-
-def _outcome(call: Callable[[], None]) -> tuple[str, str]:
-    """("native" | "PyTorch" | "refused", why): a call's own reason, whatever was built here."""
-    reasons: list[str | None] = []
-
-    def decide(op: str, device: str, reason: str | None = None) -> tuple[str, None]:
-        reasons.append(reason)
-        return "torch", None
-
-    with mock.patch.object(backend, "decide", decide):
-        try:
-            call()
-        except (TypeError, ValueError, RuntimeError) as error:
-            return "refused", str(error)
-    why = [reason for reason in reasons if reason is not None]
-    return ("PyTorch", why[0]) if why else ("native", "")
-
-
-def support() -> list[Support]:
-    """The support matrix: the one place that knows where its facts are to be found."""
-    found = []
-    for op in sorted({name.split("_")[0] for name in _library.registered}):
-        sources = "".join(path.read_text() for path in (ROOT / "csrc" / op).glob("*.cpp"))
-        kernels = {
-            device: f"(bigkernel, {device.upper()}, m)" in sources for device in ("cpu", "cuda")
-        }
-        probe = PROBES[op]
-        dtypes, limits = {}, []
-        for dtype in DTYPES:
-            dtypes[str(dtype).removeprefix("torch.")], why = _outcome(lambda d=dtype: probe(d))
-            if why and dtypes[str(dtype).removeprefix("torch.")] == "PyTorch":
-                limits.append(why)
-        if op == "attention":
-            limits.append(_outcome(lambda: _attention(torch.float32, 320))[1])
-        found.append(Support(op, kernels, dtypes, list(dict.fromkeys(limits))))
-    return found
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -105,23 +26,18 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def support_page() -> str:
-    matrix = support()
-    names = [row.op for row in matrix]
-    dtypes = table(
-        ["dtype", *names],
-        [[f"`{dtype}`", *(row.dtypes[dtype] for row in matrix)] for dtype in matrix[0].dtypes],
-    )
-    yes = {True: "yes", False: "no"}
-    kernels = table(
-        ["kernels", *names],
-        [
-            [shown, *(yes[row.kernels[device]] for row in matrix)]
-            for device, shown in (("cpu", "CPU"), ("cuda", "CUDA"))
-        ]
-        + [["PyTorch", *("yes" for _ in matrix)]],
-    )
-    limits = "\n".join(f"- {row.op}: {limit}." for row in matrix for limit in row.limits)
-    return f"{dtypes}\n{kernels}\nReasons that a call itself gives for going to PyTorch:\n\n{limits}\n"
+    """From the registry, which also decides where calls go."""
+    shown: dict[registry.Level, str] = {"cpu": "CPU", "cuda": "CUDA"}
+    rows = []
+    for op in registry.every():
+        kernels = "<br>".join(
+            f"{name}: {f'no, {op.absent[level]}' if level in op.absent else 'yes'}"
+            for level, name in shown.items()
+        )
+        takes = ", ".join(f"`{str(dtype).removeprefix('torch.')}`" for dtype in op.dtypes)
+        rows.append([op.noun, kernels, f"{takes}{'<br>' if op.limits else ''}{op.limits}"])
+    titles = "".join(f"- **{op.noun}**: {op.title}\n" for op in registry.every())
+    return f"{table(['op', 'kernels', 'they take'], rows)}\n{titles}"
 
 
 def environment_page() -> str:
@@ -131,7 +47,8 @@ def environment_page() -> str:
         rows = [v for v in environment.VARIABLES if v.when == when]
         parts.append(f"## {title}\n")
         cells = [
-            [f"`{v.name}`", f"{v.effect}<br>Values: {v.values}.<br>Default: {v.default}."] for v in rows
+            [f"`{v.name}`", f"{v.effect}<br>Values: {v.values}.<br>Default: {v.default}."]
+            for v in rows
         ]
         parts.append(table(["variable", "what it does"], cells))
     return "\n".join(parts)
@@ -191,9 +108,13 @@ def commands_page() -> str:
 def presets_page() -> str:
     def recipe(name: str, values: dict[str, Any]) -> list[str]:
         length = values.get("epochs", values.get("max_steps"))
-        unit = "epochs" if "epochs" in values else "steps"
+        unit = "epoch" if "epochs" in values else "step"
         model = f"`{values['model']}`" if "model" in values else "yours"
-        return [f"`{name}`", model, f"{length:g} {unit}, batches of {values['batch_size']}"]
+        return [
+            f"`{name}`",
+            model,
+            f"{length:g} {unit}{'' if length == 1 else 's'}, batches of {values['batch_size']}",
+        ]
 
     heads = ["`--preset`", "model", "how long"]
     text = table(heads, [recipe(*item) for item in TEXT_RECIPES.items()])

@@ -40,8 +40,7 @@ def variables(colours: dict[str, str]) -> str:
 
 
 STYLE = (
-    f"svg.bk{{{variables(LIGHT)}}}"
-    f"@media (prefers-color-scheme:dark){{svg.bk{{{variables(DARK)}}}}}"
+    f"svg.bk{{{variables(LIGHT)}}}@media (prefers-color-scheme:dark){{svg.bk{{{variables(DARK)}}}}}"
 )
 
 

@@ -22,6 +22,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!bigkernel).*")]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 
+smartquotes = False  # options begin with two hyphens
 default_role = "code"
 add_module_names = False
 autodoc_member_order = "bysource"
