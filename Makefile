@@ -133,4 +133,4 @@ sdist: $(VENV)/.torch
 	BIGKERNEL_NATIVE=0 $(BIN)/python setup.py --quiet sdist
 
 clean:
-	rm -rf build dist build.log bigkernel/_C*.so $(VENV)/.demo
+	rm -rf build dist docs/_generated build.log bigkernel/_C*.so $(VENV)/.demo

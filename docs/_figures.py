@@ -1,4 +1,4 @@
-"""Draws docs/images/*.svg: `python docs/_figures.py`. tests/test_docs.py sees that they are current."""
+"""Draws docs/images/*.svg: `python docs/_figures.py`. A test sees that they are current."""
 
 import sys
 from collections.abc import Callable

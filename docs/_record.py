@@ -127,7 +127,8 @@ def charted(op: str, count: int = 8) -> list[Row]:
     """The rows of an op's own chart: the named ones, and the weakest."""
     named = [row for row in rows() if row.op == op and row.case in SHORT]
     weak = weakest(op)
-    return [*(row for row in named if row != weak)][: count - 1] + [weak]
+    others = [row for row in named if row != weak]
+    return [*others[: count - 1], weak]
 
 
 def machine() -> str:

@@ -7,6 +7,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import _generate
+from docutils import nodes
+from sphinx.application import Sphinx
+
 import bigkernel
 
 project = "bigkernel"
@@ -42,3 +45,15 @@ pygments_style = "default"
 pygments_dark_style = "monokai"
 
 _generate.main()
+
+
+def inline_figures(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Puts SVG into the page itself, where it follows the theme that the reader chose."""
+    for image in list(doctree.findall(nodes.image)):
+        path = HERE / image["uri"]
+        if path.suffix == ".svg":
+            image.replace_self(nodes.raw("", path.read_text(encoding="utf-8"), format="html"))
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-resolved", inline_figures)

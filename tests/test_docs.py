@@ -1,25 +1,22 @@
-"""The documentation is true: its code runs, its commands exist, its figures and links are current."""
+"""The documentation is true: code runs, commands exist, figures and links are current."""
 
 import re
 import shutil
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-from bigkernel.optim import AdamW
-
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
 
 import _check
 import _figures
 import _generate
 import _record
 import _svg
+import pytest
+import torch
 
+from bigkernel.optim import AdamW
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_generated" not in path.parts)
 # Also those whose links and commands are not read by Sphinx.
 TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]

@@ -45,7 +45,7 @@ def test_snippets_run(tmp_path):
 
 
 def test_chart_licence_and_documentation_are_at_the_top():
-    """Relative links, since there is no site yet; tests/test_docs.py sees that they lead somewhere."""
+    """Relative links; tests/test_docs.py sees that they lead somewhere."""
     top = README[: README.index("```python")]
     for target in ("LICENSE", "docs/index.md", "docs/images/speed.svg"):
         assert f"({target})" in top
