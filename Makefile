@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format test-sanitize test-abi bench cuda-report gpu-check wheel clean
+# The rest: setup build lint format docs test-sanitize test-abi bench cuda-report gpu-check wheel sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format test-sanitize test-abi bench cuda-report gpu-check wheel clean
+.PHONY: demo test setup build lint format docs test-sanitize test-abi bench cuda-report gpu-check wheel sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -103,7 +103,19 @@ bench: build
 	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks -m bench --benchmark-json benchmarks/results/latest.json $(PYTEST_ARGS)
 
-# Counts what the CUDA kernels take and do, with nvcc and without a GPU; ARCH=all for every architecture.
+# The documentation, in build/docs/index.html. Nothing is fetched while it is built or read, and a
+# link or a reference that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --fresh-env docs build/docs
+	$(BIN)/python docs/_check.py build/docs
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	@echo "Installing what the documentation is built with ..."
+	@BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" -e '.[docs]'
+	@touch $@
+
+# Counts what the CUDA kernels take and do, with nvcc and without a GPU. ARCH=all, every architecture
+# that we build for, makes the record in benchmarks/results; fewer are written to build/cuda-report.
 ARCH ?= sm_80
 cuda-report: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/ops/cuda_report.py --arch $(ARCH)
@@ -114,6 +126,11 @@ gpu-check:
 
 wheel: $(VENV)/.torch
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python tools/wheel_info.py "$$(ls -t dist/bigkernel-*.whl | head -1)"
+
+# Sources, tests and documentation in one archive; needs neither a compiler nor nvcc.
+sdist: $(VENV)/.torch
+	BIGKERNEL_NATIVE=0 $(BIN)/python setup.py --quiet sdist
 
 clean:
-	rm -rf build dist build.log bigkernel/_C*.so $(VENV)/.demo
+	rm -rf build dist docs/_generated build.log bigkernel/_C*.so $(VENV)/.demo

@@ -1,16 +1,12 @@
 """Builds bigkernel._C: op kernels behind LibTorch's stable ABI and a small pybind11 module.
 
-Environment:
-  BIGKERNEL_NATIVE=0     a pure-Python package, nothing is compiled
-  BIGKERNEL_CUDA=0|1     leave the CUDA kernels out | insist on them (default: if nvcc matches)
-  TORCH_CUDA_ARCH_LIST   GPU architectures, as torch spells them ("8.0;9.0+PTX"), or "all"
-                         (default: of the GPUs present, else those the tests need)
-  BIGKERNEL_SANITIZE=1   AddressSanitizer and UBSan, for `make test-sanitize`
-  MAX_JOBS               compilers run at a time
+The environment variables that it heeds are in bigkernel/environment.py, and at the end of __doc__.
 """
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,8 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+__doc__ += runpy.run_path(str(ROOT / "bigkernel" / "environment.py"))["as_text"]("build")
 DEVELOPER_ARCHS = "8.0;9.0+PTX"
 ALL_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX for those to come
 
@@ -233,11 +231,38 @@ def extension() -> Extension:
     )
 
 
+class BuildPython(build_py):
+    """Leaves a note in the package of what was compiled; tools/wheel_info.py reads it."""
+
+    native = True
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        config = ROOT / "build" / "generated" / "build_config.h"
+        defined = dict(
+            re.findall(r'#define BIGKERNEL_(\w+) "(.*)"', config.read_text() if self.native else "")
+        )
+        note = {
+            "native": self.native,
+            "cuda": defined.get("CUDA_VERSION") or None,
+            "cuda_archs": defined.get("CUDA_ARCHS", ""),
+        }
+        write_if_changed(
+            Path(self.build_lib, "bigkernel", "build_info.json"), json.dumps(note) + "\n"
+        )
+
+
+class BuildPurePython(BuildPython):
+    native = False
+
+
 if flag("BIGKERNEL_NATIVE") is False:
     if flag("BIGKERNEL_CUDA"):
         sys.exit("BIGKERNEL_CUDA=1 asks for compiled kernels, BIGKERNEL_NATIVE=0 forbids them.")
     print("bigkernel: pure-Python package (BIGKERNEL_NATIVE=0)")
-    setup()
+    setup(cmdclass={"build_py": BuildPurePython})
 else:
     try:
         from torch.utils.cpp_extension import BuildExtension
@@ -260,4 +285,4 @@ else:
                 each = ", ".join(f"{op} {n}" for op, n in sorted(counts.items()))
                 print(f"bigkernel: {counts.total()} CUDA kernels for each architecture ({each})")
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build, "build_py": BuildPython})

@@ -65,9 +65,9 @@ def test_kernels_include_no_torch_header(pattern):
 
 
 def test_every_test_that_the_documentation_names_exists():
-    """CONTRIBUTING.md lists features with the names of their tests."""
+    """tests/README.md lists features with the names of their tests."""
     text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     tests = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
-    named = re.findall(r"`(test_[\w*]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    named = re.findall(r"`(test_[\w*]+)`", (ROOT / "tests" / "README.md").read_text())
     assert len(named) > 50
     assert not [name for name in named if not fnmatch.filter(tests, name)]

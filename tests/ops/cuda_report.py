@@ -6,7 +6,8 @@ algorithm has to, bank conflicts, and the same for a Triton kernel of the same o
 (triton_kernels.py). The bars of a case are in `bars`; test_cuda_report.py holds them on shorter
 inputs.
 
-A kernel is added by an entry of CASES. Written to benchmarks/results/cuda_report.{json,md}.
+A kernel is added by an entry of CASES. The record, of every architecture that we build for, is
+benchmarks/results/cuda_report.{json,md}; a report of fewer goes to build/cuda-report.
 """
 
 import argparse
@@ -427,6 +428,13 @@ def as_json(report: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def destination(archs: list[str]) -> Path:
+    """Where a report of these architectures goes, without suffix: all of them are the record."""
+    if {*archs} == {*sass.LIMITS}:
+        return RESULTS / "cuda_report"
+    return ROOT / "build" / "cuda-report" / "_".join(sorted(archs))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_80", help="comma-separated, or all")
@@ -452,10 +460,13 @@ def main() -> int:
         report["kernels"] += every_kernel(arch)
     text = markdown(report)
     if not options.only:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "cuda_report.json").write_text(as_json(report))
-        (RESULTS / "cuda_report.md").write_text(text)
+        written = destination(archs)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.with_suffix(".json").write_text(as_json(report))
+        written.with_suffix(".md").write_text(text)
     print(text)
+    if not options.only:
+        print(f"cuda-report: written to {written}.json and .md")
     held = all(held for row in report["cases"] for _, held in row["bars"])
     return 0 if held and not any(row["main_loop"]["local"] for row in report["kernels"]) else 1
 

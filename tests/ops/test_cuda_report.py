@@ -127,3 +127,11 @@ def test_triton_adam_is_right():
     kernel.launch(grid)
     for mine, exact, same in zip((x, m, v), *results, strict=True):
         assert_as_accurate(mine, exact, same)
+
+
+@pytest.mark.parametrize("archs", [["sm_80"], ["sm_80", "sm_90"], [*sass.LIMITS][1:]])
+def test_a_report_of_some_architectures_leaves_the_record_alone(archs):
+    record = cuda_report.destination([*sass.LIMITS])
+    assert record == cuda_report.RESULTS / "cuda_report"
+    assert record not in cuda_report.destination(archs).parents
+    assert cuda_report.destination(archs) != record

@@ -207,7 +207,7 @@ def attention(
             limit on that side; None in place of the pair: on neither.
         softcap: if positive, scores become softcap * tanh(score / softcap), before ALiBi and mask;
             from 1e-30 to 1e30. 0 or None: off.
-        alibi_slopes: [Hq] or [B, Hq], finite; slope * |i + off - j| is subtracted. Gets no
+        alibi_slopes: [Hq] or [B, Hq], finite; ``slope * |i + off - j|`` is subtracted. Gets no
             gradient. On a GPU the values are not checked, which would wait for the device: the
             heads of a slope that is not finite give NaN.
         dropout_p: probability with which an attention weight is zeroed; the others are divided by

@@ -128,23 +128,34 @@ def augment(
 ) -> Tensor:
     """Resample, recolour and normalise N images, each with parameters of its own.
 
-    images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C] with
-        ``channels_last_in``); uint8 in 0..255, or float32, bfloat16, float16, float64 in 0..1.
-    geometry: float64 [N, 16] and color: float32 [N, K, 2], the tables described at the top of this
-        module; without ``color`` nothing is recoloured. Best on the CPU: they decide what is
-        launched, so tables on the GPU are brought back first, which waits for it.
-    size: (height, width) of the output.
-    fill: for output pixels that come from no source pixel: a number, C numbers, or a tensor [C],
-        [1, C] or [N, C]; in the units of the input.
-    mean, std: a number or C numbers; the result is (value * in_scale - mean) / std.
-    interpolation: "nearest" or "bilinear"; ``antialias`` widens the filter where the map shrinks.
-    in_scale: None scales between 0..255 and 0..1 where input and output dtype ask for it.
-    dtype: of the output: uint8, float32, bfloat16, float16 or float64; None keeps the input's.
+    Args:
+        images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C]
+            with ``channels_last_in``); uint8 in 0..255, or float32, bfloat16, float16, float64 in
+            0..1.
+        geometry: float64 [N, 16], the table described at the top of this module. Best on the CPU:
+            it decides what is launched, so a table on the GPU is brought back first, which waits
+            for it. So is ``color``.
+        color: float32 [N, K, 2], described there too; without it nothing is recoloured.
+        size: (height, width) of the output.
+        fill: for output pixels that come from no source pixel: a number, C numbers, or a tensor
+            [C], [1, C] or [N, C]; in the units of the input.
+        mean: a number or C numbers; the result is ``(value * in_scale - mean) / std``.
+        std: the same.
+        interpolation: "nearest" or "bilinear".
+        antialias: widen the filter where the map shrinks.
+        in_scale: None scales between 0..255 and 0..1 where input and output dtype ask for it.
+        dtype: of the output: uint8, float32, bfloat16, float16 or float64; None keeps the input's.
+        channels_last_in: the images are [N, H, W, C] or [H, W, C].
+        channels_last_out: the result is [N, height, width, C].
 
-    Returns [N, C, height, width], or [N, height, width, C] with ``channels_last_out``.
+    Returns:
+        [N, C, height, width], or [N, height, width, C] with ``channels_last_out``.
 
-    Raises ValueError or TypeError naming the argument. There is no gradient. float64 images run in
-    PyTorch, everything else natively; arithmetic is in float32 (float64 for float64 images).
+    There is no gradient. float64 images run in PyTorch, everything else natively; arithmetic is in
+    float32 (float64 for float64 images).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which.
     """
     batch, n, channels = _check_images(images, channels_last_in)
     device = batch[0].device if batch else geometry.device

@@ -1,0 +1,173 @@
+"""What is in a source distribution and in a wheel, and what both say about themselves."""
+
+import email
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What a developer needs beside the package; .ci and .github go along.
+FOLDERS = ("csrc", "tests", "docs", "examples", "benchmarks", "tools", "bigkernel")
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution made where there is no nvcc, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    # With the list of files anew: an old one in the tree would be added to.
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder]
+    command += ["sdist", "--dist-dir", folder]
+    run(*command, cwd=ROOT, BIGKERNEL_NATIVE="0", PATH="/usr/bin:/bin", CUDA_HOME="")
+    (archive,) = folder.glob("bigkernel-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pure-Python wheel, built from the source distribution and from nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--wheel-dir", folder]
+    run(
+        *[sys.executable, "-m", "pip", "wheel", *options, sdist],
+        cwd=folder,
+        BIGKERNEL_NATIVE="0",
+        PYTHONPATH="",
+    )
+    (built,) = folder.glob("bigkernel-*.whl")
+    return built
+
+
+def test_sdist_without_nvcc_holds_sources_tests_and_docs(sdist):
+    generated = ("__pycache__", "_generated", ".egg-info")
+    missing = [
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+        and path.suffix != ".so"
+        and not any(part.endswith(generated) for part in path.relative_to(ROOT).parts)
+        and not (sdist / path.relative_to(ROOT)).is_file()
+    ]
+    assert not missing
+    assert list(sdist.glob("csrc/*/*.cu"))
+    for name in ("LICENSE", "CHANGELOG.md", "Makefile", ".ci/run", ".github/workflows/ci.yml"):
+        assert (sdist / name).is_file(), name
+    assert not [*sdist.rglob("*.so"), *sdist.rglob("*.pyc")]
+
+
+def test_wheel_from_the_sdist_has_licence_metadata_and_package_files(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        fields = email.message_from_bytes(archive.read(metadata))
+        licence = archive.read(metadata.replace("METADATA", "licenses/LICENSE"))
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["License-File"] == "LICENSE"
+    assert licence == (ROOT / "LICENSE").read_bytes()
+    assert licence.count(b"Apache License") >= 1
+    assert b"END OF TERMS AND CONDITIONS" in licence
+    for name in ("py.typed", "data/corpora/zh_ai.txt", "testing/ptx/README.md", "environment.py"):
+        assert f"bigkernel/{name}" in names
+    assert not [name for name in names if name.startswith(("tests/", "docs/", "examples/"))]
+
+
+def test_wheel_says_what_was_compiled(wheel):
+    said = run(sys.executable, "tools/wheel_info.py", wheel, cwd=ROOT)
+    assert said == f"bigkernel: {wheel} holds pure Python, nothing compiled.\n"
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"native": True, "cuda": None, "cuda_archs": ""}, "CPU kernels; NO CUDA kernels"),
+        (
+            {"native": True, "cuda": "13.0", "cuda_archs": "sm_80, PTX for sm_80"},
+            "CPU kernels and CUDA kernels (toolkit 13.0; sm_80, PTX for sm_80)",
+        ),
+    ],
+)
+def test_a_native_wheel_says_whether_cuda_is_in_it(note, said, tmp_path):
+    wheel = tmp_path / "bigkernel-1.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("bigkernel/build_info.json", json.dumps(note))
+    assert said in run(sys.executable, "tools/wheel_info.py", wheel, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_native_wheel_is_built_from_the_sdist(sdist, tmp_path):
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+    run(
+        *[sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, sdist],
+        cwd=tmp_path,
+        BIGKERNEL_CUDA="0",
+        PYTHONPATH="",
+    )
+    (built,) = tmp_path.glob("bigkernel-*.whl")
+    said = run(sys.executable, "tools/wheel_info.py", built, cwd=ROOT)
+    assert "holds CPU kernels; NO CUDA kernels" in said
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "installed")
+    shown = "import bigkernel; print(bigkernel.__file__, bigkernel.cpu_isas())"
+    said = run(*[sys.executable, "-c", shown], cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert said.startswith(str(tmp_path / "installed"))
+    assert "portable" in said
+
+
+def test_make_wheel_ends_with_what_is_in_it():
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.split("\nwheel: ")[1].split("\n\n")[0]
+    assert "tools/wheel_info.py" in recipe.splitlines()[-1]
+
+
+def test_version_is_told_once_in_every_place():
+    version = PROJECT["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "bigkernel/__init__.py").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_citation_has_what_the_format_asks_for():
+    """Citation File Format 1.2.0: these four are required, an author needs a name."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"]
+    assert citation["title"] == PROJECT["name"]
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["authors"]
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.stem
+)
+def test_workflows_and_forms_are_yaml_and_call_targets_that_exist(path):
+    content = yaml.safe_load(path.read_text())
+    targets = (ROOT / "Makefile").read_text()
+    if path.parent.name != "workflows":
+        return
+    jobs = content["jobs"].values()
+    assert content[True]  # YAML 1.1 reads the key "on" so
+    for step in (step for job in jobs for step in job["steps"]):
+        assert "uses" in step or "run" in step
+        for line in step.get("run", "").splitlines():
+            if line.startswith("make "):
+                assert f"\n{line.split()[1]}:" in targets, line
