@@ -58,8 +58,8 @@ _OPTIONS = (
 # have its error: where a mask puts a whole row near -1e9, one number alone would be -1e9, and they
 # too large by the number of keys. Which two is the backend's choice: the highest score of the row
 # and the logarithm of the sum of the exponentials of the distances from it, or lse as it is rounded
-# and what that left. dlse, the gradient of the sum, has no last dimension. dmask has the mask's shape and
-# dtype, or is an empty [0] of q's dtype.
+# and what that left. dlse, the gradient of the sum, has no last dimension. dmask has the mask's
+# shape and dtype, or is an empty [0] of q's dtype.
 _SCHEMA_FWD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _SCHEMA_BWD = (
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

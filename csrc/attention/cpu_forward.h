@@ -288,9 +288,9 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     float* lse = static_cast<float*>(args.lse.data) + offset_of(args.lse, seq.index, head, i);
     // To twice the digits of a float: backward's probabilities all have the error of their lse.
-    const double exact = double(w.base[r]) + __builtin_log(double(sum));
-    lse[0] = dead ? -kInf : float(exact);
-    lse[1] = dead ? 0.0f : float(exact - double(lse[0]));
+    const double base = double(w.base[r]), log_sum = __builtin_log(double(sum));
+    lse[0] = dead ? -kInf : float(base + log_sum);
+    lse[1] = dead ? 0.0f : float((base - double(lse[0])) + log_sum);
   }
 }
 
