@@ -3,7 +3,8 @@
 Feature -> test: timing -> test_interleave_*, test_timing_*; ratios, shares, bars ->
 test_result_*; every case at a small size: results agree, our row is native ->
 test_case_is_checked_and_native; a fallback fails -> test_a_fallback_*; a wrong result fails ->
-test_a_wrong_result_*; absent peers -> test_absent_peers_*; table, JSON, chart -> test_command_*;
+test_a_wrong_result_*; absent peers -> test_absent_peers_*; the yardstick -> test_yardstick_*; slow
+peers -> test_a_slow_peer_*; table, JSON, chart -> test_command_*;
 bad usage -> test_bad_usage.
 """
 
@@ -29,6 +30,7 @@ from bigkernel.bench import (
     Timing,
     cases_of,
     interleave,
+    limits,
     report,
     run_case,
 )
@@ -57,9 +59,9 @@ def test_interleave_runs_in_turn_and_gives_each_its_share():
     order: list[str] = []
 
     def run(name: str, seconds: float):
-        def call() -> None:
+        def call() -> float:
             order.append(name)
-            time.sleep(seconds)
+            return seconds
 
         return call
 
@@ -92,10 +94,11 @@ def test_interleave_settles_short_functions_before_each_sample():
     last = ""
 
     def run(name: str):
-        def call() -> None:
+        def call() -> float:
             nonlocal last
-            time.sleep(1e-3 if last == name else 1e-2)  # slower after another
+            seconds = 1e-3 if last == name else 1e-2  # slower after another
             last = name
+            return seconds
 
         return call
 
@@ -240,6 +243,46 @@ def test_command_prints_and_writes(tmp_path: Path, monkeypatch, capsys):
     assert first["bars"][0]["held"] in (True, False)
     with Image.open(chart) as image:
         assert image.width > 300
+
+
+@pytest.mark.parametrize("slower", [torch.bfloat16, torch.float32], ids=str)
+def test_yardstick_is_the_fastest_product(slower, monkeypatch):
+    """A processor may have no product of 16-bit matrices, or a faster one."""
+    right = torch.mm
+
+    def mm(a, b, **options):
+        if a.dtype == slower:
+            time.sleep(0.02)
+        return right(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    fastest = limits.fastest_product.__wrapped__(torch.bfloat16, 32)
+    assert fastest == {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[slower]
+    assert limits.fastest_product.__wrapped__(torch.float32, 32) == torch.float32
+    monkeypatch.setattr(limits, "fastest_product", lambda dtype: fastest)
+    product, work, name = limits.matrix_product(torch.bfloat16, 16)
+    assert product().dtype == fastest
+    assert work == 2 * 16**3
+    assert ("faster here than in bfloat16" in name) == (fastest != torch.bfloat16)
+
+
+def test_a_slow_peer_runs_once_and_the_table_says_so(capsys):
+    called = []
+    plan = Plan(share=0.01, rounds=4, least=3, warmups=1, sample=1e-9, patience=0.03)
+
+    def peer() -> float:
+        called.append("peer")
+        return 0.04
+
+    runs = {OURS: lambda: 1e-3, "peer": peer}
+    times = interleave(runs, plan)
+    assert len(called) == len(times["peer"].samples) == 1
+    assert len(times[OURS].samples) == 4
+    case = Case("adam", "some case", (OURS, "peer"), lambda: None)
+    report.show([result(case, times)], report.console())
+    out = capsys.readouterr().out
+    assert "(1 run)" in out
+    assert "(4 runs)" in out
 
 
 def test_losses_are_printed(capsys):

@@ -19,12 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import bigkernel
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, Case, Ready, on_torch
-from bigkernel.bench.limits import matrix_product
+from bigkernel.bench.limits import SIDE, matrix_product
 from bigkernel.ops import attention, attention_varlen
 from bigkernel.testing.tolerance import assert_as_accurate
 
 SDPA = "torch SDPA"
 APART = "torch SDPA, one document at a time"
+SMALL_SIDE = 128  # of the matrices of the yardstick in a test
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def cases(small: bool = False) -> list[Case]:
         table.append((packed, (3.0, 0)))
     if small:
         table = [(_small(spec), bars) for spec, bars in table]
-    return [_case(spec, *bars) for spec, bars in table]
+    return [_case(spec, *bars, side=SMALL_SIDE if small else SIDE) for spec, bars in table]
 
 
 def _small(spec: Spec) -> Spec:
@@ -140,18 +141,18 @@ def _small(spec: Spec) -> Spec:
     )
 
 
-def _case(spec: Spec, over_sdpa: float, share: float) -> Case:
+def _case(spec: Spec, over_sdpa: float, share: float, side: int = SIDE) -> Case:
     bars = [Bar(over_sdpa, SDPA)]
     if share:
         bars.append(Bar(share, LIMIT))
     if spec.documents:
         bars.append(Bar(1.3, APART))
     names = (OURS, REFERENCE, SDPA, *([APART] if spec.documents else []))
-    return Case("attention", spec.name, names, partial(build, spec), tuple(bars))
+    return Case("attention", spec.name, names, partial(build, spec, side), tuple(bars))
 
 
-def build(spec: Spec) -> Ready:
-    """Tensors and runs of one case."""
+def build(spec: Spec, side: int = SIDE) -> Ready:
+    """Tensors and runs of one case; ``side`` is that of the matrices of the yardstick."""
     generator = torch.Generator().manual_seed(0)
     batch, length = (1, sum(spec.documents)) if spec.documents else (spec.batch, spec.length)
 
@@ -174,7 +175,7 @@ def build(spec: Spec) -> Ready:
         return [out, *torch.autograd.grad(out, (q, k, v), dout)]
 
     names = [OURS, REFERENCE, SDPA, *([APART] if spec.documents else [])]
-    limit, limit_flops = matrix_product(spec.dtype)
+    limit, limit_flops, limit_name = matrix_product(spec.dtype, side)
     return Ready(
         runs={name: partial(run, name) for name in names},
         check=lambda runs: _check(
@@ -185,6 +186,7 @@ def build(spec: Spec) -> Ready:
         limit=limit,
         work=spec.flops(),
         limit_work=limit_flops,
+        limit_name=limit_name,
     )
 
 

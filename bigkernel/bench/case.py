@@ -37,7 +37,8 @@ class Ready:
     runs: by name, ours first. check: compares the results of the runs that it is given and returns
     what was compared; raises AssertionError. op, tensors: what `explain` is asked, so that a
     fallback is seen. limit: a run that does ``limit_work`` where a call of ours does ``work``, both
-    in the same unit. skipped: peers that are not there, with the reason.
+    in the same unit; limit_name says what it is. skipped: peers that are not there, with the
+    reason.
     """
 
     runs: dict[str, Run]
@@ -47,6 +48,7 @@ class Ready:
     limit: Run | None = None
     work: float = 1.0
     limit_work: float = 1.0
+    limit_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,6 +76,7 @@ class Result:
     compared: str
     backend: str
     skipped: dict[str, str]
+    limit_name: str = ""
 
     def ratio(self, peer: str) -> float | None:
         """How many times as fast as ``peer`` we are; None if it was not there."""
@@ -161,5 +164,12 @@ def run_case(case: Case, plan: Plan) -> Result:
             runs[LIMIT] = ready.limit
         timings = interleave(runs, plan, first_calls)
     return Result(
-        case, timings, ready.work, ready.limit_work, compared, sentence, dict(ready.skipped)
+        case,
+        timings,
+        ready.work,
+        ready.limit_work,
+        compared,
+        sentence,
+        dict(ready.skipped),
+        ready.limit_name,
     )

@@ -15,6 +15,7 @@ from bigkernel.bench.case import LIMIT, OURS, Bar, Result
 from bigkernel.bench.measure import Timing
 
 WIDTH = 200  # of a table that goes to a file
+FEW = 5  # below so many runs a table says how many
 
 
 def human(seconds: float) -> str:
@@ -55,8 +56,17 @@ def _time(result: Result, name: str) -> Text:
     timing = result.timings[name]
     if result.case.items:
         speed = result.case.items / timing.median
-        return Text(f"{speed:,.0f} {result.case.unit} ±{timing.spread / 2:.0%}")
-    return Text(f"{human(timing.median)} ±{timing.spread / 2:.0%}")
+        return Text(f"{speed:,.0f} {result.case.unit} {_repeated(timing)}")
+    return Text(f"{human(timing.median)} {_repeated(timing)}")
+
+
+def _repeated(timing: Timing) -> str:
+    """Half the distance of the quartiles; how many runs there were, if those are few."""
+    runs = len(timing.samples)
+    if runs == 1:
+        return "(1 run)"
+    spread = f"±{timing.spread / 2:.0%}"
+    return spread if runs >= FEW else f"{spread} ({runs} runs)"
 
 
 def _against(result: Result, name: str) -> Text:
@@ -91,6 +101,8 @@ def show(results: Sequence[Result], console: Console) -> None:
     reasons = {(name, why) for result in results for name, why in result.skipped.items()}
     for name, why in sorted(reasons):
         console.print(f"skipped: {name}: {why}", markup=False)
+    for limit in dict.fromkeys(result.limit_name for result in results if result.limit_name):
+        console.print(f"limit: {limit}.", markup=False)
     for compared in dict.fromkeys(result.compared for result in results):
         console.print(f"checked first: {compared}.", markup=False)
     slower = [
@@ -130,6 +142,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "ratios": {
             name: result.ratio(name) for name in result.timings if name not in (OURS, LIMIT)
         },
+        "limit": result.limit_name,
         "share_of_limit": result.share,
         "items_per_second": {
             name: result.case.items / timing.median

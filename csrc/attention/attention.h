@@ -5,7 +5,7 @@
 //                 + mask(i, j); off = seqlen_k - seqlen_q if bottom-right, else 0
 //   row i sees the keys i + off - left <= j <= i + off + right (causal: right = 0)
 //   out_i = sum_j softmax(score)_ij * drop_ij * v_j,  lse_i = log sum_j exp(score_ij)
-//   A row of lse is two floats, max_j score_ij and the rest: their sum may lose the rest.
+//   A row of lse is two floats whose sum it is; a single one may lose all but max_j score_ij.
 //
 // A dense batch [B, H, S, D] and packed sequences [T, H, D] differ only in where a sequence starts.
 // Nothing here is an inline function: the kernels include this with their instruction set switched

@@ -12,7 +12,7 @@
 namespace bigkernel::BK_ISA {
 
 struct BackwardScratch {
-  float *keys, *keys_t, *values_t, *p, *ds, *paired_p, *paired_ds, *dk, *dv, *mask, *drop;
+  float *keys, *keys_t, *values_t, *p, *ds, *paired_p, *paired_ds, *dk, *dv, *mask, *drop, *slopes;
 };
 
 template <class Words>
@@ -33,6 +33,7 @@ BK_INLINE BackwardScratch backward_scratch(Arena& arena, const Tiling& t) {
   s.dv = arena.take(t.block_k * t.ld_v);  // [block_k, dim_v]
   s.mask = arena.take(t.block_q * t.ld_s);
   s.drop = arena.take(t.block_k + 4 * kLanes);
+  s.slopes = arena.take(t.block_k);  // 1 - tanh^2 of a row
   return s;
 }
 
@@ -137,39 +138,58 @@ void pack_tile_backward(const BackwardScratch& w, const Tiling& t, const Attenti
                          args.dim_v);
 }
 
-// lse, and the two numbers that it is the sum of.
-struct RowLse {
-  float top, log_sum, sum;
-
-  BK_INLINE explicit RowLse(const float* lse) : top(lse[0]), log_sum(lse[1]), sum(top + log_sum) {}
-  // Whether the sum may stand for them.
-  BK_INLINE bool is_near_zero() const { return sum > -64.0f && sum < 64.0f; }
+// What a row has of its own.
+struct GradientRow {
+  float top, rest;  // the summands of lse
+  float delta, dlse;
+  const float* drop;  // of the tile's keys, null without dropout
+  int64_t from, to;   // the columns that were multiplied, whole vectors
+  int64_t lo, hi;     // those that the row sees
+  bool is_whole;      // it sees no key of another tile
 };
 
 // One row of w.p and w.ds from the products of q with the keys and of dout with the values.
+//
+// Where dP - delta cancels, what is left are their rounding errors. A row that is whole sums up its
+// delta from the very dP that it is subtracted from, P dP in place of dout out, so that most of
+// their errors are the same.
 template <bool kPlain>
-BK_INLINE void gradient_row(float* p, float* ds, int64_t from, int64_t to, RowLse lse, float delta,
-                            float dlse, const ScoreRow& score, const float* drop,
-                            bool through_softcap) {
-  const bool is_capped = score.softcap > 0 && through_softcap;
-  for (int64_t c = from; c < to; c += kLanes) {
-    const VecF product = load(p + c);
-    VecF capped{};
-    const VecF s = kPlain ? rounded(product * score.scale) - lse.sum
-                          : (score(product, c, capped) - lse.top) - lse.log_sum;
-    const VecF probability = exp_softmax(s, kLog2E);
-    VecF dp = load(ds + c);
-    VecF dropped = probability;
-    if (!kPlain && drop != nullptr) {
-      const VecF keep = load(drop + c);
-      dp = dp * keep;
-      dropped = probability * keep;
-    }
-    VecF gradient = probability * ((dp - delta) + dlse);
-    if (!kPlain && is_capped) gradient = gradient * tanh_slope(capped);
-    store(p + c, dropped);
+BK_INLINE void gradient_row(float* p, float* ds, float* slopes, const GradientRow& row,
+                            const ScoreRow& score, bool through_softcap) {
+  const bool is_capped = !kPlain && score.softcap > 0 && through_softcap;
+  const float* drop = kPlain ? nullptr : row.drop;
+  const auto finish = [&](int64_t c, VecF probability, VecF dp, VecF slope, float delta) {
+    VecF gradient = probability * ((dp - delta) + row.dlse);
+    if (is_capped) gradient = gradient * slope;
+    store(p + c, drop == nullptr ? probability : probability * load(drop + c));
     store(ds + c, gradient);
+  };
+  VecF sum{};
+  for (int64_t c = row.from; c < row.to; c += kLanes) {
+    const VecF product = load(p + c);
+    VecF capped{}, slope{};
+    const VecF s = kPlain ? rounded(product * score.scale) : score(product, c, capped);
+    VecF probability = exp_softmax<true>((s - row.top) - row.rest);
+    VecF dp = load(ds + c);
+    if (drop != nullptr) dp = dp * load(drop + c);
+    if (is_capped) slope = tanh_slope(capped);
+    if (!row.is_whole) {
+      finish(c, probability, dp, slope, row.delta);
+      continue;
+    }
+    const VecI key = lane_index() + int32_t(c);
+    const VecI seen = (key >= int32_t(row.lo)) & (key < int32_t(row.hi));
+    probability = select(seen, probability, VecF{});
+    dp = select(seen, dp, VecF{});
+    sum = fma(probability, dp, sum);
+    store(p + c, probability);
+    store(ds + c, dp);
+    if (is_capped) store(slopes + c, slope);
   }
+  if (!row.is_whole) return;
+  const float delta = reduce_sum(sum);
+  for (int64_t c = row.from; c < row.to; c += kLanes)
+    finish(c, load(p + c), load(ds + c), is_capped ? load(slopes + c) : VecF{}, delta);
 }
 
 // Fills w.p with P' and w.ds with dS; both are zero wherever a row does not see a key, in all of
@@ -197,15 +217,15 @@ bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArg
       float* p = w.p + m * t.ld_s;
       float* ds = w.ds + m * t.ld_s;
       const int64_t i = seq.first_q + b.begin + m;
-      const RowLse lse(static_cast<const float*>(args.lse.data) +
-                       offset_of(args.lse, seq.index, b.head, i));
+      const float* lse =
+          static_cast<const float*>(args.lse.data) + offset_of(args.lse, seq.index, b.head, i);
       // Not part of delta, whose rounding would then hide it where dP and delta cancel.
       const float dlse = args.dlse.data == nullptr
                              ? 0.0f
                              : static_cast<const float*>(
                                    args.dlse.data)[offset_of(args.dlse, seq.index, b.head, i)];
       int64_t lo = spans.lo[m], hi = spans.hi[m];
-      if (lse.top == -kInf) lo = hi = t.block_k;  // a row without any open key
+      if (lse[0] == -kInf) lo = hi = t.block_k;  // a row without any open key
       if (lo < hi) {
         const float* drop = nullptr;
         if (args.dropout_p > 0) {
@@ -216,10 +236,12 @@ bool gradient_tile(const BackwardScratch& w, const Tiling& t, const AttentionArg
         }
         const ScoreRow score =
             score_row(args, seq.index, b.head, b.begin + m + reach.off - key, mask.row(m));
-        if (plain && lse.is_near_zero())
-          gradient_row<true>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);
+        const bool is_whole = reach.lo(b.begin + m) >= key && reach.hi(b.begin + m) <= key + keys;
+        const GradientRow row{lse[0], lse[1], b.delta[m], dlse, drop, from, to, lo, hi, is_whole};
+        if (plain)
+          gradient_row<true>(p, ds, w.slopes, row, score, through_softcap);
         else
-          gradient_row<false>(p, ds, from, to, lse, b.delta[m], dlse, score, drop, through_softcap);
+          gradient_row<false>(p, ds, w.slopes, row, score, through_softcap);
       }
       fill(p, 0, lo, 0.0f);
       fill(ds, 0, lo, 0.0f);

@@ -132,7 +132,7 @@ __attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& 
     const float top = reduce_max(most);
     float &limit = w.limit[row + m], &base = w.base[row + m];
     if (!(top > limit)) continue;
-    const VecF rescale = limit == -kInf ? VecF{} : exp_softmax(set1(base - top), kLog2E);
+    const VecF rescale = limit == -kInf ? VecF{} : exp_softmax(set1(base - top));
     base = top;
     limit = top + kSlack;
     const auto multiply_by = [&](float* p, int64_t n) {
@@ -287,8 +287,10 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
     pack_row(row_of(args.out, args.dtype, seq.index, head, i), w.out + r * t.ld_v,
              dead ? 0.0f : 1.0f / sum, args.dtype, args.dim_v);
     float* lse = static_cast<float*>(args.lse.data) + offset_of(args.lse, seq.index, head, i);
-    lse[0] = dead ? -kInf : w.base[r];
-    lse[1] = dead ? 0.0f : __builtin_logf(sum);
+    // To twice the digits of a float: backward's probabilities all have the error of their lse.
+    const double base = double(w.base[r]), log_sum = __builtin_log(double(sum));
+    lse[0] = dead ? -kInf : float(base + log_sum);
+    lse[1] = dead ? 0.0f : float((base - double(lse[0])) + log_sum);
   }
 }
 

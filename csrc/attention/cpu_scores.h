@@ -5,23 +5,27 @@
 namespace bigkernel::BK_ISA {
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLog2ERest = 1.92596299e-8f;  // log2 e - kLog2E
 constexpr float kInf = __builtin_inff();
 
 // Minimax on [-1/2, 1/2], relative error 9e-8.
 constexpr float kExp2Short[6] = {1.0f,         0.693147f,    0.24022242f,
                                  0.055507336f, 0.009671513f, 0.0013264727f};
 
-// 2^(x * factor) for results up to 2^127, within 2 ulp of one that is normal; below 2^-126, 0. A
-// NaN passes through. N vectors side by side: one alone would wait for the latency of its own chain
-// of operations.
-template <int N>
-BK_INLINE void exp_softmax(VecF (&x)[N], float factor) {
+// e^x for results up to 2^127, within 2 ulp of one that is normal (and 0.06 ulp more for each unit
+// of -x, which all have in common, unless kExact); below 2^-126, 0. A NaN passes through. N vectors
+// side by side: one alone would wait for the latency of its own chain of operations.
+template <bool kExact = false, int N>
+BK_INLINE void exp_softmax(VecF (&x)[N]) {
   const VecF magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: the low bits hold the biased exponent
   VecF shifted[N], f[N], p[N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) shifted[n] = fma(x[n], set1(factor), magic);
+  for (int n = 0; n < N; ++n) shifted[n] = fma(x[n], set1(kLog2E), magic);
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(factor), magic - shifted[n]);
+  for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(kLog2E), magic - shifted[n]);
+  if constexpr (kExact)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) f[n] = fma(x[n], set1(kLog2ERest), f[n]);
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) p[n] = fma(set1(kExp2[6]), f[n], set1(kExp2[5]));
 #pragma GCC unroll 6
@@ -33,9 +37,10 @@ BK_INLINE void exp_softmax(VecF (&x)[N], float factor) {
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) x[n] = shifted[n] < 12582913.0f ? VecF{} : p[n];
 }
-BK_INLINE VecF exp_softmax(VecF x, float factor) {
+template <bool kExact = false>
+BK_INLINE VecF exp_softmax(VecF x) {
   VecF one[1] = {x};
-  exp_softmax(one, factor);
+  exp_softmax<kExact>(one);
   return one[0];
 }
 
@@ -47,7 +52,7 @@ BK_INLINE void weights(VecF (&x)[N], float base) {
   if constexpr (Words::kPack == 1) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) x[n] = x[n] - base;
-    exp_softmax(x, kLog2E);
+    exp_softmax(x);
   } else {
     const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: rounds, and leaves the integer in low bits
     VecF whole[N], f[N], p[N];

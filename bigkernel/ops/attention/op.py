@@ -55,11 +55,12 @@ _OPTIONS = (
 # and v [Tk, Hkv, D|Dv]; mask None; lse [Hq, Tq, 2]. Both: alibi_slopes [Hq] or [B, Hq] float32;
 # seed [1] int64, needed if dropout_p > 0; window -1: no limit; last dimensions contiguous. Results
 # are laid out as `empty_like_layout` says: out and dq like q, dk like k, dv like v. lse is float32,
-# float64 for float64 inputs, in two summands: the highest score of the row, and the logarithm of
-# the sum of the exponentials of their distances from it. Where a mask puts a whole row near -1e9,
-# their sum would be -1e9, and the probabilities that backward gets from it too large by the number
-# of keys. dlse, the gradient of the sum, has no last dimension. dmask has the mask's shape and
-# dtype, or is an empty [0] of q's dtype.
+# float64 for float64 inputs, in two summands, since the probabilities that backward gets from it
+# have its error: where a mask puts a whole row near -1e9, one number alone would be -1e9, and they
+# too large by the number of keys. Which two is the backend's choice: the highest score of the row
+# and the logarithm of the sum of the exponentials of the distances from it, or lse as it is rounded
+# and what that left. dlse, the gradient of the sum, has no last dimension. dmask has the mask's
+# shape and dtype, or is an empty [0] of q's dtype.
 _SCHEMA_FWD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _SCHEMA_BWD = (
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
