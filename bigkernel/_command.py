@@ -1,4 +1,4 @@
-"""Ctrl-C while the ``bigkernel`` command still loads torch: an exit code, no traceback.
+"""While the ``bigkernel`` command still loads torch: a line that says so, and an answer to Ctrl-C.
 
 Imported before everything else; does nothing in any other program.
 """
@@ -29,6 +29,12 @@ def ready() -> None:
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# Those that take a while, and need torch for it.
+_SLOW = ("train", "generate", "evaluate", "bench")
+
+if _is_command() and any(word in sys.argv for word in _SLOW) and "--help" not in sys.argv:
+    print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from bigkernel import _command
+from bigkernel.escape import printable
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, _command.INTERRUPTED
 TRACEBACK = "BIGKERNEL_TRACEBACK"
@@ -51,7 +52,7 @@ def fail(error: BaseException, code: int) -> NoReturn:
     if os.environ.get(TRACEBACK) == "1":
         raise error
     sys.stdout.flush()
-    print(f"Error: {sentence(error)}", file=sys.stderr)
+    print(f"Error: {printable(sentence(error))}", file=sys.stderr)
     expected = isinstance(error, (UsageError, Failure, ValueError, RuntimeError, OSError))
     if not expected:
         print(f"({TRACEBACK}=1 shows where it came from.)", file=sys.stderr)
@@ -97,4 +98,4 @@ def _sentence_of_warning(
     line: str | None = None,
 ) -> str:
     """Without the line of source that warned, which says nothing to who typed a command."""
-    return f"Warning: {' '.join(str(message).split())}\n"
+    return f"Warning: {printable(' '.join(str(message).split()))}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from bigkernel.data.errors import DataError
-from bigkernel.data.files import unpacked
 
 # Read as they are, without a word.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -27,11 +27,13 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (*LINES_SUFFIXES, ".json")
 # Text around which there is so much else that it would be learnt instead; and no text at all.
 _TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".avro", ".xls", ".xlsx", ".ods")
-_TABLES += (".db", ".sqlite", ".sqlite3", ".sql")
+_DATABASES = (".db", ".sqlite", ".sqlite3", ".sql")
 _MARKED_UP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom", ".ipynb")
-_MARKED_UP += (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".ps", ".djvu", ".mobi")
+_DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".ps", ".djvu", ".mobi")
 _PACKED = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")
 _NO_TEXT = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", ".h5")
+# Text shrinks to a fifth or so; what grows beyond this was made to fill the memory.
+_MOST_GROWTH = 200
 SAMPLES = {"zh": Path(__file__).parent / "corpora" / "zh_ai.txt"}
 
 
@@ -109,7 +111,7 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
         kind = _kind(path)
         if kind in _REFUSED:
             raise DataError(f"{path} {_REFUSED[kind]}")
-        notes = ()
+        notes: tuple[str, ...] = ()
         if kind in ("source", "unknown"):
             notes = (f"{path.name} is read as plain text, every character of it.",)
         return _from_files([path], name=path.name, source=str(path), notes=notes)
@@ -144,8 +146,8 @@ def _kind(file: Path) -> str:
         "text": TEXT_SUFFIXES,
         "source": SOURCE_SUFFIXES,
         "json": JSON_SUFFIXES,
-        "table": _TABLES,
-        "marked up": _MARKED_UP,
+        "table": (*_TABLES, *_DATABASES),
+        "marked up": (*_MARKED_UP, *_DOCUMENTS),
         "packed": _PACKED,
         "no text": _NO_TEXT,
     }
@@ -256,13 +258,38 @@ def _from_files(files: list[Path], name: str, source: str, notes: tuple[str, ...
             raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
         digest.update(raw)
         if file.suffix.lower() == ".gz":
-            raw = unpacked(raw, file)
+            raw = _unpacked(raw, file)
         text = _decode(raw, file)
         documents += _json(text, file) if _suffix(file) in JSON_SUFFIXES else [text]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise DataError(f"{source} is empty: there is no text in it to train on.")
     return Corpus(documents, name, digest.hexdigest(), source, notes)
+
+
+def _unpacked(raw: bytes, file: Path) -> bytes:
+    """The content of a .gz file, of one or several members."""
+    limit = _MOST_GROWTH * len(raw) + (1 << 20)
+    parts: list[bytes] = []
+    size, rest = 0, raw
+    while rest:
+        reader = zlib.decompressobj(wbits=31)  # gzip, with its checksum
+        try:
+            part = reader.decompress(rest, limit - size + 1)
+        except zlib.error as error:
+            reason = str(error).rsplit(": ", 1)[-1]
+            raise DataError(f"{file} is no whole .gz file: {reason}.") from error
+        size += len(part)
+        if size > limit:
+            raise DataError(
+                f"{file} grows to more than {_MOST_GROWTH} times its size of {len(raw):,} bytes; "
+                "if that is meant, unpack it with `gunzip` and name what comes out."
+            )
+        if not reader.eof:
+            raise DataError(f"{file} is no whole .gz file: its end is missing.")
+        parts.append(part)
+        rest = reader.unused_data.lstrip(b"\0")  # padding, as of tapes
+    return b"".join(parts)
 
 
 def _decode(raw: bytes, file: Path) -> str:

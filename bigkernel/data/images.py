@@ -23,13 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bigkernel.data.errors import DataError
-from bigkernel.data.files import is_regular
+from bigkernel.files import MAX_PIXELS, is_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Only these readers of PIL's: others start programs (EPS) or have known little use.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-# More than any usual camera takes; the pixels of four such images, in RGB and twice, are 1.5 GiB.
-MAX_PIXELS = 64_000_000
 # A pixel of four channels of 16 bits, not compressed.
 _MOST_BYTES_A_PIXEL = 8
 _MOST_OTHER_BYTES = 1 << 20  # a camera's notes, a small picture of the picture
@@ -375,8 +373,8 @@ def load_image_folder(
             )
     if len(names) < 2:
         raise DataError(
-            f"{parts.train} has readable images of one class only ({names[0]}); classification needs two "
-            "or more class folders."
+            f"{parts.train} has readable images of one class only ({names[0]}); classification "
+            "needs two or more class folders."
         )
     return ImageData(
         images=_Folder(kept, pixels, max_pixels),
