@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bigkernel.files import follow_umask
+
 MANIFEST = "manifest.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = ".partial"  # being written
@@ -92,6 +94,7 @@ def atomic_folder(path: str | Path, manifest: bool = True) -> Iterator[Path]:
         _settle(final)
         aside.mkdir()
         yield aside
+        follow_umask(aside)
         if manifest:
             _write_manifest(aside)
         _sync_tree(aside)

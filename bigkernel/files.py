@@ -1,5 +1,6 @@
 """Files of the user's, which may be anything: pipes, devices, images that fill the memory."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -15,3 +16,18 @@ def is_regular(path: Path) -> bool:
         OSError: it is not there, or may not be looked at.
     """
     return stat.S_ISREG(path.stat().st_mode)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below ``folder`` the mode of a new file: some writers keep theirs private."""
+    probe = folder / ".mode"
+    # Tried, not asked for: the umask can only be read by setting it, for all threads.
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)

@@ -12,6 +12,7 @@ import bigkernel
 from bigkernel import presets
 from bigkernel.cli import settings
 from bigkernel.cli.errors import UsageError, guarded
+from bigkernel.escape import printable
 
 # Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
 _PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -271,7 +272,7 @@ def evaluate(
     train_loop.show(figures, f"{run} on {data or 'the part of its data held back from training'}")
     files = [run_folder.EVALUATION]
     files += [images.CONFUSION, images.ROC] if command == images.COMMAND else []
-    print("written: " + ", ".join(str(run / name) for name in files))
+    print("written: " + ", ".join(printable(run / name) for name in files))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from bigkernel import presets, report
 from bigkernel.cli import augmentation, models, run_folder
@@ -90,7 +90,7 @@ def prepare(
         metrics = measure(model, held_back, plain, fit, settings.batch_size)
         save_pictures(metrics, data.label_names, folder)
         report.save_image_grid(grid * STD + MEAN, folder / SAMPLE)
-        print(f"sample: {run / SAMPLE} shows {len(grid)} augmented training images")
+        print(f"sample: {printable(run / SAMPLE)} shows {len(grid)} augmented training images")
         pictures = f"![augmented images]({SAMPLE})\n\n![confusion]({CONFUSION})\n\n![ROC]({ROC})"
         return metrics.compute(), pictures
 
@@ -109,18 +109,31 @@ def prepare(
         collate=fit.collate,
         unit="images",
         per_item=1,
+        look_at=256,
         data={
             "images": data.name,
             "sha256": data.sha256,
             "count": len(data),
             "classes": len(data.label_names),
             "skipped": len(data.skipped),
+            "held_back": len(held_back),
         },
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, data),
-        trainer_options={"augmentation": augment, "eval_augmentation": plain},
+        trainer_options={
+            "augmentation": augment,
+            "eval_augmentation": plain,
+            "compute_metrics": accuracy,
+        },
     )
+
+
+def accuracy(predictions: EvalPrediction) -> dict[str, float]:
+    """The share of images whose class was named, for the line that is shown while training."""
+    logits, labels = predictions.predictions, predictions.label_ids
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float((scores.argmax(-1) == labels).mean())}
 
 
 class Channels:
@@ -177,9 +190,9 @@ def sample_images(
 def measure(
     model: PreTrainedModel, dataset: Any, plain: Compose, fit: Channels, batch_size: int
 ) -> ImageMetrics:
-    """``ImageMetrics`` of a model over a dataset of uint8 images."""
+    """``ImageMetrics`` of a model over uint8 images, all of which this process measures."""
     device = model.device
-    metrics = ImageMetrics(len(model.config.id2label or {}))
+    metrics = ImageMetrics(len(model.config.id2label or {}), sync_on_compute=False)
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=fit.collate):
         images = batch["pixel_values"]
         moved = (

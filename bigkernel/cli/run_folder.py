@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bigkernel.checkpoint import write_file_atomically
 from bigkernel.cli.errors import UsageError
+from bigkernel.files import follow_umask
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -82,13 +83,18 @@ def _check_writable(path: Path) -> None:
 
 def clear(path: Path) -> None:
     """Make ``path`` an empty folder. Only for a folder that ``check_new`` has let pass."""
-    if path.exists() and any(path.iterdir()):
-        # Renamed first, so that a crash in between never leaves half of an old run.
-        aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        path.rename(aside)
-        path.mkdir(parents=True)
-        shutil.rmtree(aside)
     path.mkdir(parents=True, exist_ok=True)
+    old = sorted(path.iterdir(), key=lambda entry: entry.name == CONFIG)
+    if not old:
+        return
+    # Moved aside first, so that a crash leaves little of an old run for a whole one; config.yaml
+    # last, without which the folder would not count as a run that may be replaced. The folder
+    # itself stays: it may be a link, a mount or where the shell is.
+    aside = path / f".replaced-{os.getpid()}"
+    aside.mkdir()
+    for entry in old:
+        entry.rename(aside / entry.name)
+    shutil.rmtree(aside)
 
 
 def write_evaluation(run: Path, figures: Mapping[str, float]) -> None:
@@ -112,6 +118,7 @@ def files_moved_into(run: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        follow_umask(aside)
         for file in sorted(aside.iterdir()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())

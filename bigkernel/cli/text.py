@@ -76,7 +76,8 @@ def prepare(
     prompt = _fitting_prompt(settings, model, tokenizer)
     print(
         f"corpus {printable(corpus.name)}: {len(corpus.documents):,} documents, "
-        f"{corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:12]}; {len(tokenizer):,} tokens in the vocabulary"
+        f"{corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:12]}; "
+        f"{len(tokenizer):,} tokens in the vocabulary"
     )
 
     def finish(model: PreTrainedModel, folder: Path) -> tuple[dict[str, float], str]:
@@ -99,6 +100,7 @@ def prepare(
         collate=PackingCollator(settings.max_length),
         unit="tokens",
         per_item=settings.max_length,
+        look_at=32,
         data=facts(corpus),
         save_inputs=save_inputs,
         finish=finish,
@@ -158,9 +160,9 @@ def held_back_rows(
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, rows: PackedDataset, batch_size: int) -> dict[str, float]:
-    """``TextMetrics`` of a model over packed rows."""
+    """``TextMetrics`` of a model over packed rows, all of which this process measures."""
     device = model.device
-    metrics = TextMetrics(rows.num_bytes).to(device)
+    metrics = TextMetrics(rows.num_bytes, sync_on_compute=False).to(device)
     collate = PackingCollator(rows.max_length)
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -21,11 +21,14 @@ from bigkernel.cli.errors import Failure
 from bigkernel.cli.models import parameters
 from bigkernel.cli.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.cli.settings import Settings, dump
+from bigkernel.escape import printable
 from bigkernel.optim import Adam
 from bigkernel.trainer import Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
 LOOKS = 4
+# What the items of a dataset are called, by what is counted in them.
+ITEMS = {"tokens": "sequences", "images": "images"}
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Task:
     """One training run, ready to start: everything that can be wrong with the input has been met.
 
     ``data`` are facts to record about the data, ``unit`` what is counted and ``per_item`` how many
-    of it one item of the training set holds. ``finish`` is called with the trained model and the
+    of it one item of the training set holds; ``look_at`` held-back items are measured while it
+    trains, all of them at the end. ``finish`` is called with the trained model and the
     run folder; it writes samples and pictures and returns (figures, the sample for the card).
     """
 
@@ -46,6 +50,7 @@ class Task:
     collate: Callable[..., Any]
     unit: str
     per_item: int
+    look_at: int
     data: dict[str, Any]
     save_inputs: Callable[[Path], None]
     finish: Callable[[PreTrainedModel, Path], tuple[dict[str, float], str]]
@@ -72,11 +77,14 @@ def train(task: Task, resume: str | None) -> None:
         run_folder.write_text(run / run_folder.CONFIG, config)
     print(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
-        f"{len(task.held_back):,} held-back sequences"
-        if task.unit == "tokens"
-        else f"{record['parameters']:,} parameters, {len(task.train):,} training and "
-        f"{len(task.held_back):,} held-back images"
+        f"{len(task.held_back):,} held-back {ITEMS[task.unit]}"
     )
+    looked_at = _few(task.held_back, task.look_at)
+    if len(looked_at) < len(task.held_back):
+        print(
+            f"looking at {len(looked_at)} of the held-back {ITEMS[task.unit]} while training, at "
+            "all of them in the end"
+        )
     metrics = MetricsFile(run / run_folder.METRICS)
     progress = TrainingProgress(
         metrics,
@@ -88,7 +96,7 @@ def train(task: Task, resume: str | None) -> None:
         model=task.model,
         args=arguments,
         train_dataset=task.train,
-        eval_dataset=_few(task.held_back),
+        eval_dataset=looked_at,
         data_collator=task.collate,
         callbacks=[progress],
         optimizer_cls_and_kwargs=_optimizer(settings),
@@ -101,7 +109,12 @@ def train(task: Task, resume: str | None) -> None:
     finally:
         progress.close()
     print(f"trained in {human_time(progress.seconds)}")
-    _leave(task, record, read_metrics(metrics.path))
+    took = {
+        "steps": trainer.state.global_step,
+        "time": human_time(progress.seconds) + (" since it was resumed" if resume else ""),
+        "device": str(arguments.device),
+    }
+    _leave(task, {**record, **took}, read_metrics(metrics.path), len(looked_at))
 
 
 def _arguments(task: Task) -> TrainingArguments:
@@ -162,7 +175,7 @@ def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
     return None
 
 
-def _few(held_back: Any, limit: int = 32) -> Any:
+def _few(held_back: Any, limit: int) -> Any:
     """Some items spread over the held-back part: enough to see the curve, soon done."""
     if len(held_back) <= limit:
         return held_back
@@ -170,27 +183,40 @@ def _few(held_back: Any, limit: int = 32) -> Any:
     return torch.utils.data.Subset(held_back, places)
 
 
-def _leave(task: Task, record: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
+def _leave(
+    task: Task, record: Mapping[str, Any], history: list[dict[str, Any]], looked_at: int
+) -> None:
     """Model, inputs, pictures, figures and card; then say where they are."""
     settings, run = task.settings, task.run
     model = task.model.eval()
     with run_folder.files_moved_into(run) as aside:
         model.save_pretrained(aside)
         task.save_inputs(aside)
-        report.save_loss_curve(history, aside / run_folder.LOSS)
         figures, sample = task.finish(model, aside)
+        about = report.learnt_by_heart(history, figures["loss"])
+        report.save_loss_curve(
+            history,
+            aside / run_folder.LOSS,
+            looked_at=f"{looked_at} of {len(task.held_back)} {ITEMS[task.unit]}",
+            final=(int(record["steps"]), figures["loss"]),
+        )
         shown = {k: v for k, v in vars(settings).items() if v is not None and k != "out"}
+        facts = [name for name in record if name not in task.data]
         card = report.model_card(
             **task.card(run),
             data=[(name.replace("_", " "), str(value)) for name, value in task.data.items()],
-            recipe=[(name, str(value)) for name, value in shown.items()],
+            run=[(name, str(record[name])) for name in facts],
+            recipe=[(name, report.without_folders(value)) for name, value in shown.items()],
             metrics=figures,
+            about=about,
             sample=sample,
             repeat=f"bigkernel {task.command} --config config.yaml --out ANOTHER_FOLDER",
         )
         (aside / run_folder.CARD).write_text(card, encoding="utf-8")
     show(figures, f"on the {figures_of(task.unit)} held back from training")
-    print(f"model, metrics, pictures and card are in {run}")
+    if about:
+        print(about)
+    print(f"model, metrics, pictures and card are in {printable(run)}")
 
 
 def figures_of(unit: str) -> str:
@@ -200,7 +226,7 @@ def figures_of(unit: str) -> str:
 
 def show(figures: Mapping[str, float], about: str) -> None:
     """Print figures as aligned lines."""
-    print(about)
+    print(printable(about))
     rows = report.figures(figures)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
