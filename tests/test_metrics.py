@@ -122,9 +122,19 @@ def trainer_figures(folder: str) -> dict[str, Any]:
     """The Trainer's, over data that divides evenly (transformers fills up with repeated items)."""
     import test_trainer
 
-    trainer = test_trainer.text_trainer(folder, max_steps=1, save_strategy="no")
-    found = trainer.evaluate(torch.utils.data.Subset(trainer.eval_dataset, range(16)))
-    return {"eval_loss": found["eval_loss"]}
+    from bigkernel.cli.images import accuracy
+
+    trainer = test_trainer.image_trainer(
+        folder, max_steps=1, save_strategy="no", trainer={"compute_metrics": accuracy}
+    )
+    even = trainer.evaluate(test_trainer.image_data(32))
+    odd = trainer.evaluate(test_trainer.image_data(21))
+    return {
+        "eval_loss": even["eval_loss"],
+        "eval_accuracy": even["eval_accuracy"],
+        # Counted without the repeats, however the items divide.
+        "odd_accuracy": odd["eval_accuracy"],
+    }
 
 
 RANKS = """
@@ -176,7 +186,7 @@ def test_every_figure_is_that_of_one_process(tmp_path: Path) -> None:
             assert found[name] == close, name
     assert first["command"] == json.loads(json.dumps(command_figures()))
     alone = trainer_figures(str(tmp_path / "alone"))
-    assert first["trainer"]["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    assert first["trainer"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_forward_leaves_the_bytes_as_they_are() -> None:

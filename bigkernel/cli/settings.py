@@ -220,7 +220,7 @@ def read_document(path: Path) -> Any:
     Only regular files of 1 MiB at most, and 100,000 values with each alias written out, 64 deep.
     """
     try:
-        if not is_regular(path):
+        if not is_regular(path) and not path.is_dir():
             raise UsageError(f"{path} is no regular file; write the settings into one.")
         if path.stat().st_size > _MOST_BYTES:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes: too long for settings.")
