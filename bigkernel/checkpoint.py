@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bigkernel.escape import printable
 from bigkernel.files import follow_umask
 
 MANIFEST = "manifest.json"
@@ -74,7 +75,7 @@ class TrainingInterrupted(KeyboardInterrupt, SystemExit):
 
 def notify(message: str) -> None:
     """Tell the user one sentence; replace this function to put it elsewhere."""
-    print(f"bigkernel: {message}", file=sys.stderr, flush=True)
+    print(f"bigkernel: {printable(message)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -633,17 +633,24 @@ def test_warnings_are_one_sentence_without_source() -> None:
     assert warnings.formatwarning is usual
 
 
-EVIL = 'open({marker!r}, "w").write("ran")\nfrom transformers import {names}\n'
+EVIL = """
+open({marker!r}, "w").write("ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):
+    model_type = "evil"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Tokens(PreTrainedTokenizerFast):
+    pass
+"""
 
 
 def run_with_code(run: Path, marker: Path, model: bool, tokenizer: bool) -> Path:
     """Let a run folder name code of its own, as a stranger's may."""
-    code = EVIL.format(marker=str(marker), names="LlamaConfig, LlamaForCausalLM")
-    (run / "evil.py").write_text(
-        code + "from transformers import PreTrainedTokenizerFast as Tokens\n"
-        "class Config(LlamaConfig):\n    model_type = 'evil'\n"
-        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
-    )
+    (run / "evil.py").write_text(EVIL.format(marker=str(marker)))
     if model:
         config = json.loads((run / "config.json").read_text())
         config["model_type"] = "evil"
@@ -730,9 +737,9 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(
     f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )
 BOMBS = {
-    "aliases": (ALIASES, "unfolds to more than 100,000 values"),
-    "merges": (MERGES, "unfolds to more than 100,000 values"),
-    "itself": ("lr: &a [*a]\n", "unfolds to more than"),
+    "aliases": (ALIASES, "aliases unfold to more than 100,000 values"),
+    "merges": (MERGES, "aliases unfold to more than 100,000 values"),
+    "itself": ("lr: &a [*a]\n", "aliases unfold to more than"),
     "deep": ("lr: " + "[" * 5000, "nested too deeply"),
     "deep-and-closed": ("lr: " + "[" * 80 + "]" * 80, "nested too deeply"),
     "long": ("# " + "x" * (1 << 20), "too long for settings"),
@@ -965,8 +972,9 @@ def test_the_bar_keeps_the_time_left_in_a_narrow_terminal(width: int, tmp_path: 
     for part in ("step 3/12000", "loss 2.346", " left"):
         assert part in last, lines
     assert "\u2026" not in last, "nothing is cut in the middle"
-    assert ("accuracy 97.5%" in last) == (width >= 80)
-    assert ("tokens/s" in last) == (width >= 80)
+    assert "accuracy 97.5%" in last
+    assert ("eval_loss 2.500" in last) == (width >= 80)
+    assert ("tokens/s" in last) == (width >= 120)
     assert ("grad_norm" in last) == (width >= 200)
 
 
@@ -979,8 +987,8 @@ def test_help_shows_defaults_and_the_version_is_told(capsys: pytest.CaptureFixtu
         for name, value in recipes["demo"].items():
             option = f"--{name.replace('_', '-')} "
             if option in shown:
-                after = shown.split(option, 1)[1].split(" --", 1)[0]
-                assert f"[default: {value}]" in after, option
+                after = shown.split(option, 1)[1].split("[default: ", 1)[1]
+                assert after.startswith(f"{value}]"), option
         assert "--out <str> The run folder. [default: a free one under runs/]" in shown
         assert "Defaults are those of the preset demo" in shown
 
