@@ -712,7 +712,20 @@ def test_a_model_file_with_code_and_pickled_weights_are_refused(
     arguments = train_text(texts, "never", "--model", str(tmp_path / "code.json"))
     assert main(arguments) == 2
     assert "auto_map" in sentence_of(capsys.readouterr().err)
+    for kind in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "code.json").write_text(json.dumps({**TINY_TEXT, kind: "some/kernels"}))
+        assert main(arguments) == 2
+        assert "kernels of a hub (some/kernels)" in sentence_of(capsys.readouterr().err)
     run = shutil.copytree(texts / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "attn_implementation": "some/kernels"}))
+    assert main(["generate", str(run)]) == 1
+    assert "--trust-remote-code" in sentence_of(capsys.readouterr().err)
+    # A model that transformers knows does without the code, which is said.
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (run / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert main(["generate", str(run), "--max-new-tokens", "2"]) == 0
+    assert "transformers' own llama is used" in capsys.readouterr().err
     (run / "model.safetensors").unlink()
 
     class Evil:
@@ -815,6 +828,7 @@ def test_home_is_meant_by_a_tilde(
         ("--augment=~/crop.yaml", "no such transform"),
         ("--out=~nobody-here/run", "no home folder"),
         ("--init-from=~/missing", "there is no folder"),
+        ("--init-from=../missing", "there is no folder"),
     ):
         assert main(["train", "images", option]) in (1, 2)
         message = sentence_of(capsys.readouterr().err)

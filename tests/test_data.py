@@ -294,6 +294,9 @@ def test_tokenizer_rejects_what_it_cannot_build(tmp_path):
         build_tokenizer("wordpiece", ENGLISH, vocab_size=5)
     with pytest.raises(DataError, match="cannot be read"):
         build_tokenizer(tmp_path)
+    for path in (tmp_path / "missing", "./missing", "a/b/missing"):
+        with pytest.raises(DataError, match="there is no folder"):
+            build_tokenizer(path)
 
 
 @pytest.mark.parametrize("offline", ["asked for", "no network"])

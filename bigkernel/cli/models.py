@@ -9,14 +9,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigkernel import presets
+from bigkernel.checkpoint import notify
 from bigkernel.cli.errors import Failure, UsageError
 from bigkernel.cli.settings import Model, read_document, user_path
-from bigkernel.data.tokenizer import check_folder, code_not_run, hub_is_reachable
+from bigkernel.data.tokenizer import check_folder, code_not_run, hub_is_reachable, means_a_folder
 from bigkernel.integrations import accelerate
 
 
@@ -58,6 +61,12 @@ def _config(kind: str, model: Model, **from_data: Any) -> Any:
             "the model's config names code of its own (auto_map), and a new model is built from "
             "transformers' own classes. Take auto_map out, or start from the model's weights with "
             "--init-from and --trust-remote-code."
+        )
+    kernels = _hub_kernels(content)
+    if kernels is not None:
+        raise UsageError(
+            f"the model's config asks for kernels of a hub ({kernels}), which is code; take the "
+            "line out."
         )
     content.update(from_data)
     model_type = content.pop("model_type")
@@ -143,11 +152,13 @@ def load(
         check_folder(local)
     elif local.exists():
         raise Failure(f"{local} is a file; give the folder of a run or of a downloaded model.")
-    elif local.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif means_a_folder(name):
         raise Failure(f"there is no folder {local}; give the folder of a run or of a model.")
     where = str(local) if local.exists() else name
     if not local.exists() and not hub_is_reachable():
         arguments["local_files_only"] = True
+    if not trust_remote_code:
+        _without_code(where, arguments.get("local_files_only", False))
     try:
         return auto.from_pretrained(
             where,
@@ -167,6 +178,37 @@ def load(
             f"{name} is not a folder here, and no hub gave a model of that name "
             f"({_one(error)[:160]}). Give the path of a run or of a downloaded model."
         ) from error
+
+
+def _without_code(where: str, offline: bool) -> None:
+    """Refuse a model whose config asks for kernels from a hub, and say so of code left alone."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(where, local_files_only=offline)
+    except Exception:  # what is wrong with it is said where the model is loaded
+        return
+    kernels = _hub_kernels(config)
+    if kernels is not None:
+        raise Failure(
+            f"{where} asks for attention kernels of a hub ({kernels}), which is code that is not "
+            "run unasked: allow it with --trust-remote-code, or take the line out of config.json."
+        )
+    known = config.get("model_type") in CONFIG_MAPPING
+    if known and config.get("auto_map"):
+        notify(
+            f"{where} brings code of its own, which is not run (--trust-remote-code would): "
+            f"transformers' own {config['model_type']} is used."
+        )
+
+
+def _hub_kernels(config: Any) -> str | None:
+    """The hub's name in a setting such as attn_implementation, here or in a part of the model."""
+    for name, value in config.items():
+        if name.endswith("_implementation") and "/" in str(value):
+            return str(value)
+        found = _hub_kernels(value) if isinstance(value, dict) else None
+        if found is not None:
+            return found
+    return None
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:

@@ -168,6 +168,11 @@ def check_folder(folder: Path) -> None:
             raise DataError(f"{file} is no regular file: the folder is not loaded.")
 
 
+def means_a_folder(name: str) -> bool:
+    """Whether a name can only be a path, and not the owner/name of a hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def code_not_run(error: BaseException, name: str | Path) -> str | None:
     """The sentence for a loader's refusal to run what ``name`` brings; None for other errors."""
     if "trust_remote_code" not in str(error):
@@ -185,6 +190,11 @@ def _pretrained(name: str, trust: bool) -> PreTrainedTokenizerBase:
         if local.is_dir():
             check_folder(local)
         return _load(str(local), "cannot be read", trust)
+    if means_a_folder(name):
+        raise DataError(
+            f"there is no folder {local}; use bytes, bpe or wordpiece, or give the path of a "
+            "tokenizer folder."
+        )
     try:
         return _load(name, "is not in the cache", trust, local_files_only=True)
     except DataError as error:
