@@ -573,7 +573,7 @@ def test_a_terminal_without_the_characters_of_a_sample_loses_nothing(
 def test_full_disk_is_said(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("bigkernel.report.save_loss_curve", full)

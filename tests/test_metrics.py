@@ -154,6 +154,8 @@ found = {
 }
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
     json.dump(found, file)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
