@@ -1,4 +1,5 @@
-"""A signal while the ``bigkernel`` command still loads torch: an exit code, no traceback.
+"""While the ``bigkernel`` command still loads torch: a line that says so, and an exit code, no
+traceback, where a signal comes.
 
 Imported before everything else; does nothing in any other program.
 """
@@ -41,7 +42,12 @@ def ready() -> None:
             signal.signal(number, signal.default_int_handler if is_ctrl_c else stop_at_once)
 
 
+# Those that take a while, and need torch for it.
+_SLOW = ("train", "generate", "evaluate", "bench")
+
 if _is_command():
+    if any(word in sys.argv for word in _SLOW) and "--help" not in sys.argv:
+        print("loading PyTorch ...", file=sys.stderr, flush=True)
     for _number in STOPPING:
         if signal.getsignal(_number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(_number, _leave)

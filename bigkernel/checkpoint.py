@@ -27,6 +27,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bigkernel.escape import printable
+from bigkernel.files import follow_umask
+
 MANIFEST = "manifest.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = ".partial"  # being written
@@ -95,7 +98,7 @@ class TrainingInterrupted(KeyboardInterrupt, SystemExit):
 
 def notify(message: str) -> None:
     """Tell the user one sentence; replace this function to put it elsewhere."""
-    print(f"bigkernel: {message}", file=sys.stderr, flush=True)
+    print(f"bigkernel: {printable(message)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -115,6 +118,7 @@ def atomic_folder(path: str | Path, manifest: bool = True) -> Iterator[Path]:
         _settle(final)
         aside.mkdir()
         yield aside
+        follow_umask(aside)
         if manifest:
             _write_manifest(aside)
         _sync_tree(aside)

@@ -2,18 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
+from torchmetrics import Metric
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_roc,
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
 )
-from torchmetrics.functional.classification import binary_auroc, binary_roc
 
 
 class TextMetrics(Metric):
@@ -22,22 +24,26 @@ class TextMetrics(Metric):
     ``update(logits [B, S, V], labels [B, S])``: labels are shifted here, as transformers' causal
     models do, and -100 does not count. ``num_bytes`` is the size in UTF-8 of all the text that the
     labels cover; the figures per byte do not depend on the tokenizer.
+
+    Among several processes each is given its own part of the text with that part's ``num_bytes``,
+    and ``compute`` gives all of them the figures of the whole. Where one process measures alone, or
+    each measures the whole, say ``sync_on_compute=False``.
     """
 
-    full_state_update = False
+    # Bytes are no sum over updates, so forward() may not add the state of one batch to the others.
+    full_state_update = True
     higher_is_better = False
     loss: Tensor
     tokens: Tensor
+    bytes: Tensor
 
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__()
+    def __init__(self, num_bytes: int, **options: Any) -> None:
+        super().__init__(**options)
         self.num_bytes = num_bytes
-        self.add_state(
-            "loss", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
-        )
-        self.add_state(
-            "tokens", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
-        )
+        for name, start in (("loss", 0.0), ("tokens", 0), ("bytes", num_bytes)):
+            dtype = torch.float64 if name == "loss" else torch.int64
+            state = torch.full((), start, dtype=dtype, device="cpu")
+            self.add_state(name, state, dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         targets = labels[..., 1:].flatten()
@@ -49,11 +55,10 @@ class TextMetrics(Metric):
         self.tokens += (targets != -100).sum()
 
     def compute(self) -> dict[str, float]:
-        tokens = int(self.tokens)
-        if tokens == 0 or self.num_bytes == 0:
+        tokens, num_bytes = int(self.tokens), int(self.bytes)
+        if tokens == 0 or num_bytes == 0:
             raise ValueError("there is no text to measure: it is shorter than two tokens.")
-        total = float(self.loss)
-        return text_metrics(total / tokens, tokens, self.num_bytes)
+        return text_metrics(float(self.loss) / tokens, tokens, num_bytes)
 
 
 def text_metrics(loss: float, tokens: int, num_bytes: int) -> dict[str, float]:
@@ -79,70 +84,89 @@ class RocCurve:
     area: float
 
 
-class ImageMetrics:
+class ImageMetrics(Metric):
     """Accuracy, macro precision, recall, F1 and ROC-AUC, a confusion matrix and ROC curves.
 
-    ROC-AUC is the mean over the classes that have a curve: those with images of their own and of
-    others. Where some have none, ``classes_with_roc_auc`` says over how many the mean was taken.
+    ``update(logits [N, K], labels [N])``. ROC-AUC is the mean over the classes that have a curve:
+    those with images of their own and of others. Where some have none, ``classes_with_roc_auc``
+    says over how many the mean was taken.
+
+    Among several processes each is given its own part of the images, and every figure, matrix and
+    curve is that of the whole, in all of them. Where one process measures alone, or each measures
+    the whole, say ``sync_on_compute=False``.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    full_state_update = False
+    loss: Tensor
+    probabilities: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(**options)
         self.num_classes = num_classes
-        self.scores = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "precision": MulticlassPrecision(num_classes, average="macro"),
-                "recall": MulticlassRecall(num_classes, average="macro"),
-                "f1": MulticlassF1Score(num_classes, average="macro"),
-            },
-            # Groups are found by comparing values after the first batch; a wrong guess would give
-            # one metric's figure for another, and there is little to save here.
-            compute_groups=False,
-        )
-        self.confusion = MulticlassConfusionMatrix(num_classes)
-        self._probabilities: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._loss = 0.0
-        self._count = 0
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("probabilities", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits [N, K] and labels [N]."""
-        logits, labels = logits.detach().float().cpu(), labels.cpu()
-        probabilities = logits.softmax(-1)
-        self.scores.update(probabilities, labels)
-        self.confusion.update(probabilities, labels)
-        self._probabilities.append(probabilities)
-        self._labels.append(labels)
-        self._loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        self._count += len(labels)
+        logits, labels = logits.detach().float().to(self.device), labels.to(self.device)
+        self.probabilities.append(logits.softmax(-1))
+        self.labels.append(labels)
+        self.loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
 
     def compute(self) -> dict[str, float]:
         """All single figures; ValueError if no image was seen."""
-        if self._count == 0:
+        probabilities, labels = self._seen()
+        if len(labels) == 0:
             raise ValueError("there is no image to measure.")
-        figures = {name: float(value) for name, value in self.scores.compute().items()}
-        areas = [curve.area for curve in self.roc_curves() if curve is not None]
+        scores: dict[str, tuple[Any, str]] = {
+            "accuracy": (multiclass_accuracy, "micro"),
+            "precision": (multiclass_precision, "macro"),
+            "recall": (multiclass_recall, "macro"),
+            "f1": (multiclass_f1_score, "macro"),
+        }
+        figures = {
+            name: float(score(probabilities, labels, self.num_classes, average=average))
+            for name, (score, average) in scores.items()
+        }
+        areas = [curve.area for curve in self._curves(probabilities, labels) if curve is not None]
         if areas:
             figures["roc_auc"] = sum(areas) / len(areas)
         if len(areas) < self.num_classes:
             figures["classes_with_roc_auc"] = len(areas)
-        return {"loss": self._loss / self._count, **figures, "images": self._count}
+        return {"loss": float(self.loss) / len(labels), **figures, "images": len(labels)}
 
     def confusion_matrix(self) -> Tensor:
         """[K, K] counts, a row for each true class and a column for each predicted one."""
-        matrix: Tensor = self.confusion.compute()
-        return matrix
+        with self.sync_context(should_sync=self.sync_on_compute):
+            matrix: Tensor = multiclass_confusion_matrix(*self._seen(), self.num_classes)
+        return matrix.cpu()
 
     def roc_curves(self) -> list[RocCurve | None]:
         """One curve a class; None for a class without images of its own or of others."""
-        probabilities, labels = torch.cat(self._probabilities), torch.cat(self._labels)
+        with self.sync_context(should_sync=self.sync_on_compute):
+            return self._curves(*self._seen())
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        # Lists here, and one tensor each where they come from several processes; a process that saw
+        # nothing sends one without columns.
+        def whole(state: Any, empty: Tensor) -> Tensor:
+            parts = [state] if isinstance(state, Tensor) else state
+            return torch.cat([empty, *parts])
+
+        rows = torch.zeros(0, self.num_classes, device=self.device)
+        labels = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return whole(self.probabilities, rows), whole(self.labels, labels)
+
+    def _curves(self, probabilities: Tensor, labels: Tensor) -> list[RocCurve | None]:
         curves: list[RocCurve | None] = []
         for index in range(self.num_classes):
             target = (labels == index).long()
-            if target.min() == target.max():
+            if len(target) == 0 or target.min() == target.max():
                 curves.append(None)
                 continue
             scores = probabilities[:, index]
             fpr, tpr, _ = binary_roc(scores, target)
-            curves.append(RocCurve(fpr, tpr, float(binary_auroc(scores, target))))
+            curves.append(RocCurve(fpr.cpu(), tpr.cpu(), float(binary_auroc(scores, target))))
         return curves

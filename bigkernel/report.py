@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bigkernel.escape import markdown, printable
 from bigkernel.metrics import RocCurve
 
 # Beyond this many classes the cells of a confusion matrix are too small for a number or a name.
@@ -26,26 +27,65 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _printable(name: str) -> str:
     """A class name that matplotlib can draw: its font has no Chinese, and $ starts a formula."""
-    return name.encode("ascii", "backslashreplace").decode("ascii").replace("$", r"\$")
+    shown = printable(name).encode("ascii", "backslashreplace").decode("ascii")
+    return (shown if len(shown) <= 40 else shown[:37] + "...").replace("$", r"\$")
 
 
-def save_loss_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training and held-back loss against the step, from the records of metrics.jsonl."""
+def save_loss_curve(
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    looked_at: str = "",
+    final: tuple[int, float] | None = None,
+) -> None:
+    """Training and held-back loss against the step, from the records of metrics.jsonl.
+
+    ``looked_at`` says what of the held-back part the curve is about; ``final`` is (step, loss) of
+    the trained model on all of it.
+    """
     figure, axes = _figure(7, 4)
     for key, label, style in (
         ("loss", "training", {"linewidth": 1.0}),
-        ("eval_loss", "held back", {"marker": "o", "markersize": 4}),
+        ("eval_loss", looked_at and f"held back, {looked_at}", {"marker": "o", "markersize": 4}),
     ):
         points = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=label, **style)
+            axes.plot(steps, values, label=label or "held back", **style)
+    if final is not None and math.isfinite(final[1]):
+        label = f"held back, all: {final[1]:.4f}"
+        axes.plot([final[0]], [final[1]], label=label, marker="D", linestyle="", color="black")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+# A held-back loss this much above that of training, in nats: less than a third of the probability.
+_GAP = 1.2
+
+
+def learnt_by_heart(records: Sequence[Mapping[str, Any]], held_back: float) -> str:
+    """A sentence for a model that knows its training part far better than the rest, or nothing."""
+    losses = [r["loss"] for r in records if math.isfinite(r.get("loss", math.nan))]
+    last = losses[-max(1, len(losses) // 20) :]
+    if not last or held_back - sum(last) / len(last) < _GAP:
+        return ""
+    return (
+        f"The loss on the training part ended at {sum(last) / len(last):.2f} nats, on the part "
+        f"held back it is {held_back:.2f}: the model has learnt its training part by heart, and "
+        "figures on the rest, such as the perplexity, say little but that there was too little to "
+        "learn from."
+    )
+
+
+def without_folders(value: object) -> str:
+    """A setting as the card shows it: a path on this machine by its last part alone."""
+    if isinstance(value, dict):
+        return str({k: without_folders(v) if isinstance(v, str) else v for k, v in value.items()})
+    text = str(value)
+    return Path(text).name if isinstance(value, str) and Path(text).is_absolute() else text
 
 
 def save_confusion_matrix(matrix: Tensor, names: Sequence[str], path: Path) -> None:
@@ -115,9 +155,10 @@ def save_image_grid(images: Tensor, path: Path, columns: int = 8, height: int = 
 
 
 def table(rows: Sequence[tuple[str, str]], head: tuple[str, str]) -> str:
-    """A Markdown table of two columns."""
-    cells = [head, ("---", "---"), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
+    """A Markdown table of two columns, whose cells show their text as it is."""
+    cells = [head, *rows]
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in cells]
+    return "\n".join([lines[0], "| --- | --- |", *lines[1:]])
 
 
 def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -135,12 +176,19 @@ def model_card(
     intended: str,
     usage: str,
     data: Sequence[tuple[str, str]],
+    run: Sequence[tuple[str, str]],
     recipe: Sequence[tuple[str, str]],
     metrics: Mapping[str, float],
+    about: str,
     sample: str,
     repeat: str,
 ) -> str:
-    """The README.md of a run: what the model is, what it learnt from, and how to use it."""
+    """The README.md of a run: what the model is, what it learnt from, and how to use it.
+
+    ``run`` are facts such as parameters, versions and time; ``about`` is a sentence on the metrics,
+    or nothing. ``title``, ``intended``, ``usage`` and ``sample`` are Markdown, all else plain text.
+    """
+    remark = f"{about}\n\n" if about else ""
     tags = "\n".join(f"- {tag}" for tag in ("bigkernel", task))
     return f"""---
 library_name: transformers
@@ -163,7 +211,7 @@ tags:
 
 {table(figures(metrics), ("measure", "value"))}
 
-![loss](loss.png)
+{remark}![loss](loss.png)
 
 ## Sample
 
@@ -174,6 +222,8 @@ tags:
 {table(data, ("what", "value"))}
 
 ## Training
+
+{table(run, ("what", "value"))}
 
 {table(recipe, ("setting", "value"))}
 

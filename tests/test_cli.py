@@ -25,11 +25,14 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from bigkernel import optim
-from bigkernel.cli import main
-from bigkernel.cli.errors import guarded
+import bigkernel
+from bigkernel import optim, presets, report
+from bigkernel.cli import main, progress, text
+from bigkernel.cli.errors import UsageError, guarded
+from bigkernel.cli.settings import read_document
 
 TINY_TEXT = {
     "model_type": "llama",
@@ -571,7 +574,7 @@ def test_a_terminal_without_the_characters_of_a_sample_loses_nothing(
 def test_full_disk_is_said(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("bigkernel.report.save_loss_curve", full)
@@ -637,3 +640,390 @@ def test_warnings_are_one_sentence_without_source() -> None:
     command()
     assert seen == ["Warning: 1 of 25 images left out\n"]
     assert warnings.formatwarning is usual
+
+
+EVIL = """
+open({marker!r}, "w").write("ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):
+    model_type = "evil"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Tokens(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def run_with_code(run: Path, marker: Path, model: bool, tokenizer: bool) -> Path:
+    """Let a run folder name code of its own, as a stranger's may."""
+    (run / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    if model:
+        config = json.loads((run / "config.json").read_text())
+        config["model_type"] = "evil"
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        (run / "config.json").write_text(json.dumps(config))
+    if tokenizer:
+        config = json.loads((run / "tokenizer_config.json").read_text())
+        config["tokenizer_class"] = "Tokens"
+        config["auto_map"] = {"AutoTokenizer": [None, "evil.Tokens"]}
+        (run / "tokenizer_config.json").write_text(json.dumps(config))
+    return run
+
+
+@pytest.mark.parametrize("where", ["model", "tokenizer"])
+def test_code_of_a_folder_runs_only_where_it_is_trusted(
+    texts: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    marker = tmp_path / "ran"
+    run = run_with_code(
+        shutil.copytree(texts / "run", tmp_path / "run"),
+        marker,
+        model=where == "model",
+        tokenizer=where == "tokenizer",
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    arguments = train_text(texts, "never")
+    place = arguments.index("--model")
+    del arguments[place : place + 2]
+    commands = [
+        ["generate", str(run), "--prompt", "the"],
+        ["evaluate", str(run)],
+        [*arguments, "--init-from", str(run)],
+        [*arguments, "--tokenizer", str(run), "--model", str(texts / "tiny.json")],
+    ]
+    for command in commands[: 3 if where == "model" else 4]:
+        capsys.readouterr()
+        assert main(command) == 1, command
+        captured = capsys.readouterr()
+        assert "--trust-remote-code" in sentence_of(captured.err)
+        assert "custom code" not in captured.out
+    assert not marker.exists()
+    assert not (texts / "never").exists()
+    # A config file cannot allow it, and the option does.
+    (tmp_path / "trust.yaml").write_text("trust_remote_code: true\n")
+    assert main([*arguments, "--config", str(tmp_path / "trust.yaml")]) == 2
+    assert not marker.exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*commands[0], "--max-new-tokens", "2", "--trust-remote-code"]) == 0
+    assert marker.exists()
+
+
+def test_a_model_file_with_code_and_pickled_weights_are_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**TINY_TEXT, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "code.json").write_text(json.dumps(config))
+    arguments = train_text(texts, "never", "--model", str(tmp_path / "code.json"))
+    assert main(arguments) == 2
+    assert "auto_map" in sentence_of(capsys.readouterr().err)
+    for kind in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "code.json").write_text(json.dumps({**TINY_TEXT, kind: "some/kernels"}))
+        assert main(arguments) == 2
+        assert "kernels of a hub (some/kernels)" in sentence_of(capsys.readouterr().err)
+    run = shutil.copytree(texts / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "attn_implementation": "some/kernels"}))
+    assert main(["generate", str(run)]) == 1
+    assert "--trust-remote-code" in sentence_of(capsys.readouterr().err)
+    # A model that transformers knows does without the code, which is said.
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (run / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert main(["generate", str(run), "--max-new-tokens", "2"]) == 0
+    assert "transformers' own llama is used" in capsys.readouterr().err
+    (run / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(tmp_path / "unpickled"), "w")
+
+    torch.save({"evil": Evil()}, run / "pytorch_model.bin")
+    for command in (["generate", str(run)], ["evaluate", str(run)]):
+        assert main(command) == 1
+        assert "holds no model that can be loaded" in sentence_of(capsys.readouterr().err)
+    assert not (tmp_path / "unpickled").exists()
+    (run / "pytorch_model.bin").unlink()
+    os.mkfifo(run / "model.safetensors")
+    assert main(["generate", str(run)]) == 1
+    assert "no regular file" in sentence_of(capsys.readouterr().err)
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+BOMBS = {
+    "aliases": (ALIASES, "aliases unfold to more than 100,000 values"),
+    "merges": (MERGES, "aliases unfold to more than 100,000 values"),
+    "itself": ("lr: &a [*a]\n", "aliases unfold to more than"),
+    "deep": ("lr: " + "[" * 5000, "nested too deeply"),
+    "deep-and-closed": ("lr: " + "[" * 80 + "]" * 80, "nested too deeply"),
+    "long": ("# " + "x" * (1 << 20), "too long for settings"),
+    "no-date": ("lr: 2001-99-99", "is not valid YAML"),
+    "digits": ("lr: " + "9" * 5000, "is not valid YAML"),
+    "code": ("lr: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    "pipe": (None, "no regular file"),
+}
+
+
+@pytest.mark.parametrize("option", ["--config", "--augment", "--model"])
+@pytest.mark.parametrize(("content", "expected"), BOMBS.values(), ids=BOMBS)
+def test_bad_yaml_is_refused_at_once(
+    option: str, content: str | None, expected: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "file.yaml"
+    if content is None:
+        os.mkfifo(file)
+        expected = expected if option == "--config" else "neither a"
+    else:
+        file.write_text(content)
+    assert main(["train", "images", option, str(file), "--out", str(tmp_path / "run")]) == 2
+    said = sentence_of(capsys.readouterr().err)
+    assert expected in said
+    assert len(said) < 300
+    assert not (tmp_path / "run").exists()
+
+
+def test_usual_anchors_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("model: &m {model_type: vit, a: 1}\naugment:\n- <<: *m\n  b: 2\n")
+    content = read_document(file)
+    assert content["augment"] == [{"model_type": "vit", "a": 1, "b": 2}]
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read_document(deep)
+
+
+def test_home_is_meant_by_a_tilde(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In every option that takes a path: a shell leaves the ~ of --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    shutil.copy(texts / "corpus.txt", tmp_path / "corpus.txt")
+    shutil.copy(texts / "tiny.json", tmp_path / "tiny.json")
+    (tmp_path / "settings.yaml").write_text("seed: 3\nlog_steps: 1\n")
+    common = ["--max-steps", "2", "--max-length", "32", "--batch-size", "4", "--threads", "1"]
+    assert main(["train", "text", "--data=~/corpus.txt", "--model=~/tiny.json", "--out=~/run",
+                 "--config=~/settings.yaml", *common]) == 0  # fmt: skip
+    run = tmp_path / "run"
+    assert {"checkpoint-2", "model.safetensors", "config.yaml"} <= {f.name for f in run.iterdir()}
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+    assert main(["train", "text", "--resume=~/run", "--max-steps", "3"]) == 0
+    assert main(["train", "text", "--resume=~/run/checkpoint-2", "--max-steps", "4"]) == 0
+    assert main(["generate", "~/run", "--max-new-tokens", "2"]) == 0
+    assert main(["evaluate", "~/run", "--data", "~/corpus.txt"]) == 0
+    assert main(["train", "text", "--data=~/corpus.txt", "--init-from=~/run", "--tokenizer=~/run",
+                 "--out=~/tuned", *common]) == 0  # fmt: skip
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    assert not list((tmp_path / "cwd").iterdir())
+    # The files of a run are as readable as any file that is made here.
+    modes = {file.stat().st_mode & 0o777 for file in run.rglob("*") if file.is_file()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+    capsys.readouterr()
+    (tmp_path / "crop.yaml").write_text("- RandomTeleport")
+    for option, said in (
+        ("--augment=~/crop.yaml", "no such transform"),
+        ("--out=~nobody-here/run", "no home folder"),
+        ("--init-from=~/missing", "there is no folder"),
+        ("--init-from=../missing", "there is no folder"),
+    ):
+        assert main(["train", "images", option]) in (1, 2)
+        message = sentence_of(capsys.readouterr().err)
+        assert said in message
+        assert "holds no model" not in message
+
+
+def test_force_follows_links_and_works_inside_the_run(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(texts / "run", tmp_path / "real")
+    (tmp_path / "link").symlink_to(run)
+    (run / "left.txt").write_text("from before")
+    arguments = [*train_text(texts, "x"), "--max-steps", "2", "--force", "--out"]
+    assert main([*arguments, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert not (run / "left.txt").exists()
+    assert len(losses(run)) == 2
+    monkeypatch.chdir(run)
+    (run / "left.txt").write_text("from before")
+    for out in (".", str(run / ".." / "real")):
+        assert main([*arguments, out]) == 0
+        assert Path.cwd() == run
+        assert not (run / "left.txt").exists()
+        assert len(losses(run)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert not list(run.glob(".*"))
+
+
+HOSTILE = "a\nb\x1b[31m|<b>`*$x\u202e"
+
+
+def test_names_are_escaped_and_paths_stay_out_of_the_card(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    corpus = folder / f"{HOSTILE}.txt"
+    corpus.write_text(WORDS * 40)
+    arguments = train_text(texts, "x", "--max-steps", "2", "--data", str(corpus))
+    run = folder / HOSTILE
+    assert main([*arguments, "--out", str(run), "--prompt", "the"]) == 0
+    captured = capsys.readouterr()
+    for shown in (captured.out, captured.err):
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+    card = (run / "README.md").read_text()
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", card)
+    assert str(tmp_path) not in card
+    assert "\n# a\\\\nb\\\\x1b\\[31m\\|\\<b\\>\\`\\*\\$x\\\\u202e\n" in card
+    assert "`` a\\nb" in card or "``a\\nb" in card, "a code span that the name cannot leave"
+    for line in card.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
+    assert main(["evaluate", str(run / HOSTILE)]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+    # Nor do words of the model drive the terminal.
+    assert text.readable("a\x1b[2Jb\r\x07\ufffd\tc\n") == "a[2Jb\tc\n"
+
+
+def test_the_card_has_parameters_versions_and_time_and_agrees_with_the_curve(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    drawn: list[Any] = []
+    usual = report.save_loss_curve
+    monkeypatch.setattr(
+        "bigkernel.report.save_loss_curve", lambda *a, **k: drawn.append(k) or usual(*a, **k)
+    )
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} {WORDS}" for n in range(300)))
+    arguments = train_text(texts, "x", "--data", str(tmp_path / "corpus.txt"))
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"looking at 32 of the held-back (\w+) while training", out)
+    assert found is not None
+    assert found[1] == "sequences"
+    card = (tmp_path / "run" / "README.md").read_text()
+    figures = dict(re.findall(r"^\| ([a-z_ ]+) \| ([^|]+) \|$", card, re.M))
+    assert int(figures["parameters"]) > 10_000
+    assert figures["torch"] == str(torch.__version__)
+    assert figures["transformers"] == transformers.__version__
+    assert figures["steps"] == "8"
+    assert re.fullmatch(r"\d+:\d\d", figures["time"])
+    assert drawn[0]["final"][0] == 8
+    assert f"{drawn[0]['final'][1]:.4f}" == figures["loss"]
+    assert re.fullmatch(r"32 of \d+ sequences", drawn[0]["looked_at"])
+    assert "by heart" not in card
+
+
+def test_a_text_learnt_by_heart_is_called_so() -> None:
+    records = [{"step": step, "loss": 5.0 / step} for step in range(1, 101)]
+    said = report.learnt_by_heart(records, 8.95)
+    assert "0.05 nats" in said
+    assert "8.95" in said
+    assert "learnt its training part by heart" in said
+    assert report.learnt_by_heart(records, 0.5) == ""
+    assert report.learnt_by_heart([], 8.95) == ""
+
+
+def test_accuracy_is_shown_while_images_train(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = map(json.loads, (pictures / "run" / "metrics.jsonl").read_text().splitlines())
+    shown = [r["eval_accuracy"] for r in records if "eval_accuracy" in r]
+    assert len(shown) == 4
+    assert all(0 <= value <= 1 for value in shown)
+    assert f"{shown[-1]:.4f}" in (pictures / "run" / "README.md").read_text()
+
+
+def test_a_split_of_the_folder_is_taken_and_said(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "data", data / "train")
+    for name in ("dark", "bright"):
+        (data / "val" / name).mkdir(parents=True)
+        for number in range(3):
+            (data / "train" / name / f"{number}.png").rename(data / "val" / name / f"{number}.png")
+    arguments = train_images(pictures, "x", "--data", str(data), "--max-steps", "2")
+    (data / "train" / "dark" / "broken.png").unlink()
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "the split of the folder: train to train, val held back." in out
+    assert "18 training and 6 held-back images" in out
+    assert json.loads((tmp_path / "run" / "labels.json").read_text()) == ["bright", "dark"]
+    for more in ([], ["--data", str(data)], ["--data", str(data / "val")]):
+        assert main(["evaluate", str(tmp_path / "run"), *more]) == 0
+        figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+        assert figures["images"] == 6
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_bar_keeps_the_time_left_in_a_narrow_terminal(width: int, tmp_path: Path) -> None:
+    shown = progress.TrainingProgress(
+        progress.MetricsFile(tmp_path / "m.jsonl"), "tokens", 4096, torch.device("cpu")
+    )
+    screen = io.StringIO()
+    shown.console = Console(file=screen, force_terminal=True, width=width)
+    state = transformers.TrainerState(global_step=0, max_steps=12_000)
+    control, arguments = transformers.TrainerControl(), transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to="none"
+    )  # fmt: skip
+    shown.on_train_begin(arguments, state, control)
+    logs = {"loss": 2.3456, "learning_rate": 3e-3, "grad_norm": 1.5}
+    for step in range(1, 4):
+        state.global_step = step
+        shown.on_log(arguments, state, control, logs)
+        shown.on_log(arguments, state, control, {"eval_loss": 2.5, "eval_accuracy": 0.975})
+        shown.on_step_end(arguments, state, control)
+        shown._bar.refresh()
+    shown.on_train_end(arguments, state, control)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).split("\r")
+    last = lines[-1].strip("\n")
+    assert len(last) <= width
+    for part in ("step 3/12000", "loss 2.346", " left"):
+        assert part in last, lines
+    assert "\u2026" not in last, "nothing is cut in the middle"
+    assert "accuracy 97.5%" in last
+    assert ("eval_loss 2.500" in last) == (width >= 80)
+    assert ("tokens/s" in last) == (width >= 120)
+    assert ("grad_norm" in last) == (width >= 200)
+
+
+def test_help_shows_defaults_and_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bigkernel {bigkernel.__version__}\n"
+    for kind, recipes in (("text", presets.TEXT_RECIPES), ("images", presets.IMAGE_RECIPES)):
+        assert main(["train", kind, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for name, value in recipes["demo"].items():
+            option = f"--{name.replace('_', '-')} "
+            if option in shown:
+                after = shown.split(option, 1)[1].split("[default: ", 1)[1]
+                assert after.startswith(f"{value}]"), option
+        assert "--out <str> The run folder. [default: a free one under runs/]" in shown
+        assert "Defaults are those of the preset demo" in shown
+
+
+def test_a_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Both lines of the first seconds: before torch, and before the data is read."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['torch'] = None\n"  # any import of it fails
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-m", "bigkernel", "train", "text"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("loading PyTorch ...\n")

@@ -5,6 +5,7 @@ loaded; TextDataset; PackedDataset and PackingCollator; digits; image folders, r
 bad input named in the documentation.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -99,9 +100,23 @@ def test_corpus_folder_reads_text_in_name_order(tmp_path):
         ("a.txt", b"caf\xe9 au lait", "byte 0xe9 at byte offset 3"),
         ("a.txt", "hi".encode("utf-16"), "UTF-16"),
         ("a.jsonl", b'{"text": "ok"}\n{"text"', "line 2: not valid JSON"),
-        ("a.jsonl", b'{"body": "x"}', 'line 1: expected an object with a string field "text"'),
+        ("a.jsonl", b'{"body": "x"}', "string field \"text\", got an object with 'body'"),
         ("a.jsonl", rb'{"text": "\ud83d"}', "line 1: half of a surrogate pair"),
-        ("a.jsonl", b'{"text": 3}', 'line 1: expected an object with a string field "text"'),
+        ("a.jsonl", b'{"text": 3}', "line 1: expected a string or an object with a string field"),
+        ("a.jsonl", b'["x"]', 'field "text", got list.'),
+        ("a.json", b'["x", 3]', "a.json, item 2: expected a string or an object with a string"),
+        ("a.json", b'[{"text": null}]', "item 1: expected a string or an object"),
+        ("a.json", b'{"data": ["x"]}', "expected an array of strings or of objects with a string"),
+        ("a.json", b"3", "expected an array of strings or of objects"),
+        ("a.json", b"[]", "a.json is empty"),
+        ("a.json", b'["x",', "a.json: not valid JSON (Expecting value at line 1)"),
+        ("a.json", b'"x"\n{"txt": ""}', "a.json, line 2: expected a string or an object"),
+        ("a.json", b"[" * 100_000, "a.json: unreadable JSON (maximum recursion depth"),
+        ("a.ndjson", b'"x"\n{', "a.ndjson, line 2: not valid JSON"),
+        ("a.txt.gz", b"plain", "a.txt.gz is no whole .gz file: incorrect header check"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "no whole .gz file: its end is missing"),
+        ("a.txt.gz", gzip.compress(bytes(1 << 26)), "grows to more than 200 times its size"),
+        ("a.txt.gz", gzip.compress(b"\xff"), "a.txt.gz is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "line 1: unreadable JSON (maximum recursion depth"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1: unreadable JSON"),
     ],
@@ -128,6 +143,76 @@ def test_corpus_rejects_missing_and_empty_places(tmp_path):
         load_corpus(tmp_path / "pipe")
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         load_corpus("a" * 5000)
+
+
+DOCUMENTS = ["one", "two \u2028 \u72d0"]
+AS_JSON = {
+    "strings": (".json", json.dumps(DOCUMENTS)),
+    "objects": (".json", json.dumps([{"text": text, "id": 1} for text in DOCUMENTS], indent=2)),
+    "mixed": (".json", json.dumps([DOCUMENTS[0], {"text": DOCUMENTS[1]}], ensure_ascii=False)),
+    "lines in .json": (".json", "\n".join(json.dumps({"text": t}) for t in DOCUMENTS)),
+    "lines": (".jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS)),
+    "ndjson": (".NDJSON", "\r\n".join(json.dumps(text) for text in DOCUMENTS)),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(("suffix", "content"), AS_JSON.values(), ids=AS_JSON)
+def test_corpus_json_is_read_as_such(tmp_path, suffix, content, packed):
+    raw = content.encode()
+    file = tmp_path / "folder" / f"a{suffix}{'.gz' if packed else ''}"
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(raw) if packed else raw)
+    for source in (file, file.parent):
+        corpus = load_corpus(source)
+        assert corpus.documents == DOCUMENTS
+        assert corpus.notes == ()
+        assert corpus.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+REFUSED = {
+    "syntax would be learnt": ".csv .tsv .parquet .xlsx .sqlite .sql",
+    "convert it to plain text": ".html .HTM .xml .svg .ipynb .pdf .docx .epub .rtf",
+    "unpack it first": ".zip .tar .tgz .bz2 .xz .zst .7z",
+    "no text; expected": ".pkl .npy .pt .safetensors .bin",
+}
+
+
+@pytest.mark.parametrize(("message", "suffixes"), REFUSED.items(), ids=REFUSED)
+def test_corpus_refuses_what_is_no_plain_text(tmp_path, message, suffixes):
+    for suffix in [s + more for s in suffixes.split() for more in ("", ".gz")]:
+        file = tmp_path / f"a{suffix}"
+        file.write_text("a,b\n1,2\n")
+        with pytest.raises(DataError, match=message):
+            load_corpus(file)
+        with pytest.raises(DataError, match=r"holds no text \(it holds 1 \.\w+\)"):
+            load_corpus(tmp_path)
+        file.unlink()
+
+
+def test_corpus_says_what_is_read_as_plain_text(tmp_path):
+    for name in ("a.txt", "b.md", "c.rst", "d.text", "e.TXT.gz"):
+        raw = b"plain"
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+        assert load_corpus(tmp_path / name).notes == ()
+    for name in ("f.py", "g.c.gz", "h.yaml", "LICENSE", "book.v2"):
+        raw = b"as it is"
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+        corpus = load_corpus(tmp_path / name)
+        assert corpus.documents == ["as it is"]
+        assert corpus.notes == (f"{name} is read as plain text, every character of it.",)
+    (tmp_path / "table.csv").write_text("a,b")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    corpus = load_corpus(tmp_path)
+    assert corpus.documents == ["plain"] * 5 + ["as it is"] * 2
+    assert "being plain text: 1 .csv, 1 .v2, 1 .yaml, 1 no suffix." in corpus.notes[0]
+    assert corpus.notes[1] == "read as plain text, every character of them: 1 .c, 1 .py."
+
+
+def test_corpus_gz_of_several_members(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two") + bytes(9))
+    assert load_corpus(tmp_path / "a.txt.gz").documents == ["one two"]
 
 
 @pytest.mark.parametrize("mode", ["contiguous", "document"])
@@ -209,6 +294,9 @@ def test_tokenizer_rejects_what_it_cannot_build(tmp_path):
         build_tokenizer("wordpiece", ENGLISH, vocab_size=5)
     with pytest.raises(DataError, match="cannot be read"):
         build_tokenizer(tmp_path)
+    for path in (tmp_path / "missing", "./missing", "a/b/missing"):
+        with pytest.raises(DataError, match="there is no folder"):
+            build_tokenizer(path)
 
 
 @pytest.mark.parametrize("offline", ["asked for", "no network"])
@@ -448,3 +536,152 @@ def test_collate_takes_arrays_without_ids():
     batch = collate_images([{"pixel_values": np.zeros((1, 2, 2), np.uint8), "labels": 1}] * 3)
     assert set(batch) == {"labels", "pixel_values"}
     assert batch["pixel_values"].shape == (3, 1, 2, 2)
+
+
+# Splits that a folder brings
+
+
+def folders_of_images(root, *paths):
+    for number, path in enumerate(paths):
+        save_image(root / path, value=(10 * number, 0, 0))
+
+
+TRAIN = ("train/cat/a.png", "train/cat/b.png", "train/dog/c.png", "train/dog/deeper/d.png")
+
+
+@pytest.mark.parametrize(
+    ("train", "held"), [("train", "val"), ("Training", "VALID"), ("train", "validation")]
+)
+def test_image_folder_takes_its_split(tmp_path, train, held):
+    moved = [path.replace("train", train, 1) for path in TRAIN]
+    folders_of_images(tmp_path, *moved, f"{held}/dog/e.png", "test/cat/f.png", "test/dog/g.png")
+    data = load_image_folder(tmp_path)
+    assert data.label_names == ["cat", "dog"]
+    train_set, held_set = data.split(0.5, seed=9)
+    assert train_set.labels.tolist() == [0, 0, 1, 1]
+    assert held_set.labels.tolist() == [1]
+    assert [data.images.files[i].name for i in held_set.indices] == ["e.png"]
+    assert f"{train} to train, {held} held back. test is left" in data.notes[0]
+    assert f"{held} has no images of 1 of the 2 classes (cat)" in data.notes[1]
+    # The part that is used is what is hashed.
+    before = data.sha256
+    (tmp_path / "test" / "cat" / "f.png").unlink()
+    assert load_image_folder(tmp_path).sha256 == before
+    (tmp_path / held / "dog" / "e.png").unlink()
+    assert load_image_folder(tmp_path).sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("paths", "classes", "note"),
+    [
+        # test is held back where there is no val
+        ((*TRAIN, "test/cat/e.png"), ["cat", "dog"], "test held back"),
+        (TRAIN, ["cat", "dog"], "train is the part to train on"),
+        # as in competitions: the test images have no labels
+        ((*TRAIN, "test/1.png"), ["cat", "dog"], "test has images and no class folders: not used"),
+        ((*TRAIN, "val/cat/e.png", "test/1.png"), ["cat", "dog"], "val held back. test has images"),
+        # no images in there: no class and no part
+        ((*TRAIN, "val/cat/e.png", "notes/a.txt"), ["cat", "dog"], "val held back"),
+        # a class that is really called so
+        (("train/a.png", "bus/b.png"), ["bus", "train"], "train: taken for a class"),
+        (("train/steam/a.png", "bus/b.png"), ["bus", "train"], "for a class like bus"),
+        (("train/a.png", "test/b.png", "bus/c.png"), ["bus", "test", "train"], "train: taken for"),
+        (("a/train/x.png", "b/x.png"), ["a", "b"], None),
+    ],
+)
+def test_image_folder_decides_what_is_a_class(tmp_path, paths, classes, note):
+    folders_of_images(tmp_path, *(p for p in paths if p.endswith("png")))
+    (tmp_path / "notes").mkdir()
+    data = load_image_folder(tmp_path)
+    assert data.label_names == classes
+    said = " ".join(data.notes)
+    assert note in said if note else not said
+    assert (data.held_back is not None) == ("held back." in said)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("train/a.png", "val/b.png"), "images and no class folders in them"),
+        (("val/cat/a.png", "val/dog/b.png"), "holds val and no train folder"),
+        ((*TRAIN, "val/cat/a.png", "valid/cat/b.png"), "val and valid, which are for the same"),
+        ((*TRAIN, "val/cat/a.png", "bird/b.png"), "other folders with images beside it (bird)"),
+        ((*TRAIN, "val/bird/a.png"), "holds the class bird, of which"),
+        (("set/train/cat/a.png", "set/val/cat/b.png"), "a split of its own (train beside val or"),
+        (("cat/train/a.png", "cat/test/b.png", "dog/train/c.png"), "cat holds a split of its own"),
+        (("train/cat/a.png", "val/cat/b.png"), "one class only (cat)"),
+    ],
+)
+def test_image_folder_refuses_what_could_be_read_in_two_ways(tmp_path, paths, message):
+    folders_of_images(tmp_path, *paths)
+    with pytest.raises(DataError) as error:
+        load_image_folder(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Files made to harm
+
+
+def png_bomb(path, side):
+    """A PNG of side x side pixels in some kilobytes."""
+    import zlib
+
+    def chunk(kind, body):
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * ((side // 8 + 1) * 64), 9)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def test_image_bombs_and_pipes_are_left_out_undecoded(tmp_path, monkeypatch):
+    from PIL import Image, ImageFile
+
+    for name in ("cat", "dog"):
+        save_image(tmp_path / name / "a.png", (16, 12))
+    png_bomb(tmp_path / "cat" / "bomb.png", 40_000)
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "dog" / "zero.jpg").symlink_to("/dev/zero")
+    with open(tmp_path / "dog" / "huge.png", "wb") as file:
+        file.truncate(1 << 40)  # no block of it is on the disk
+    (tmp_path / "dog" / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9")
+    decoded = []
+    usual = ImageFile.ImageFile.load
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: decoded.append(self.size) or usual(self)
+    )
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.warns(UserWarning, match="5 of 7 images cannot be read") as caught:
+        data = load_image_folder(tmp_path)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    assert len(caught) == 1, "none of PIL's"
+    assert len(data) == 2
+    reasons = {Path(file).name: reason for file, reason in data.skipped}
+    assert reasons["bomb.png"] == "40,000 x 40,000 pixels, more than 64,000,000 (--max-pixels)"
+    assert reasons["pipe.png"] == reasons["zero.jpg"] == "not a regular file"
+    assert "1,099,511,627,776 bytes, more than the 513,048,576" in reasons["huge.png"]
+    assert reasons["program.png"] == "not an image"
+    assert set(decoded) == {(16, 12)}
+    (tmp_path / "cat" / "bomb.png").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"5 of 5|16 x 12 pixels, more than 100"),
+        pytest.raises(DataError, match="none of the"),
+    ):
+        load_image_folder(tmp_path, max_pixels=100)
+
+
+def test_a_larger_limit_takes_images_that_pil_itself_would_refuse(tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        save_image(tmp_path / name / "a.png", (16, 12))
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 50
+    try:
+        assert len(load_image_folder(tmp_path, max_pixels=192)) == 2
+        assert Image.MAX_IMAGE_PIXELS == 50
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual

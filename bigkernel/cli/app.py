@@ -1,12 +1,18 @@
 """The options of every command. What they do is in the modules that the commands import."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+import bigkernel
+from bigkernel import presets
+from bigkernel.cli import settings
 from bigkernel.cli.errors import UsageError, guarded, one_process
+from bigkernel.escape import printable
 
 # Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
 _PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -19,15 +25,76 @@ train_app = typer.Typer(help="Train a model and leave it in a run folder.", **_P
 app.add_typer(train_app, name="train")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"bigkernel {bigkernel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def _text(help: str) -> Any:
     return typer.Option(help=help, show_default=False)
+
+
+# What holds where neither the recipe nor a setting has a value of its own.
+_OTHERWISE = {
+    "train text": {
+        "data": "the topics of Python's own help",
+        "vocab_size": "4096 for bpe, 8192 for wordpiece",
+        "prompt": "'The '",
+    },
+    "train images": {
+        "data": "scikit-learn's digits",
+        "image_size": "the model's, else that of small square images, else 32",
+    },
+}
+_OTHERWISE_BOTH = {
+    "out": "a free one under runs/",
+    "threads": "what torch takes",
+    "save_steps": "a quarter of the run, 500 at most",
+}
+_EPILOG = (
+    "Defaults are those of the preset demo; another --preset, --init-from or a --config file "
+    "brings its own."
+)
+
+
+class _TrainCommand(TyperCommand):
+    """A command whose help shows what a setting is when it is not given."""
+
+    def get_help(self, ctx: Any) -> str:
+        """As typer's, with defaults: they come from the recipes, so none is a parameter's own."""
+        command = f"train {self.name}"
+        kind = settings.COMMANDS[command]
+        table = presets.TEXT_RECIPES if command == "train text" else presets.IMAGE_RECIPES
+        values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
+        values = {**values, **table["demo"]}
+        for parameter in self.params:
+            name = str(parameter.name)
+            value = values.get(name)
+            if value is None:
+                value = {**_OTHERWISE_BOTH, **_OTHERWISE[command]}.get(name)
+            if value is not None and not str(getattr(parameter, "help", "")).endswith("]"):
+                parameter.help = f"{parameter.help}  [default: {value}]"  # type: ignore[attr-defined]
+        return super().get_help(ctx)
 
 
 Data = Annotated[str | None, _text("Text: a file, a folder, .jsonl. Images: a folder of classes.")]
 ModelOption = Annotated[str | None, _text("A model preset, or a config file (JSON or YAML).")]
 InitFrom = Annotated[str | None, _text("A trained model to go on with: a folder or a hub name.")]
-Out = Annotated[str | None, _text("The run folder (default: a free one under runs/).")]
-Preset = Annotated[str | None, _text("A recipe: demo (default), small, ... (see presets.py).")]
+Out = Annotated[str | None, _text("The run folder.")]
+Preset = Annotated[str | None, _text("A recipe: demo, small, ... (see presets.py).")]
 Config = Annotated[str | None, _text("A YAML file of settings, such as a run's config.yaml.")]
 Epochs = Annotated[float | None, _text("Passes over the training part.")]
 MaxSteps = Annotated[int | None, _text("Optimiser steps; with --epochs too, this one counts.")]
@@ -35,16 +102,22 @@ Optim = Annotated[str | None, _text("adamw, adam or sgd.")]
 Lr = Annotated[float | None, _text("Highest learning rate.")]
 BatchSize = Annotated[int | None, _text("Sequences or images in a batch.")]
 Seed = Annotated[int | None, _text("Seed of weights, order, dropout and augmentation.")]
-Device = Annotated[str | None, _text("auto (default), cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, _text("auto (default), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, _text("auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, _text("auto, float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, _text("CPU threads.")]
 SaveSteps = Annotated[int | None, _text("A checkpoint every so many steps.")]
 Resume = Annotated[str | None, _text("auto, or a run or checkpoint folder to go on with.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that a model or tokenizer folder brings."
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 
 
-@train_app.command("text")
+@train_app.command("text", cls=_TrainCommand, epilog=_EPILOG)
 @guarded
 def train_text(
     data: Data = None,
@@ -74,13 +147,14 @@ def train_text(
     out: Out = None,
     resume: Resume = None,
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a language model: a LLaMA-style decoder over bytes unless told otherwise."""
     options = dict(locals())
     _train("train text", options)
 
 
-@train_app.command("images")
+@train_app.command("images", cls=_TrainCommand, epilog=_EPILOG)
 @guarded
 def train_images(
     data: Data = None,
@@ -88,6 +162,9 @@ def train_images(
     init_from: InitFrom = None,
     augment: Annotated[str | None, _text("A recipe's name, or a YAML file with one.")] = None,
     image_size: Annotated[int | None, _text("Pixels a side into the model.")] = None,
+    max_pixels: Annotated[
+        int | None, _text("Images of more pixels are left out, undecoded.")
+    ] = None,
     preset: Preset = None,
     config: Config = None,
     epochs: Epochs = None,
@@ -103,6 +180,7 @@ def train_images(
     out: Out = None,
     resume: Resume = None,
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an image classifier: a ViT on scikit-learn's digits unless told otherwise."""
     options = dict(locals())
@@ -129,10 +207,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = None,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt with the model of a text run."""
     from bigkernel.cli import device as devices
-    from bigkernel.cli import models, settings, text
+    from bigkernel.cli import models, text
 
     one_process("generate")
     if temperature != 0 and not 1e-6 <= temperature < math.inf:  # scores are divided by it
@@ -145,12 +224,13 @@ def generate(
         raise UsageError(f"--top-k must be 0 or more, got {top_k}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}.")
+    run = settings.user_path(run)
     if settings.command_of(run) != text.COMMAND:
         raise UsageError(f"{run} holds an image classifier; `generate` needs a text run.")
     devices.use_threads(threads)
     where = devices.pick_device(device or "auto")
     models.quiet_transformers()
-    model, tokenizer = text.load_run(run)
+    model, tokenizer = text.load_run(run, trust_remote_code)
     models.place(model, where)
     print(
         text.sample(
@@ -171,16 +251,18 @@ def generate(
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, _text("Other data to measure on, all of it (default: the held-back part).")
+        str | None, _text("Other data to measure on, all of it.  [default: the part held back]")
     ] = None,
     device: Device = None,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure the model of a run on data that it was not trained on."""
     from bigkernel.cli import device as devices
-    from bigkernel.cli import images, models, run_folder, settings, text, train_loop
+    from bigkernel.cli import images, models, run_folder, text, train_loop
 
     one_process("evaluate")
+    run = settings.user_path(run)
     command = settings.command_of(run)
     values, recorded = settings.read_config(run / run_folder.CONFIG, command)
     devices.use_threads(threads if threads is not None else values.get("threads"))
@@ -188,11 +270,11 @@ def evaluate(
     models.quiet_transformers()
     chosen: Any = settings.COMMANDS[command](**values)
     measure: Any = text.evaluate if command == text.COMMAND else images.evaluate
-    figures = measure(run, chosen, recorded, data, where)
+    figures = measure(run, chosen, recorded, data, where, trust_remote_code)
     train_loop.show(figures, f"{run} on {data or 'the part of its data held back from training'}")
     files = [run_folder.EVALUATION]
     files += [images.CONFUSION, images.ROC] if command == images.COMMAND else []
-    print("written: " + ", ".join(str(run / name) for name in files))
+    print("written: " + ", ".join(printable(run / name) for name in files))
 
 
 @app.command()

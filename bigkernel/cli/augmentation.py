@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from bigkernel import presets, transforms
 from bigkernel.cli.errors import UsageError
+from bigkernel.cli.settings import read_document, user_path
 from bigkernel.transforms import Compose, InterpolationMode, Transform
 
 Recipe = list[dict[str, dict[str, Any]]]
@@ -21,17 +19,13 @@ def read_recipe(spec: str | Sequence[Any]) -> Recipe:
     if spec in presets.AUGMENTATIONS:
         named: Recipe = presets.pick("augmentation", presets.AUGMENTATIONS, spec)
         return named
-    path = Path(spec)
+    path = user_path(spec)
     if not path.is_file():
         raise UsageError(
             f"--augment {spec}: neither a recipe nor a file. "
             f"Recipes: {', '.join(presets.AUGMENTATIONS)}."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UsageError(f"{path} is not valid YAML.") from None
-    return _checked(content, str(path))
+    return _checked(read_document(path), str(path))
 
 
 def _checked(content: Any, where: str) -> Recipe:

@@ -9,6 +9,7 @@ from bigkernel.bench import TABLES, Result, cases_of, machine, report, run_case
 from bigkernel.bench.measure import QUICK, Plan
 from bigkernel.cli.device import use_threads
 from bigkernel.cli.errors import Failure, UsageError
+from bigkernel.cli.settings import user_path
 
 
 def bench(
@@ -22,6 +23,7 @@ def bench(
     for op in ops:
         if op not in TABLES:
             raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(TABLES)}.")
+    json, plot = (None if path is None else user_path(path) for path in (json, plot))
     for path in (json, plot):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}.")

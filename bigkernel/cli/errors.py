@@ -13,6 +13,7 @@ import typer
 
 from bigkernel import _command
 from bigkernel.checkpoint import TrainingInterrupted
+from bigkernel.escape import printable
 from bigkernel.interrupts import Stopped, drop_closed_streams
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -77,7 +78,7 @@ def fail(error: BaseException, code: int) -> NoReturn:
     if os.environ.get(TRACEBACK) == "1":
         raise error
     sys.stdout.flush()
-    print(f"Error: {sentence(error)}", file=sys.stderr)
+    print(f"Error: {printable(sentence(error))}", file=sys.stderr)
     expected = isinstance(error, (UsageError, Failure, ValueError, RuntimeError, OSError))
     if not expected:
         print(f"({TRACEBACK}=1 shows where it came from.)", file=sys.stderr)
@@ -125,4 +126,4 @@ def _sentence_of_warning(
     line: str | None = None,
 ) -> str:
     """Without the line of source that warned, which says nothing to who typed a command."""
-    return f"Warning: {' '.join(str(message).split())}\n"
+    return f"Warning: {printable(' '.join(str(message).split()))}\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from bigkernel import presets, report
 from bigkernel.cli import augmentation, models, run_folder
@@ -22,6 +22,8 @@ from bigkernel.data import (
     load_digits,
     load_image_folder,
 )
+from bigkernel.escape import code_span, markdown, printable
+from bigkernel.files import MAX_PIXELS
 from bigkernel.metrics import ImageMetrics
 from bigkernel.transforms import Compose
 
@@ -35,18 +37,24 @@ PREPROCESSOR = "preprocessor_config.json"
 MEAN = STD = 0.5
 
 
-def read(source: str | None) -> ImageData:
-    """The digits, or a folder of class folders."""
-    data = load_digits() if source is None else load_image_folder(source)
+def read(source: str | None, max_pixels: int = MAX_PIXELS) -> ImageData:
+    """The digits, or a folder of class folders; with lines on what is read and how."""
+    what = "scikit-learn's digits" if source is None else f"the images in {printable(source)}"
+    print(f"reading {what}", flush=True)
+    data = load_digits() if source is None else load_image_folder(source, max_pixels=max_pixels)
+    for note in data.notes:
+        print(printable(note))
     if int(data.labels.unique().numel()) < 2:
         raise DataError(f"{data.name} has images of one class only; a classifier needs two.")
     return data
 
 
-def prepare(settings: ImageSettings, run: Path, recorded: dict[str, Any]) -> Task:
+def prepare(
+    settings: ImageSettings, run: Path, recorded: dict[str, Any], trust_remote_code: bool = False
+) -> Task:
     """Read the data and build the model; every complaint about the input comes from here."""
     set_seed(settings.seed)
-    data = read(settings.data)
+    data = read(settings.data, settings.max_pixels)
     check_same_data(recorded.get("sha256"), data.sha256, run, "images")
     train_set, held_back = data.split(settings.validation, settings.seed)
     channels = int(data.images[0].shape[0])
@@ -54,6 +62,7 @@ def prepare(settings: ImageSettings, run: Path, recorded: dict[str, Any]) -> Tas
         model = models.load(
             presets.IMAGES,
             settings.init_from,
+            trust_remote_code=trust_remote_code,
             num_labels=len(data.label_names),
             id2label=dict(enumerate(data.label_names)),
             label2id={name: index for index, name in enumerate(data.label_names)},
@@ -72,7 +81,7 @@ def prepare(settings: ImageSettings, run: Path, recorded: dict[str, Any]) -> Tas
     # Now, not at the first step: a recipe may ask for more pixels than an image has.
     grid = sample_images(augment, train_set, fit, settings.seed)
     print(
-        f"images {data.name}: {len(data):,} of {len(data.label_names)} classes, "
+        f"images {printable(data.name)}: {len(data):,} of {len(data.label_names)} classes, "
         f"sha256 {data.sha256[:12]}; {wanted}x{size}x{size} into the model"
         + (f"; {len(data.skipped)} unreadable ones left out" if data.skipped else "")
     )
@@ -81,7 +90,7 @@ def prepare(settings: ImageSettings, run: Path, recorded: dict[str, Any]) -> Tas
         metrics = measure(model, held_back, plain, fit, settings.batch_size)
         save_pictures(metrics, data.label_names, folder)
         report.save_image_grid(grid * STD + MEAN, folder / SAMPLE)
-        print(f"sample: {run / SAMPLE} shows {len(grid)} augmented training images")
+        print(f"sample: {printable(run / SAMPLE)} shows {len(grid)} augmented training images")
         pictures = f"![augmented images]({SAMPLE})\n\n![confusion]({CONFUSION})\n\n![ROC]({ROC})"
         return metrics.compute(), pictures
 
@@ -100,18 +109,31 @@ def prepare(settings: ImageSettings, run: Path, recorded: dict[str, Any]) -> Tas
         collate=fit.collate,
         unit="images",
         per_item=1,
+        look_at=256,
         data={
             "images": data.name,
             "sha256": data.sha256,
             "count": len(data),
             "classes": len(data.label_names),
             "skipped": len(data.skipped),
+            "held_back": len(held_back),
         },
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, data),
-        trainer_options={"augmentation": augment, "eval_augmentation": plain},
+        trainer_options={
+            "augmentation": augment,
+            "eval_augmentation": plain,
+            "compute_metrics": accuracy,
+        },
     )
+
+
+def accuracy(predictions: EvalPrediction) -> dict[str, float]:
+    """The share of images whose class was named, for the line that is shown while training."""
+    logits, labels = predictions.predictions, predictions.label_ids
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float((scores.argmax(-1) == labels).mean())}
 
 
 class Channels:
@@ -168,9 +190,9 @@ def sample_images(
 def measure(
     model: PreTrainedModel, dataset: Any, plain: Compose, fit: Channels, batch_size: int
 ) -> ImageMetrics:
-    """``ImageMetrics`` of a model over a dataset of uint8 images."""
+    """``ImageMetrics`` of a model over uint8 images, all of which this process measures."""
     device = model.device
-    metrics = ImageMetrics(len(model.config.id2label or {}))
+    metrics = ImageMetrics(len(model.config.id2label or {}), sync_on_compute=False)
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=fit.collate):
         images = batch["pixel_values"]
         moved = (
@@ -193,16 +215,20 @@ def evaluate(
     recorded: dict[str, Any],
     data: str | None,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
-    """Figures and pictures on the held-back part of the run's own images, or on all of others."""
+    """Figures and pictures on the held-back part of the run's own images, or on all of others.
+
+    Of others that bring their own split, on the part that it holds back.
+    """
     if not (run / LABELS).is_file():
         raise Failure(
             f"{run} holds no finished model. Go on with it: "
             f"bigkernel train images --resume auto --out {run}"
         )
     names = json.loads((run / LABELS).read_text(encoding="utf-8"))
-    model = models.load(presets.IMAGES, str(run)).eval()
-    images = read(data if data is not None else settings.data)
+    model = models.load(presets.IMAGES, str(run), trust_remote_code=trust_remote_code).eval()
+    images = read(data if data is not None else settings.data, settings.max_pixels)
     if data is None:
         check_same_data(recorded.get("sha256"), images.sha256, run, "images")
         _, dataset = images.split(settings.validation, settings.seed)
@@ -212,7 +238,8 @@ def evaluate(
                 f"{data} has the classes {', '.join(images.label_names)}, but the model knows "
                 f"{', '.join(names)}."
             )
-        dataset = ImageDataset(images)
+        whole = images.held_back is None
+        dataset = ImageDataset(images) if whole else images.split()[1]
     channels = int(images.images[0].shape[0])
     wanted = int(getattr(model.config, "num_channels", channels))
     size = int(json.loads((run / PREPROCESSOR).read_text())["size"]["height"])
@@ -243,10 +270,10 @@ def _preprocessor(size: int, mean: Sequence[float], std: Sequence[float]) -> str
 
 def _card(run: Path, data: ImageData) -> dict[str, str]:
     return {
-        "title": run.resolve().name,
+        "title": markdown(run.resolve().name),
         "task": "image-classification",
         "intended": (
-            f"An image classifier trained on `{data.name}` ({len(data):,} images of "
+            f"An image classifier trained on {code_span(data.name)} ({len(data):,} images of "
             f"{len(data.label_names)} classes). It names one of these classes whatever it is shown."
         ),
         "usage": (

@@ -1,25 +1,25 @@
 """New models from presets and config files, and models to go on with."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigkernel import presets
+from bigkernel.checkpoint import notify
 from bigkernel.cli.errors import Failure, UsageError
-from bigkernel.cli.settings import Model
-from bigkernel.data.tokenizer import hub_is_reachable
+from bigkernel.cli.settings import Model, read_document, user_path
+from bigkernel.data.tokenizer import check_folder, code_not_run, hub_is_reachable, means_a_folder
 from bigkernel.integrations import accelerate
 
 
@@ -38,17 +38,13 @@ def inline(kind: str, model: Model) -> Model:
     table = presets.TEXT_MODELS if kind == presets.TEXT else presets.IMAGE_MODELS
     if model in table:
         return model
-    path = Path(model).expanduser()
+    path = user_path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(
             f"--model {model}: neither a preset nor a config file. Presets: {', '.join(table)}."
         )
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError):
-        raise UsageError(f"{file} is not valid JSON or YAML.") from None
+    content = read_document(file)
     if not isinstance(content, dict) or "model_type" not in content:
         raise UsageError(f"{file} must be a model's config with a model_type, such as llama.")
     return content
@@ -60,6 +56,18 @@ def _config(kind: str, model: Model, **from_data: Any) -> Any:
     # What belongs to a saved file and not to the shape of the model.
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
         content.pop(name, None)
+    if content.pop("auto_map", None) is not None:
+        raise UsageError(
+            "the model's config names code of its own (auto_map), and a new model is built from "
+            "transformers' own classes. Take auto_map out, or start from the model's weights with "
+            "--init-from and --trust-remote-code."
+        )
+    kernels = _hub_kernels(content)
+    if kernels is not None:
+        raise UsageError(
+            f"the model's config asks for kernels of a hub ({kernels}), which is code; take the "
+            "line out."
+        )
     content.update(from_data)
     model_type = content.pop("model_type")
     try:
@@ -124,7 +132,7 @@ def new_image_model(
 
 def _build(auto: Any, config: Any, what: str) -> PreTrainedModel:
     try:
-        return auto.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # of many kinds, for a width of 0 or an activation without a name
@@ -134,22 +142,73 @@ def _build(auto: Any, config: Any, what: str) -> PreTrainedModel:
         raise UsageError(f"the model cannot be built: {kind}{_one(error)}") from None
 
 
-def load(kind: str, name: str, **arguments: Any) -> PreTrainedModel:
+def load(
+    kind: str, name: str, *, trust_remote_code: bool = False, **arguments: Any
+) -> PreTrainedModel:
     """A trained model from a folder or a hub, in float32; safetensors only, never a pickle."""
     auto = AutoModelForCausalLM if kind == presets.TEXT else AutoModelForImageClassification
-    local = Path(name).expanduser()
+    local = user_path(name)
+    if local.is_dir():
+        check_folder(local)
+    elif local.exists():
+        raise Failure(f"{local} is a file; give the folder of a run or of a downloaded model.")
+    elif means_a_folder(name):
+        raise Failure(f"there is no folder {local}; give the folder of a run or of a model.")
     where = str(local) if local.exists() else name
     if not local.exists() and not hub_is_reachable():
         arguments["local_files_only"] = True
+    if not trust_remote_code:
+        _without_code(where, arguments.get("local_files_only", False))
     try:
-        return auto.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **arguments)
+        return auto.from_pretrained(
+            where,
+            dtype=torch.float32,
+            use_safetensors=True,
+            # Not left to the default, which asks on stdout whether to run a model's own code.
+            trust_remote_code=trust_remote_code,
+            **arguments,
+        )
     except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
+        refused = code_not_run(error, where)
+        if refused is not None:
+            raise Failure(refused) from error
         if local.exists():
             raise Failure(f"{local} holds no model that can be loaded: {_one(error)}") from error
         raise Failure(
             f"{name} is not a folder here, and no hub gave a model of that name "
             f"({_one(error)[:160]}). Give the path of a run or of a downloaded model."
         ) from error
+
+
+def _without_code(where: str, offline: bool) -> None:
+    """Refuse a model whose config asks for kernels from a hub, and say so of code left alone."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(where, local_files_only=offline)
+    except Exception:  # what is wrong with it is said where the model is loaded
+        return
+    kernels = _hub_kernels(config)
+    if kernels is not None:
+        raise Failure(
+            f"{where} asks for attention kernels of a hub ({kernels}), which is code that is not "
+            "run unasked: allow it with --trust-remote-code, or take the line out of config.json."
+        )
+    known = config.get("model_type") in CONFIG_MAPPING
+    if known and config.get("auto_map"):
+        notify(
+            f"{where} brings code of its own, which is not run (--trust-remote-code would): "
+            f"transformers' own {config['model_type']} is used."
+        )
+
+
+def _hub_kernels(config: Any) -> str | None:
+    """The hub's name in a setting such as attn_implementation, here or in a part of the model."""
+    for name, value in config.items():
+        if name.endswith("_implementation") and "/" in str(value):
+            return str(value)
+        found = _hub_kernels(value) if isinstance(value, dict) else None
+        if found is not None:
+            return found
+    return None
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from bigkernel.checkpoint import write_file_atomically
 LINE_SECONDS = 5.0
 # Throughput is a mean over this many seconds, so that it shows what happens now.
 WINDOW_SECONDS = 10.0
+# Characters of the bar, and of a terminal that has room for one.
+BAR_WIDTH, WIDE = 16, 100
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -85,7 +88,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
@@ -130,15 +133,17 @@ class TrainingProgress(TrainerCallback):
         self._started = time.monotonic()
         self._throughput.update(self._started, state.global_step)
         if self.console.is_terminal:
+            # A narrow terminal is left to the numbers.
+            bar = [BarColumn(bar_width=BAR_WIDTH)] if self.console.width >= WIDE else []
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}"),
+                *bar,
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 refresh_per_second=4,
             )
             self._task = self._bar.add_task(
-                "", total=state.max_steps, completed=state.global_step, text=""
+                "", total=state.max_steps, completed=state.global_step, text="starting"
             )
             self._bar.start()
 
@@ -151,9 +156,11 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         self._throughput.update(time.monotonic(), state.global_step)
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=state.global_step, text=self._text(state.max_steps)
-            )
+            width = self.console.width - len(f"step {state.max_steps}/{state.max_steps} ")
+            if len(self._bar.columns) > 2:
+                width -= BAR_WIDTH + 1
+            text = self._text(state.max_steps, width)
+            self._bar.update(self._task, completed=state.global_step, text=text)
 
     def on_log(
         self,
@@ -198,21 +205,37 @@ class TrainingProgress(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _text(self, max_steps: int) -> str:
-        parts = []
-        for name, form in (
-            ("loss", ".3f"),
-            ("eval_loss", ".3f"),
-            ("lr", ".2e"),
-            ("grad_norm", ".2f"),
+    def _text(self, max_steps: int, width: int | None = None) -> str:
+        """What is known, on one line; of ``width`` characters, the more important part of it."""
+        parts: dict[str, str] = {}
+        for name, shown, form in (
+            ("loss", "loss", ".3f"),
+            ("eval_loss", "eval_loss", ".3f"),
+            ("eval_accuracy", "accuracy", ".1%"),
+            ("lr", "lr", ".2e"),
+            ("grad_norm", "grad_norm", ".2f"),
         ):
             if name in self._latest:
-                parts.append(f"{name} {self._latest[name]:{form}}")
+                parts[name] = f"{shown} {self._latest[name]:{form}}"
         speed = self._throughput.steps_per_second()
         if math.isfinite(speed):
-            parts.append(f"{speed * self.per_step:,.0f} {self.unit}/s")
-        parts.append(human_bytes(memory_bytes(self.device)))
+            parts["speed"] = f"{speed * self.per_step:,.0f} {self.unit}/s"
+        parts["memory"] = human_bytes(memory_bytes(self.device))
         if self._throughput._marks:
             left = max_steps - self._throughput._marks[-1][1]
-            parts.append(f"{human_time(left / speed if speed > 0 else math.nan)} left")
-        return "  ".join(parts)
+            parts["left"] = f"{human_time(left / speed if speed > 0 else math.nan)} left"
+        return fitting(parts, width)
+
+
+# What a narrow terminal is spared, first things first.
+_SPARED = ("grad_norm", "memory", "lr", "speed", "eval_loss", "eval_accuracy", "loss")
+
+
+def fitting(parts: Mapping[str, str], width: int | None) -> str:
+    """``parts`` in their order, without the least important ones that ``width`` has no room for."""
+    kept = dict(parts)
+    for name in _SPARED:
+        if width is None or len("  ".join(kept.values())) <= width:
+            break
+        kept.pop(name, None)
+    return "  ".join(kept.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bigkernel.checkpoint import write_file_atomically
 from bigkernel.cli.errors import UsageError
+from bigkernel.files import follow_umask
 from bigkernel.run_lock import LOCK, writing_to
 
 CONFIG = "config.yaml"
@@ -182,6 +183,7 @@ def files_moved_into(run: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         try:
             yield aside
+            follow_umask(aside)
             for file in sorted(aside.iterdir()):
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -17,6 +18,7 @@ import yaml
 
 from bigkernel import presets
 from bigkernel.cli.errors import UsageError
+from bigkernel.files import MAX_PIXELS, is_regular
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -107,13 +109,23 @@ class ImageSettings(Settings):
     validation: float = 0.2
     augment: Augment | None = None
     image_size: int | None = None
+    max_pixels: int = MAX_PIXELS
 
     def check(self) -> None:
         super().check()
+        self._range("max_pixels", self.max_pixels > 0, "above 0")
         self._range("image_size", self.image_size is None or self.image_size > 0, "above 0")
 
 
 COMMANDS: dict[str, type[Settings]] = {"train text": TextSettings, "train images": ImageSettings}
+
+
+def user_path(given: str | Path) -> Path:
+    """A path as typed, with ~ for the home folder (which a shell leaves in ``--out=~/x``)."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # there is no such user
+        raise UsageError(f"{given}: there is no home folder of that name.") from None
 
 
 def option(name: str) -> str:
@@ -198,20 +210,73 @@ def command_of(run: Path) -> str:
     return str(command)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+# No settings are so long; what is, or unfolds to more, was made to fill the memory.
+_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 20, 100_000, 64
+
+
+def read_document(path: Path) -> Any:
+    """What a YAML or JSON file holds; UsageError naming the file where it cannot be read.
+
+    Only regular files of 1 MiB at most, and 100,000 values with each alias written out, 64 deep.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not is_regular(path) and not path.is_dir():
+            raise UsageError(f"{path} is no regular file; write the settings into one.")
+        if path.stat().st_size > _MOST_BYTES:
+            raise UsageError(f"{path} has {path.stat().st_size:,} bytes: too long for settings.")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such config file.") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a YAML file: it is not UTF-8 text.") from None
+    form = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    try:
+        if form == "JSON":
+            return json.loads(text)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # Before anything is built of it: merged mappings are copied while they are built.
+            if _unfolded(node, {}) > _MOST_VALUES:
+                raise UsageError(
+                    f"{path}: its aliases unfold to more than {_MOST_VALUES:,} values."
+                )
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise UsageError(f"{path}{where} is not valid YAML: {problem}.") from None
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply for settings.") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, a number too long
+        raise UsageError(f"{path} is not valid {form}: {str(error).split(';')[0]}.") from None
+
+
+def _unfolded(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+    """How many values a node stands for with each alias in it written out."""
+    if depth > _DEEPEST:
+        raise RecursionError
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = _MOST_VALUES + 1  # what it counts for inside itself, where it has no end
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        below = node.value
+    elif isinstance(node, yaml.MappingNode):
+        below = [one for pair in node.value for one in pair]
+    known[id(node)] = 1 + sum(_unfolded(one, known, depth + 1) for one in below)
+    return known[id(node)]
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    content = read_document(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -233,7 +298,8 @@ def _typed(path: Path, name: str, value: Any, hint: Any) -> Any:
     if type(value) in allowed:
         return value
     names = ["nothing" if t is type(None) else t.__name__ for t in allowed]
-    raise UsageError(f"{path}: {name} must be {' or '.join(names)}, got {value!r}.")
+    shown = value if isinstance(value, (str, int, float, bool)) else type(value).__name__
+    raise UsageError(f"{path}: {name} must be {' or '.join(names)}, got {str(shown)[:80]!r}.")
 
 
 def dump(settings: Settings, command: str, record: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from bigkernel.cli.settings import (
     gather,
     option,
     read_config,
+    user_path,
 )
 from bigkernel.cli.train_loop import train
 
@@ -27,13 +28,16 @@ def start(command: str, options: dict[str, Any]) -> None:
     one_process(command)
     force, resume = options.pop("force"), options.pop("resume")
     config, sample = options.pop("config"), options.pop("sample", None)
+    # Of this command line alone: a file must not be able to allow it.
+    trust_remote_code = options.pop("trust_remote_code")
     if force and resume is not None:
         raise UsageError(
             "--force replaces a run and --resume goes on with it: give one of the two."
         )
     _check_text({**options, "config": config, "resume": resume, "sample": sample})
     out_given = options.pop("out")
-    out = None if out_given is None else Path(out_given).expanduser()
+    out = None if out_given is None else user_path(out_given)
+    resume = None if resume is None else str(user_path(resume))
     stored: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     going_on = False
@@ -44,7 +48,7 @@ def start(command: str, options: dict[str, Any]) -> None:
             stored, recorded = read_config(out / run_folder.CONFIG, command)
         elif out.exists():
             run_folder.check_new(out, force=False)
-    given = read_config(Path(config), command)[0] if config is not None else stored
+    given = read_config(user_path(config), command)[0] if config is not None else stored
     # Where a file's run went to is not where its repetition goes.
     given = {name: value for name, value in given.items() if name != "out"}
     settings = _inline(gather(command, options, given, sample))
@@ -65,9 +69,9 @@ def start(command: str, options: dict[str, Any]) -> None:
         device.pick_dtype(settings.dtype, device.pick_device(settings.device))
         models.quiet_transformers()
         if isinstance(settings, TextSettings):
-            task = text.prepare(settings, run, recorded)
+            task = text.prepare(settings, run, recorded, trust_remote_code)
         else:
-            task = images.prepare(cast(ImageSettings, settings), run, recorded)
+            task = images.prepare(cast(ImageSettings, settings), run, recorded, trust_remote_code)
         train(task, resume if going_on else None)
 
 
@@ -96,8 +100,8 @@ def _inline(settings: Settings) -> Settings:
         value = getattr(settings, name, None)
         if value == "":  # of a config file
             raise UsageError(f"{option(name)} is empty: leave it out, or say what to use.")
-        if value is not None and Path(value).expanduser().exists():
-            changes[name] = str(Path(value).expanduser().resolve())
+        if value is not None and user_path(value).exists():
+            changes[name] = str(user_path(value).resolve())
     return dataclasses.replace(settings, **changes)
 
 

@@ -1,5 +1,6 @@
 """Training, measuring and sampling language models."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from bigkernel.data import (
     load_corpus,
     split_corpus,
 )
+from bigkernel.data.tokenizer import code_not_run
+from bigkernel.escape import code_span, markdown, printable
 from bigkernel.metrics import TextMetrics
 
 COMMAND = "train text"
@@ -29,16 +32,32 @@ PROMPT = "The "
 SAMPLE = "sample.txt"
 
 
-def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task:
+def read(source: str | None) -> Corpus:
+    """The corpus, with a line on what is being read, which may take a while, and what was found."""
+    what = "the topics of Python's own help" if source is None else printable(source)
+    print(f"reading {what}", flush=True)
+    corpus = load_corpus(source)
+    for note in corpus.notes:
+        print(printable(note))
+    return corpus
+
+
+def prepare(
+    settings: TextSettings, run: Path, recorded: dict[str, Any], trust_remote_code: bool = False
+) -> Task:
     """Read the data and build the model; every complaint about the input comes from here."""
     set_seed(settings.seed)
-    corpus = load_corpus(settings.data)
+    corpus = read(settings.data)
     check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
     train_part, held_part = split_corpus(corpus.documents, settings.validation)
     spec = settings.tokenizer or settings.init_from or "bytes"
-    start = settings.init_from and models.load(presets.TEXT, settings.init_from)
+    start = settings.init_from and models.load(
+        presets.TEXT, settings.init_from, trust_remote_code=trust_remote_code
+    )
     # Trained on what the model is trained on: the held-back part stays unseen.
-    tokenizer = build_tokenizer(spec, train_part, settings.vocab_size)
+    tokenizer = build_tokenizer(
+        spec, train_part, settings.vocab_size, trust_remote_code=trust_remote_code
+    )
     if start:
         model = start
         if len(tokenizer) > int(model.config.vocab_size):
@@ -56,8 +75,9 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
     held_back = held_back_rows(held_part, tokenizer, settings.max_length)
     prompt = _fitting_prompt(settings, model, tokenizer)
     print(
-        f"corpus {corpus.name}: {len(corpus.documents):,} documents, {corpus.num_bytes:,} bytes, "
-        f"sha256 {corpus.sha256[:12]}; {len(tokenizer):,} tokens in the vocabulary"
+        f"corpus {printable(corpus.name)}: {len(corpus.documents):,} documents, "
+        f"{corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:12]}; "
+        f"{len(tokenizer):,} tokens in the vocabulary"
     )
 
     def finish(model: PreTrainedModel, folder: Path) -> tuple[dict[str, float], str]:
@@ -80,6 +100,7 @@ def prepare(settings: TextSettings, run: Path, recorded: dict[str, Any]) -> Task
         collate=PackingCollator(settings.max_length),
         unit="tokens",
         per_item=settings.max_length,
+        look_at=32,
         data=facts(corpus),
         save_inputs=save_inputs,
         finish=finish,
@@ -139,9 +160,9 @@ def held_back_rows(
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, rows: PackedDataset, batch_size: int) -> dict[str, float]:
-    """``TextMetrics`` of a model over packed rows."""
+    """``TextMetrics`` of a model over packed rows, all of which this process measures."""
     device = model.device
-    metrics = TextMetrics(rows.num_bytes).to(device)
+    metrics = TextMetrics(rows.num_bytes, sync_on_compute=False).to(device)
     collate = PackingCollator(rows.max_length)
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -151,8 +172,11 @@ def measure(model: PreTrainedModel, rows: PackedDataset, batch_size: int) -> dic
 
 
 def readable(text: str) -> str:
-    """Text without the marks that stand for bytes that are no character, cut or invented."""
-    return text.replace("\ufffd", "")
+    """Text without the marks for bytes that are no character, cut or invented.
+
+    And without control characters, with which a terminal could be told to do something.
+    """
+    return re.sub("[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def sample(
@@ -225,17 +249,23 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_run(
+    run: Path, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer that a text run left."""
     if not (run / "config.json").is_file():
         raise Failure(
             f"{run} holds no finished model. Go on with it: "
             f"bigkernel train text --resume auto --out {run}"
         )
-    model = models.load(presets.TEXT, str(run))
+    model = models.load(presets.TEXT, str(run), trust_remote_code=trust_remote_code)
     try:
-        return model.eval(), AutoTokenizer.from_pretrained(str(run))
+        tokenizer = AutoTokenizer.from_pretrained(str(run), trust_remote_code=trust_remote_code)
+        return model.eval(), tokenizer
     except Exception as error:  # of many kinds; all mean that a file is missing or damaged
+        refused = code_not_run(error, f"the tokenizer of {run}")
+        if refused is not None:
+            raise Failure(refused) from error
         reason = " ".join(str(error).split())[:160]
         raise Failure(f"{run} holds no tokenizer that can be loaded: {reason}") from error
 
@@ -246,10 +276,11 @@ def evaluate(
     recorded: dict[str, Any],
     data: str | None,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Figures on the held-back part of the run's own corpus, or on all of another."""
-    model, tokenizer = load_run(run)
-    corpus = load_corpus(data if data is not None else settings.data)
+    model, tokenizer = load_run(run, trust_remote_code)
+    corpus = read(data if data is not None else settings.data)
     documents: Sequence[str] = corpus.documents
     if data is None:
         check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
@@ -263,11 +294,12 @@ def evaluate(
 
 def _card(run: Path, corpus: Corpus, prompt: str) -> dict[str, str]:
     return {
-        "title": run.resolve().name,
+        "title": markdown(run.resolve().name),
         "task": "text-generation",
         "intended": (
-            f"A language model trained on `{corpus.name}` ({corpus.num_bytes:,} bytes). It knows "
-            "nothing but that text: what it says may be false, or repeat its source word for word."
+            f"A language model trained on {code_span(corpus.name)} ({corpus.num_bytes:,} bytes). "
+            "It knows nothing but that text: what it says may be false, or repeat its source word "
+            "for word."
         ),
         "usage": (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

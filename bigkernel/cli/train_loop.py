@@ -21,12 +21,15 @@ from bigkernel.cli.errors import Failure
 from bigkernel.cli.models import parameters
 from bigkernel.cli.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.cli.settings import Settings, dump
+from bigkernel.escape import printable
 from bigkernel.interrupts import Stopped, drop_closed_streams
 from bigkernel.optim import Adam
 from bigkernel.trainer import Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
 LOOKS = 4
+# What the items of a dataset are called, by what is counted in them.
+ITEMS = {"tokens": "sequences", "images": "images"}
 
 
 @dataclass
@@ -34,7 +37,8 @@ class Task:
     """One training run, ready to start: everything that can be wrong with the input has been met.
 
     ``data`` are facts to record about the data, ``unit`` what is counted and ``per_item`` how many
-    of it one item of the training set holds. ``finish`` is called with the trained model and the
+    of it one item of the training set holds; ``look_at`` held-back items are measured while it
+    trains, all of them at the end. ``finish`` is called with the trained model and the
     run folder; it writes samples and pictures and returns (figures, the sample for the card).
     """
 
@@ -47,6 +51,7 @@ class Task:
     collate: Callable[..., Any]
     unit: str
     per_item: int
+    look_at: int
     data: dict[str, Any]
     save_inputs: Callable[[Path], None]
     finish: Callable[[PreTrainedModel, Path], tuple[dict[str, float], str]]
@@ -69,11 +74,14 @@ def train(task: Task, resume: str | None) -> None:
     }
     print(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
-        f"{len(task.held_back):,} held-back sequences"
-        if task.unit == "tokens"
-        else f"{record['parameters']:,} parameters, {len(task.train):,} training and "
-        f"{len(task.held_back):,} held-back images"
+        f"{len(task.held_back):,} held-back {ITEMS[task.unit]}"
     )
+    looked_at = _few(task.held_back, task.look_at)
+    if len(looked_at) < len(task.held_back):
+        print(
+            f"looking at {len(looked_at)} of the held-back {ITEMS[task.unit]} while training, at "
+            "all of them in the end"
+        )
     metrics = MetricsFile(run / run_folder.METRICS)
     progress = TrainingProgress(
         metrics,
@@ -85,7 +93,7 @@ def train(task: Task, resume: str | None) -> None:
         model=task.model,
         args=arguments,
         train_dataset=task.train,
-        eval_dataset=_few(task.held_back),
+        eval_dataset=looked_at,
         data_collator=task.collate,
         callbacks=[progress],
         optimizer_cls_and_kwargs=_optimizer(settings),
@@ -103,8 +111,13 @@ def train(task: Task, resume: str | None) -> None:
     finally:
         progress.close()
     print(f"trained in {human_time(progress.seconds)}")
+    took = {
+        "steps": trainer.state.global_step,
+        "time": human_time(progress.seconds) + (" since it was resumed" if resume else ""),
+        "device": str(arguments.device),
+    }
     try:
-        _leave(task, record, read_metrics(metrics.path))
+        _leave(task, {**record, **took}, read_metrics(metrics.path), len(looked_at))
     except (KeyboardInterrupt, Stopped):
         drop_closed_streams()
         print(
@@ -173,7 +186,7 @@ def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
     return None
 
 
-def _few(held_back: Any, limit: int = 32) -> Any:
+def _few(held_back: Any, limit: int) -> Any:
     """Some items spread over the held-back part: enough to see the curve, soon done."""
     if len(held_back) <= limit:
         return held_back
@@ -186,27 +199,40 @@ def _few(held_back: Any, limit: int = 32) -> Any:
     return torch.utils.data.Subset(held_back, places)
 
 
-def _leave(task: Task, record: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
+def _leave(
+    task: Task, record: Mapping[str, Any], history: list[dict[str, Any]], looked_at: int
+) -> None:
     """Model, inputs, pictures, figures and card; then say where they are."""
     settings, run = task.settings, task.run
     model = task.model.eval()
     with run_folder.files_moved_into(run) as aside:
         model.save_pretrained(aside)
         task.save_inputs(aside)
-        report.save_loss_curve(history, aside / run_folder.LOSS)
         figures, sample = task.finish(model, aside)
+        about = report.learnt_by_heart(history, figures["loss"])
+        report.save_loss_curve(
+            history,
+            aside / run_folder.LOSS,
+            looked_at=f"{looked_at} of {len(task.held_back)} {ITEMS[task.unit]}",
+            final=(int(record["steps"]), figures["loss"]),
+        )
         shown = {k: v for k, v in vars(settings).items() if v is not None and k != "out"}
+        facts = [name for name in record if name not in task.data]
         card = report.model_card(
             **task.card(run),
             data=[(name.replace("_", " "), str(value)) for name, value in task.data.items()],
-            recipe=[(name, str(value)) for name, value in shown.items()],
+            run=[(name, str(record[name])) for name in facts],
+            recipe=[(name, report.without_folders(value)) for name, value in shown.items()],
             metrics=figures,
+            about=about,
             sample=sample,
             repeat=f"bigkernel {task.command} --config config.yaml --out ANOTHER_FOLDER",
         )
         (aside / run_folder.CARD).write_text(card, encoding="utf-8")
     show(figures, f"on the {figures_of(task.unit)} held back from training")
-    print(f"model, metrics, pictures and card are in {run}")
+    if about:
+        print(about)
+    print(f"model, metrics, pictures and card are in {printable(run)}")
 
 
 def figures_of(unit: str) -> str:
@@ -216,7 +242,7 @@ def figures_of(unit: str) -> str:
 
 def show(figures: Mapping[str, float], about: str) -> None:
     """Print figures as aligned lines."""
-    print(about)
+    print(printable(about))
     rows = report.figures(figures)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

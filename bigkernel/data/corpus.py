@@ -5,14 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bigkernel.data.errors import DataError
 
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+# Read as they are, without a word.
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+# Read as they are, which is said: what is plainly text, but not plainly a book.
+SOURCE_SUFFIXES = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go"),
+    *(".java", ".kt", ".scala", ".swift", ".js", ".ts", ".rb", ".pl", ".php", ".lua", ".jl", ".r"),
+    *(".hs", ".ml", ".lisp", ".el", ".sh", ".tex", ".org", ".adoc", ".log", ".srt"),
+)
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (*LINES_SUFFIXES, ".json")
+# Text around which there is so much else that it would be learnt instead; and no text at all.
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".avro", ".xls", ".xlsx", ".ods")
+_DATABASES = (".db", ".sqlite", ".sqlite3", ".sql")
+_MARKED_UP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom", ".ipynb")
+_DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".ps", ".djvu", ".mobi")
+_PACKED = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")
+_NO_TEXT = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", ".h5")
+# Text shrinks to a fifth or so; what grows beyond this was made to fill the memory.
+_MOST_GROWTH = 200
 SAMPLES = {"zh": Path(__file__).parent / "corpora" / "zh_ai.txt"}
 
 
@@ -21,13 +42,15 @@ class Corpus:
     """Documents in a fixed order, and where they came from.
 
     ``sha256`` is that of the files' bytes one after another (so that of ``sha256sum`` for a single
-    file); for the embedded English text, of the documents joined by newlines.
+    file); for the embedded English text, of the documents joined by newlines. ``notes`` are
+    sentences about how it was read that a person should see.
     """
 
     documents: list[str]
     name: str
     sha256: str
     source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -46,13 +69,22 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
     Args:
         source: ``None`` for the English text in the standard library (``pydoc_data.topics``: its
             wording differs between Python versions, hence the recorded hash); ``"sample:zh"`` for
-            the Chinese text that ships with the package; else a path: a text file is one document,
-            a ``.jsonl`` file has one document a line in the field ``text``, a folder stands for
-            every ``.txt``, ``.md`` and ``.jsonl`` file below it, in the order of their names.
+            the Chinese text that ships with the package; else a path to a file, or to a folder,
+            which stands for every file below it that is text by its suffix, in the order of their
+            names (what is left out is in ``notes``).
+
+    The suffix says how a file is read, alone or in a folder, and with ``.gz`` after it too:
+
+    * ``.txt``, ``.md``, ``.rst``: one document, as it is. So are source files (``.py``, ...) and,
+      where they are named themselves, files of unknown suffixes; ``notes`` says so.
+    * ``.jsonl``, ``.ndjson``: one document a line: a string, or an object with a string ``text``.
+    * ``.json``: an array of such strings or objects, one of them, or one a line.
+    * Tables, pages and archives (``.csv``, ``.html``, ``.zip``, ...) are refused: their syntax
+      would be learnt.
 
     Raises:
-        DataError: there is no such file, or it is empty, binary, not UTF-8 or not the JSON
-            expected; the message names the file and the byte or line.
+        DataError: there is no such file, or it is empty, binary, not UTF-8, not the JSON expected
+            or of a kind that is refused; the message names the file and the byte or line.
     """
     if source is None:
         return _topics()
@@ -74,26 +106,79 @@ def load_corpus(source: str | Path | None = None) -> Corpus:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{str(path)[:200]} cannot be read: {reason}.") from error
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in TEXT_SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not files:
-            kinds = ", ".join(TEXT_SUFFIXES)
-            raise DataError(f"the folder {path} holds no text: expected files ending in {kinds}.")
-        return _from_files(files, name=path.resolve().name, source=str(path))
+        return _from_folder(path)
     if path.is_file():
-        return _from_files([path], name=path.name, source=str(path))
+        kind = _kind(path)
+        if kind in _REFUSED:
+            raise DataError(f"{path} {_REFUSED[kind]}")
+        notes: tuple[str, ...] = ()
+        if kind in ("source", "unknown"):
+            notes = (f"{path.name} is read as plain text, every character of it.",)
+        return _from_files([path], name=path.name, source=str(path), notes=notes)
     if path.exists():
         raise DataError(
             f"{path} is neither a file nor a folder; write what comes out of it into a file."
         )
     raise DataError(
-        f"there is no file or folder {path}; give the path of a text, .jsonl or folder."
+        f"there is no file or folder {path}; give the path of a text, .json, .jsonl or folder."
     )
+
+
+_REFUSED = {
+    "table": "is a table or database, whose syntax would be learnt as if it were text; write its "
+    'texts into a .jsonl file, a line {"text": ...} each.',
+    "marked up": "is a document with markup, which would be learnt as if it were text; convert it "
+    "to plain text (.txt or .md) first.",
+    "packed": "is an archive or compressed in a way that is not read here; unpack it first (.gz "
+    "is read as it is).",
+    "no text": "holds data and no text; expected .txt, .md, .json, .jsonl or the like.",
+}
+
+
+def _suffix(file: Path) -> str:
+    """Lower-case suffix, the one before .gz where there is one."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix == ".gz" else suffix
+
+
+def _kind(file: Path) -> str:
+    kinds = {
+        "text": TEXT_SUFFIXES,
+        "source": SOURCE_SUFFIXES,
+        "json": JSON_SUFFIXES,
+        "table": (*_TABLES, *_DATABASES),
+        "marked up": (*_MARKED_UP, *_DOCUMENTS),
+        "packed": _PACKED,
+        "no text": _NO_TEXT,
+    }
+    suffix = _suffix(file)
+    return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "unknown")
+
+
+def _from_folder(path: Path) -> Corpus:
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    files = [file for file in found if _kind(file) in ("text", "source", "json")]
+    others = Counter(_suffix(file) or "no suffix" for file in found if file not in set(files))
+    left_out = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+    if not files:
+        kinds = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES))
+        instead = f" (it holds {left_out})" if left_out else ""
+        raise DataError(
+            f"the folder {path} holds no text{instead}: expected files ending in {kinds}, or the "
+            "suffix of a programming language."
+        )
+    notes = []
+    if left_out:
+        notes.append(f"left out of {path.name or path}, not being plain text: {left_out}.")
+    sources = Counter(_suffix(file) for file in files if _kind(file) == "source")
+    if sources:
+        named = ", ".join(f"{count} {suffix}" for suffix, count in sorted(sources.items()))
+        notes.append(f"read as plain text, every character of them: {named}.")
+    return _from_files(files, name=path.resolve().name, source=str(path), notes=tuple(notes))
 
 
 def split_corpus(
@@ -164,7 +249,7 @@ def _topics() -> Corpus:
     return Corpus(documents, "pydoc_data.topics", digest, "python standard library")
 
 
-def _from_files(files: list[Path], name: str, source: str) -> Corpus:
+def _from_files(files: list[Path], name: str, source: str, notes: tuple[str, ...] = ()) -> Corpus:
     digest = hashlib.sha256()
     documents: list[str] = []
     for file in files:
@@ -173,12 +258,39 @@ def _from_files(files: list[Path], name: str, source: str) -> Corpus:
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
         digest.update(raw)
+        if file.suffix.lower() == ".gz":
+            raw = _unpacked(raw, file)
         text = _decode(raw, file)
-        documents += _json_lines(text, file) if file.suffix.lower() == ".jsonl" else [text]
+        documents += _json(text, file) if _suffix(file) in JSON_SUFFIXES else [text]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise DataError(f"{source} is empty: there is no text in it to train on.")
-    return Corpus(documents, name, digest.hexdigest(), source)
+    return Corpus(documents, name, digest.hexdigest(), source, notes)
+
+
+def _unpacked(raw: bytes, file: Path) -> bytes:
+    """The content of a .gz file, of one or several members."""
+    limit = _MOST_GROWTH * len(raw) + (1 << 20)
+    parts: list[bytes] = []
+    size, rest = 0, raw
+    while rest:
+        reader = zlib.decompressobj(wbits=31)  # gzip, with its checksum
+        try:
+            part = reader.decompress(rest, limit - size + 1)
+        except zlib.error as error:
+            reason = str(error).rsplit(": ", 1)[-1]
+            raise DataError(f"{file} is no whole .gz file: {reason}.") from error
+        size += len(part)
+        if size > limit:
+            raise DataError(
+                f"{file} grows to more than {_MOST_GROWTH} times its size of {len(raw):,} bytes; "
+                "if that is meant, unpack it with `gunzip` and name what comes out."
+            )
+        if not reader.eof:
+            raise DataError(f"{file} is no whole .gz file: its end is missing.")
+        parts.append(part)
+        rest = reader.unused_data.lstrip(b"\0")  # padding, as of tapes
+    return b"".join(parts)
 
 
 def _decode(raw: bytes, file: Path) -> str:
@@ -200,26 +312,53 @@ def _decode(raw: bytes, file: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
+def _json(text: str, file: Path) -> list[str]:
+    """The texts of a JSON file: of its lines, or of the one array that it is."""
+    if _suffix(file) in LINES_SUFFIXES:
+        return _json_lines(text, file)
+    try:
+        content = _parsed(text, str(file))
+    except DataError as error:
+        # Many files named .json hold one JSON value a line.
+        more = isinstance(error.__cause__, json.JSONDecodeError) and "Extra data" in str(error)
+        if not more:
+            raise
+        return _json_lines(text, file)
+    if not isinstance(content, list):
+        return [_text_of(content, str(file), "an array of strings or of objects")]
+    return [
+        _text_of(item, f"{file}, item {number}") for number, item in enumerate(content, start=1)
+    ]
+
+
 def _json_lines(text: str, file: Path) -> list[str]:
-    documents = []
     # Not splitlines(): JSON strings may hold U+2028 and its kin, which are no line ends here.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: not valid JSON ({error.msg}).") from error
-        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-            reason = str(error).split(";")[0]
-            raise DataError(f"{file}, line {number}: unreadable JSON ({reason}).") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise DataError(
-                f'{file}, line {number}: expected an object with a string field "text".'
-            )
-        if re.search("[\ud800-\udfff]", record["text"]):
-            raise DataError(
-                f"{file}, line {number}: half of a surrogate pair, which is no character."
-            )
-        documents.append(record["text"])
-    return documents
+    return [
+        _text_of(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if ", line " in where else f" at line {error.lineno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg}{line}).") from error
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        reason = str(error).split(";")[0]
+        raise DataError(f"{where}: unreadable JSON ({reason}).") from error
+
+
+def _text_of(record: Any, where: str, expected: str = "a string or an object") -> str:
+    text = record.get("text") if isinstance(record, dict) else record
+    if not isinstance(text, str):
+        got = type(record).__name__
+        if isinstance(record, dict):
+            keys = ", ".join(map(repr, list(record)[:5]))
+            got = f"an object with {keys}" if keys else "an empty object"
+        raise DataError(f'{where}: expected {expected} with a string field "text", got {got}.')
+    if re.search("[\ud800-\udfff]", text):
+        raise DataError(f"{where}: half of a surrogate pair, which is no character.")
+    return text

@@ -1,14 +1,19 @@
-"""Labelled images as uint8: scikit-learn's digits, or a folder with one folder a class."""
+"""Labelled images as uint8: scikit-learn's digits, or a folder with one folder a class.
+
+A folder may hold its own split, ``train/<class>`` and ``val/<class>``; see :func:`find_parts`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bigkernel.data.errors import DataError
+from bigkernel.files import MAX_PIXELS, is_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Only these readers of PIL's: others start programs (EPS) or have known little use.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# A pixel of four channels of 16 bits, not compressed.
+_MOST_BYTES_A_PIXEL = 8
+_MOST_OTHER_BYTES = 1 << 20  # a camera's notes, a small picture of the picture
+
+# How the folders of a split are called, and what each is for.
+_ROLES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,9 @@ class ImageData:
         name: what to call this data.
         sha256: of the pixels (digits) or of the files' names and bytes (folder).
         skipped: (file, reason) of each image that could not be read.
+        held_back: bool [N], the images that the data itself sets apart for validation; None where
+            it does not, and :meth:`split` draws them.
+        notes: sentences about how the data was read that a person should see.
     """
 
     images: Tensor | Sequence[Tensor]
@@ -41,6 +62,8 @@ class ImageData:
     name: str
     sha256: str
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    held_back: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,9 +72,17 @@ class ImageData:
         """(training part, held-back part): of every class about ``fraction`` is held back.
 
         A class with a single image keeps it for training. The same seed gives the same parts.
+        Where the data sets its own part apart (``held_back``), that is the one, whatever the
+        arguments.
         """
         if not 0.0 < fraction < 1.0:
             raise DataError(f"the validation fraction must lie between 0 and 1, got {fraction}.")
+        if self.held_back is not None:
+            parts = (~self.held_back, self.held_back)
+            train_set, held_set = (
+                ImageDataset(self, part.nonzero().flatten().tolist()) for part in parts
+            )
+            return train_set, held_set
         generator = torch.Generator().manual_seed(seed)
         train: list[int] = []
         held: list[int] = []
@@ -142,10 +173,122 @@ def load_digits() -> ImageData:
     )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Where the classes of an image folder are.
+
+    Attributes:
+        train: the folder that holds the class folders to train on.
+        held_back: the one that holds those to measure on; None where the root has no split.
+        notes: sentences about what was decided.
+    """
+
+    train: Path
+    held_back: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_parts(root: Path) -> Parts:
+    """Whether the folders in ``root`` are classes, or a split whose folders hold the classes.
+
+    A split is a folder train (or training) with class folders in it, beside val (valid, validation)
+    or test (testing) with class folders too; upper case counts as lower. val is then held back, or
+    test where there is no val; a test beside a val is left for ``bigkernel evaluate``. A folder
+    train alone is a split without a held-back part, unless there are other classes beside it.
+
+    Raises:
+        DataError: the folders can be read in several ways, or the split lacks its train folder.
+    """
+    folders = [folder for folder in _folders(root) if _holds_images(folder)]
+    for folder in folders:
+        inner = {_ROLES.get(f.name.lower()) for f in _folders(folder) if _holds_images(f)}
+        if "train" in inner and inner & {"val", "test"}:
+            whole = "; give that folder" if len(folders) == 1 else ""
+            raise DataError(
+                f"{folder} holds a split of its own (train beside val or test){whole}; "
+                f"expected {root}/<class>/<image> or {root}/train/<class>/<image>."
+            )
+    by_role: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    others: list[Path] = []
+    flat: list[Path] = []  # named like a part, with images and no classes in it
+    for folder in folders:
+        role = _ROLES.get(folder.name.lower())
+        if role is None:
+            others.append(folder)
+        elif any(_holds_images(inner) for inner in _folders(folder)):
+            by_role[role].append(folder)
+        else:
+            flat.append(folder)
+    named = [folder for role in by_role.values() for folder in role]
+
+    def names(some: Sequence[Path]) -> str:
+        return " and ".join(folder.name for folder in some)
+
+    if not named and not flat:
+        return Parts(root)
+    mend = f"expected {root}/train/<class>/<image>, and val/<class>/<image> beside it"
+    if not named:
+        if not others:
+            raise DataError(
+                f"{root} holds {names(flat)} with images and no class folders in them; {mend}. "
+                "Where these are the classes, rename one of them."
+            )
+        note = f"{names(flat)}: taken for a class, having images and no class folders in it."
+        return Parts(root, notes=(note,))
+    train, held = by_role["train"], by_role["val"] or by_role["test"]
+    if others and not (train and held):
+        # A class that is really called "train", with folders in it.
+        note = (
+            f"{names([*named, *flat])}: taken for a class like {others[0].name} beside it, and not "
+            "for a part of a split."
+        )
+        return Parts(root, notes=(note,))
+    if others:
+        raise DataError(
+            f"{root} holds a split ({names(named)}) and other folders with images beside it "
+            f"({', '.join(folder.name for folder in others)}); {mend}, and nothing else."
+        )
+    twice = next((role for role in by_role.values() if len(role) > 1), None)
+    if twice is not None:
+        raise DataError(f"{root} holds {names(twice)}, which are for the same part; keep one.")
+    if not train:
+        raise DataError(
+            f"{root} holds {names(named)} and no train folder; {mend}. To measure a model on it: "
+            f"bigkernel evaluate RUN --data {held[0]}"
+        )
+    rest = [folder for folder in by_role["test"] if folder not in held]
+    later = f" {names(rest)} is left for `evaluate --data`." if rest else ""
+    if flat:
+        later += f" {names(flat)} has images and no class folders: not used."
+    if not held:
+        note = (
+            f"{train[0].name} is the part to train on, not a class; no val or test folder with "
+            f"classes is beside it, so the held-back part is drawn from it.{later}"
+        )
+        return Parts(train[0], notes=(note,))
+    note = f"the split of the folder: {train[0].name} to train, {held[0].name} held back.{later}"
+    return Parts(train[0], held[0], (note,))
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(map(_is_image_file, folder.rglob("*")))
+
+
 def load_image_folder(
-    path: str | Path, *, keep_bytes: int = 1 << 30, threads: int = 4
+    path: str | Path,
+    *,
+    keep_bytes: int = 1 << 30,
+    threads: int = 4,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageData:
     """Images in class folders: ``path/<class>/**/<image>``, classes in the order of their names.
+
+    ``path/train/<class>`` and ``path/val/<class>`` are taken as the split that they are
+    (:func:`find_parts`); ``notes`` says so.
 
     Every file is decoded once here, so that a damaged one is found before training and not in the
     middle of it. Images become RGB, uint8 [3, H, W], turned upright where the file says how.
@@ -154,22 +297,29 @@ def load_image_folder(
         path: the folder that holds the class folders.
         keep_bytes: pixels to keep in memory; images beyond that are decoded again when asked for.
         threads: threads to decode with.
+        max_pixels: larger images are left out undecoded, and so are files of more than 8 bytes for
+            each of so many pixels and 1 MiB: a small file can hold an image that fills the memory.
 
     Raises:
-        DataError: no such folder, fewer than two classes, or no readable image. Files that cannot
-            be read are left out, named and counted in one warning and listed in ``skipped``.
+        DataError: no such folder, fewer than two classes, no readable image, or a split that can
+            be read in several ways. Files that cannot be read are left out, named and counted in
+            one warning and listed in ``skipped``; so are pipes and devices.
     """
+    if max_pixels < 1:
+        raise DataError(f"max_pixels must be 1 or more, got {max_pixels}.")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give a folder that holds one folder a class.")
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    files = [(file, folder.name) for folder in folders for file in _image_files(folder)]
+    parts = find_parts(root)
+    sides = [side for side in (parts.train, parts.held_back) if side is not None]
+    folders = [(folder, side == parts.held_back) for side in sides for folder in _folders(side)]
+    files = [(file, folder.name, held) for folder, held in folders for file in _image_files(folder)]
     if not files:
         raise DataError(
             f"{root} holds no images in class folders; expected {root}/<class>/<image> with files "
             f"ending in {', '.join(IMAGE_SUFFIXES)}."
         )
-    for folder in folders:
+    for folder, _ in folders:
         if re.search("[\ud800-\udfff]", folder.name):
             raise DataError(
                 f"the class folder {str(folder)!r} has a name that is not UTF-8, which no label "
@@ -178,11 +328,13 @@ def load_image_folder(
     digest = hashlib.sha256()
     kept: list[Path] = []
     classes: list[str] = []
+    held_back: list[bool] = []
     pixels: list[Tensor | None] = []
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(threads) as pool:
-        for (file, label), (image, raw_digest, reason) in zip(
-            files, pool.map(_read, (file for file, _ in files)), strict=True
+        read = partial(_read, max_pixels=max_pixels)
+        for (file, label, held), (image, raw_digest, reason) in zip(
+            files, pool.map(read, (file for file, _, _ in files)), strict=True
         ):
             if image is None:
                 skipped.append((str(file), reason))
@@ -192,6 +344,7 @@ def load_image_folder(
             keep_bytes -= image.numel()
             kept.append(file)
             classes.append(label)
+            held_back.append(held)
             pixels.append(image if keep_bytes >= 0 else None)
     if skipped:
         named = "; ".join(f"{file} ({reason})" for file, reason in skipped[:5])
@@ -202,27 +355,50 @@ def load_image_folder(
         )
     if not kept:
         raise DataError(f"none of the {len(files)} images in {root} can be read.")
-    names = sorted(set(classes))
+    names = sorted({label for label, held in zip(classes, held_back, strict=True) if not held})
+    notes = list(parts.notes)
+    if parts.held_back is not None:
+        measured = {label for label, held in zip(classes, held_back, strict=True) if held}
+        if not measured or not names:
+            lacking = parts.train if measured else parts.held_back
+            raise DataError(f"none of the images in {lacking} can be read.")
+        unknown = sorted(measured - set(names))
+        if unknown:
+            raise DataError(
+                f"{parts.held_back} holds the class {unknown[0]}, of which {parts.train} has no "
+                "readable image to learn from; the classes to measure on must be among those to "
+                "train on."
+            )
+        unseen = [name for name in names if name not in measured]
+        if unseen:
+            shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+            notes.append(
+                f"{parts.held_back.name} has no images of {len(unseen)} of the {len(names)} "
+                f"classes ({shown}): no figure will be about them."
+            )
     if len(names) < 2:
         raise DataError(
-            f"{root} has readable images of one class only ({names[0]}); classification needs two "
-            "or more class folders."
+            f"{parts.train} has readable images of one class only ({names[0]}); classification "
+            "needs two or more class folders."
         )
     return ImageData(
-        images=_Folder(kept, pixels),
+        images=_Folder(kept, pixels, max_pixels),
         labels=_int64(names.index(label) for label in classes),
         label_names=names,
         name=root.resolve().name,
         sha256=digest.hexdigest(),
         skipped=skipped,
+        held_back=None if parts.held_back is None else torch.tensor(held_back),
+        notes=tuple(notes),
     )
 
 
 class _Folder(Sequence[Tensor]):
     """Images of a folder, decoded when asked for unless kept in memory."""
 
-    def __init__(self, files: list[Path], pixels: list[Tensor | None]) -> None:
+    def __init__(self, files: list[Path], pixels: list[Tensor | None], max_pixels: int) -> None:
         self.files = files
+        self.max_pixels = max_pixels
         self._pixels = pixels
 
     def __len__(self) -> int:
@@ -232,30 +408,53 @@ class _Folder(Sequence[Tensor]):
         kept = self._pixels[index]
         if kept is not None:
             return kept
-        image, _, reason = _read(self.files[index])
+        image, _, reason = _read(self.files[index], self.max_pixels)
         if image is None:
             raise DataError(f"{self.files[index]} could be read before and no longer can: {reason}")
         return image
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.rglob("*")):
-        named = file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        if named and not file.is_dir():
-            yield file
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(filter(_is_image_file, folder.rglob("*")))
 
 
-def _read(file: Path) -> tuple[Tensor | None, str, str]:
+def _is_image_file(file: Path) -> bool:
+    """By its name; a pipe called so is left out later, with a word."""
+    named = file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    return named and not file.is_dir()
+
+
+# PIL's own limit is one number for the whole process: held while a file's header is read.
+_PIL_LIMIT = threading.Lock()
+
+
+def _read(file: Path, max_pixels: int) -> tuple[Tensor | None, str, str]:
     """(uint8 [3, H, W] or None, sha256 of the file, why it cannot be read)."""
     import io
 
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
+        if not is_regular(file):
+            return None, "", "not a regular file"
+        size, most = file.stat().st_size, _MOST_BYTES_A_PIXEL * max_pixels + _MOST_OTHER_BYTES
+        if size > most:
+            reason = f"{size:,} bytes, more than the {most:,} that {max_pixels:,} pixels may take"
+            return None, "", f"{reason} (--max-pixels)"
         raw = file.read_bytes()
         if not raw:
             return None, "", "empty file"
-        with Image.open(io.BytesIO(raw)) as image:
+        with _PIL_LIMIT:
+            usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                opened = Image.open(io.BytesIO(raw), formats=_FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = usual
+        with opened as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                limit = f"more than {max_pixels:,} (--max-pixels)"
+                return None, "", f"{width:,} x {height:,} pixels, {limit}"
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 reason = f"{upright.mode} pixels of 32 bits, whose range is not known"

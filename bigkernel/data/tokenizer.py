@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bigkernel.data.errors import DataError
+from bigkernel.files import is_regular
 
 DEFAULT_VOCAB_SIZE = {"bpe": 4096, "wordpiece": 8192}
 # Without this, tokenizers of this class also return token_type_ids, which decoders reject.
@@ -23,7 +24,11 @@ _CJK = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3000-\u303f\uff00-\uffef"
 
 
 def build_tokenizer(
-    spec: str | Path, documents: Iterable[str] | None = None, vocab_size: int | None = None
+    spec: str | Path,
+    documents: Iterable[str] | None = None,
+    vocab_size: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Build or load a tokenizer.
 
@@ -36,18 +41,20 @@ def build_tokenizer(
             transformers' ``AutoTokenizer``.
         documents: what ``"bpe"`` and ``"wordpiece"`` are trained on.
         vocab_size: upper bound for the two trained kinds (default 4096 and 8192).
+        trust_remote_code: run the Python code that a loaded tokenizer may bring.
 
     Returns:
         a tokenizer with ``save_pretrained``, whose folder ``AutoTokenizer`` loads.
 
     Raises:
-        DataError: nothing to train on, a vocabulary too small, or a name that cannot be loaded.
+        DataError: nothing to train on, a vocabulary too small, a name that cannot be loaded, or
+            one that needs code of its own, which was not allowed to run.
     """
     kind = str(spec)
     if kind == "bytes":
         return _bytes()
     if kind not in DEFAULT_VOCAB_SIZE:
-        return _pretrained(kind)
+        return _pretrained(kind, trust_remote_code)
     texts = [text for text in documents or () if text.strip()]
     if not texts:
         raise DataError(f"a {kind} tokenizer is trained on the corpus, and the corpus is empty.")
@@ -150,25 +157,65 @@ def _wordpiece(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _pretrained(name: str) -> PreTrainedTokenizerBase:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder to load from that holds a pipe, socket or device, which could be waited on.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_dir() and not is_regular(file):
+            raise DataError(f"{file} is no regular file: the folder is not loaded.")
+
+
+def means_a_folder(name: str) -> bool:
+    """Whether a name can only be a path, and not the owner/name of a hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def code_not_run(error: BaseException, name: str | Path) -> str | None:
+    """The sentence for a loader's refusal to run what ``name`` brings; None for other errors."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return (
+        f"{name} cannot be loaded without running Python code that it brings, which is not done "
+        "unasked: read that code, then allow it with --trust-remote-code "
+        "(trust_remote_code=True)."
+    )
+
+
+def _pretrained(name: str, trust: bool) -> PreTrainedTokenizerBase:
     local = Path(name).expanduser()
     if local.exists():
-        return _load(str(local), "cannot be read")
+        if local.is_dir():
+            check_folder(local)
+        return _load(str(local), "cannot be read", trust)
+    if means_a_folder(name):
+        raise DataError(
+            f"there is no folder {local}; use bytes, bpe or wordpiece, or give the path of a "
+            "tokenizer folder."
+        )
     try:
-        return _load(name, "is not in the cache", local_files_only=True)
+        return _load(name, "is not in the cache", trust, local_files_only=True)
     except DataError as error:
+        if error.__cause__ is not None and code_not_run(error.__cause__, name) is not None:
+            raise
         if not hub_is_reachable():
             raise DataError(
                 f"the tokenizer {name!r} is not on this machine, and the hub cannot be reached; "
                 "use bytes, bpe or wordpiece, or give the path of a tokenizer folder."
             ) from error
-    return _load(name, "cannot be fetched")
+    return _load(name, "cannot be fetched", trust)
 
 
-def _load(name: str, trouble: str, **options: Any) -> PreTrainedTokenizerBase:
+def _load(name: str, trouble: str, trust: bool, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        # Not left to the default, which asks on stdout whether to run a tokenizer's own code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **options)
     except Exception as error:  # hub clients raise many kinds; all mean that it cannot be had
+        refused = code_not_run(error, f"the tokenizer {name!r}")
+        if refused is not None:
+            raise DataError(refused) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise DataError(
             f"the tokenizer {name!r} {trouble} ({reason}); use bytes, bpe or wordpiece, "
