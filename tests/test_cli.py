@@ -574,7 +574,7 @@ def test_a_terminal_without_the_characters_of_a_sample_loses_nothing(
 def test_full_disk_is_said(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("bigkernel.report.save_loss_curve", full)
@@ -905,7 +905,7 @@ def test_the_card_has_parameters_versions_and_time_and_agrees_with_the_curve(
     drawn: list[Any] = []
     usual = report.save_loss_curve
     monkeypatch.setattr(
-        "bigkernel.report.save_loss_curve", lambda *a, **k: drawn.append(k) or usual(*a, **k)
+        "bigkernel.report.save_loss_curve", lambda *a: drawn.append(a[2:]) or usual(*a)
     )
     (tmp_path / "corpus.txt").write_text("".join(f"{n} {WORDS}" for n in range(300)))
     arguments = train_text(texts, "x", "--data", str(tmp_path / "corpus.txt"))
@@ -921,9 +921,10 @@ def test_the_card_has_parameters_versions_and_time_and_agrees_with_the_curve(
     assert figures["transformers"] == transformers.__version__
     assert figures["steps"] == "8"
     assert re.fullmatch(r"\d+:\d\d", figures["time"])
-    assert drawn[0]["final"][0] == 8
-    assert f"{drawn[0]['final'][1]:.4f}" == figures["loss"]
-    assert re.fullmatch(r"32 of \d+ sequences", drawn[0]["looked_at"])
+    looked_at, final = drawn[0]
+    assert final[0] == 8
+    assert f"{final[1]:.4f}" == figures["loss"]
+    assert re.fullmatch(r"32 of \d+ sequences", looked_at)
     assert "by heart" not in card
 
 

@@ -213,8 +213,8 @@ def _leave(
         report.save_loss_curve(
             history,
             aside / run_folder.LOSS,
-            looked_at=f"{looked_at} of {len(task.held_back)} {ITEMS[task.unit]}",
-            final=(int(record["steps"]), figures["loss"]),
+            f"{looked_at} of {len(task.held_back)} {ITEMS[task.unit]}",
+            (int(record["steps"]), figures["loss"]),
         )
         shown = {k: v for k, v in vars(settings).items() if v is not None and k != "out"}
         facts = [name for name in record if name not in task.data]
