@@ -388,7 +388,7 @@ def load_image_folder(
         name=root.resolve().name,
         sha256=digest.hexdigest(),
         skipped=skipped,
-        held_back=None if parts.held_back is None else torch.tensor(held_back),
+        held_back=None if parts.held_back is None else torch.tensor(held_back, device="cpu"),
         notes=tuple(notes),
     )
 

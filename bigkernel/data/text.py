@@ -178,7 +178,7 @@ class PackingCollator:
             for name in ("input_ids", "position_ids", "labels")
         }
         # Row by row: what one row's positions look like says nothing about another's.
-        pieces = [document_starts(torch.as_tensor(row["position_ids"])[None])[0] for row in rows]
+        pieces = [document_starts(_as_tensor(row["position_ids"])[None])[0] for row in rows]
         offsets = offsets_of_documents(torch.cat(pieces).cumsum(0)[None])
         longest = int(offsets.diff().max())
         if self.max_length is not None:
