@@ -49,9 +49,10 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
         repository = HERE.parent.parent
         places = [str(HERE), str(repository), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            # cacheprovider off: nothing is written beside the peer's sources.
+            # Without the plugins that write beside the peer's sources.
             [
-                *(sys.executable, "-m", "pytest", "-p", "swap", "-p", "no:cacheprovider"),
+                *(sys.executable, "-m", "pytest", "-p", "swap"),
+                *("-p", "no:cacheprovider", "-p", "no:benchmark"),
                 *("-q", "--tb=short", f"--rootdir={folder}", *arguments, str(path)),
             ],
             cwd=folder,
