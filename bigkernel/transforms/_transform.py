@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigkernel.errors import check
 from bigkernel.ops.augment import augment
-from bigkernel.transforms._draws import Bools, Draws, Floats, Ints, sample_ids, seed_of
+from bigkernel.transforms._draws import Bools, Draws, Floats, Ints, keys
 from bigkernel.transforms._fold import fold
 from bigkernel.transforms._images import Images, gather
 from bigkernel.transforms._segment import Call
@@ -69,14 +69,16 @@ class Transform(nn.Module):
         call is an error that asks for ``layout`` (an image of one pixel is channels first).
         None takes the attribute ``layout`` of the transform, which is "auto" until it is set.
     generator:
-        the seed is the generator's initial seed (torch's default generator's if None, that is,
-        the number given to ``torch.manual_seed``). It is not advanced.
+        where random numbers come from, torch's default generator (``torch.manual_seed``) if None.
     ids:
-        one whole number an image. The parameters of an image are a function of (seed, id, place of
-        the transform in the chain), whatever the batch, its order or the device: the same id gets
-        the same parameters until the seed changes. Without ids, images are numbered by a running
-        count, which ``state_dict()`` and pickling keep, so that a resumed run goes on with the
-        next number.
+        without them, each call draws its numbers from the generator, which advances, as those of
+        torch and torchvision do: objects and calls are independent of each other, and the same
+        seed again repeats what followed it. In a chain the outermost transform draws for all. A
+        transform without random parameters leaves the generator alone.
+        With them, one whole number an image, the generator only gives the seed it was made with
+        and is not advanced. The parameters of an image are a function of (seed, id, place of the
+        transform in the chain), whatever the object, the call, the batch, its order or the device:
+        the same id gets the same parameters until the seed changes.
 
     Returns what it was given: a batch for a batch, in the same layout, an image for an image, a
     PIL image for a PIL image, a list of them for a list of them. A list of tensors comes back as
@@ -92,7 +94,6 @@ class Transform(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layout = "auto"
-        self._count = 0
 
     def walk(self, sampling: Sampling, active: Bools) -> None:
         """Draws parameters for the ``active`` images and adds what is to be done to them."""
@@ -121,11 +122,8 @@ class Transform(nn.Module):
         batch = gather(images, self.layout if layout is None else layout)
         if batch.count == 0:
             return self._empty(batch)
-        numbers = self._next_ids(batch.count) if ids is None else sample_ids(ids, batch.count)
-        sampling = self._draw(batch.height, batch.width, generator, numbers, batch.is_pil)
+        sampling = self._draw(batch.height, batch.width, generator, ids, batch.is_pil)
         result, channels_last = _run(batch, sampling.steps, self.gives_tensor())
-        if ids is None:
-            self._count += batch.count
         return batch.give_back(result, channels_last, self.gives_tensor())
 
     def sample(
@@ -136,8 +134,8 @@ class Transform(nn.Module):
     ) -> Any:
         """The parameters that a call with images of these sizes would draw.
 
-        sizes: (height, width) of each image; generator and ids as in a call, but the running count
-        does not advance. Returns the transform's parameters, a dataclass of NumPy arrays with one
+        sizes: (height, width) of each image; generator and ids as in a call: without ids, the
+        generator advances, and the next call draws others. Returns the transform's parameters, a dataclass of NumPy arrays with one
         entry an image; a chain returns a list with one entry a transform, depth first (a
         RandomApply before those inside it).
         """
@@ -146,26 +144,23 @@ class Transform(nn.Module):
         fits = whole and (table.size == 0 or (table.shape[1:] == (2,) and table.min() > 0))
         check(fits, "transforms", "sizes", "positive pairs (height, width)", repr(sizes))
         table = table.astype(np.int64).reshape(-1, 2)
-        numbers = self._next_ids(len(table)) if ids is None else sample_ids(ids, len(table))
-        params = self._draw(table[:, 0], table[:, 1], generator, numbers, pil=False).params
+        params = self._draw(table[:, 0], table[:, 1], generator, ids, pil=False).params
         return params if self.is_chain else params[0]
 
     is_chain: ClassVar[bool] = False
-
-    def _next_ids(self, count: int) -> Ints:
-        return np.arange(self._count, self._count + count, dtype=np.int64)
 
     def _draw(
         self,
         height: Ints,
         width: Ints,
         generator: torch.Generator | None,
-        ids: Ints,
+        ids: Any,
         pil: bool,
     ) -> Sampling:
-        draws = Draws(seed_of(generator), ids, [t.blocks for t in self.chain()])
-        sampling = Sampling(draws, height, width, pil)
-        self.walk(sampling, np.ones(len(ids), dtype=bool))
+        blocks = [t.blocks for t in self.chain()]
+        seed, numbers = keys(generator, ids, len(height), draws=any(blocks))
+        sampling = Sampling(Draws(seed, numbers, blocks), height, width, pil)
+        self.walk(sampling, np.ones(len(height), dtype=bool))
         return sampling
 
     def _empty(self, batch: Images) -> Any:
@@ -182,24 +177,9 @@ class Transform(nn.Module):
             channels=batch.channels,
             wrapper=batch.wrapper,
         )
-        sampling = self._draw(extra.height, extra.width, None, np.zeros(1, np.int64), pil=False)
+        sampling = self._draw(extra.height, extra.width, None, [0], pil=False)
         result, channels_last = _run(extra, sampling.steps, self.gives_tensor())
         return extra.give_back(result[:0], channels_last, self.gives_tensor())
-
-    # The running count, as a tensor: safetensors and weights_only loading take nothing else.
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self._count], dtype=torch.int64, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        check(
-            isinstance(state, Tensor) and state.numel() == 1,
-            "transforms",
-            "state",
-            "the count that state_dict() gave",
-            repr(state),
-        )
-        self._count = int(state.item())
 
     def extra_repr(self) -> str:
         """The arguments, as torchvision prints them."""
