@@ -340,7 +340,7 @@ def test_flips_in_nn_sequential_have_all_four_outcomes() -> None:
 
 
 def test_two_views_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SimCLR and DINO: one recipe twice, as two objects, a deep copy, or one object called twice."""
+    """SimCLR, DINO: one recipe twice, as two objects, a deep copy, or one object called twice."""
     blank = torch.zeros(500, 3, 8, 8, dtype=torch.uint8)
 
     def recipe() -> bk.Compose:
@@ -356,7 +356,7 @@ def test_two_views_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_seed_again_repeats() -> None:
-    """The idiom for an image and its mask, with the default generator and with one that is given."""
+    """The idiom for an image and its mask, with the default generator or one that is given."""
     for draw in (lambda: everything(), lambda: torch.nn.Sequential(everything(), everything())):
         first, second, pictures = draw(), draw(), images()
         torch.manual_seed(8)
@@ -412,11 +412,11 @@ class Drawn(torch.utils.data.Dataset):
         return self.transform(torch.arange(160.0 * 160).view(1, 160, 160), self.generator)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers_draw_different_numbers_and_repeat_by_seed(start: str) -> None:
     """As torch seeds the workers' default generators, anew in each epoch."""
 
-    def epochs(seed: int, persistent: bool) -> list[list[float]]:
+    def epochs(seed: int, persistent: bool = False, start: str = start) -> list[list[float]]:
         torch.manual_seed(seed)
         loader = torch.utils.data.DataLoader(
             Drawn(),
@@ -427,23 +427,15 @@ def test_data_loader_workers_draw_different_numbers_and_repeat_by_seed(start: st
         )
         return [[x for batch in loader for x in batch[:, 0, 0, 0].tolist()] for _ in range(2)]
 
-    one = epochs(0, persistent=False)
+    one = epochs(0)
     # 48 of 23,409 corners: two alike would be seen in one of 20 seeds.
     assert len({x for epoch in one for x in epoch}) == 48
-    if start == "fork":  # a process that is spawned takes seconds to import torch
-        assert epochs(1, persistent=False) != one
-        assert epochs(0, persistent=False) == one
+    if start == "fork":
+        assert epochs(1) != one
+        assert epochs(0) == one
         assert epochs(0, persistent=True)[0] == one[0]
-    else:
-        assert one == epochs_by_fork(0)
-
-
-def epochs_by_fork(seed: int) -> list[list[float]]:
-    torch.manual_seed(seed)
-    loader = torch.utils.data.DataLoader(
-        Drawn(), batch_size=4, num_workers=2, multiprocessing_context="fork"
-    )
-    return [[x for batch in loader for x in batch[:, 0, 0, 0].tolist()] for _ in range(2)]
+    else:  # a process that is spawned takes seconds to import torch: once is enough
+        assert one == epochs(0, start="fork")
 
 
 def test_the_trainers_draws_are_those_recorded() -> None:

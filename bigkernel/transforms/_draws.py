@@ -79,9 +79,7 @@ def integers(u: Floats, count: Ints) -> Ints:
     return np.minimum(np.floor(u * count).astype(np.int64), count - 1)
 
 
-def keys(
-    generator: torch.Generator | None, ids: Any, count: int, draws: bool
-) -> tuple[int, Ints]:
+def keys(generator: torch.Generator | None, ids: Any, count: int, draws: bool) -> tuple[int, Ints]:
     """(seed, id of each of ``count`` images) that a call's numbers are keyed by.
 
     With ``ids`` the seed is the one that the generator (torch's default one if None) was made with;
