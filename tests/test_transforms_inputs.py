@@ -200,11 +200,10 @@ PIL_GEOMETRY = {
 @pytest.mark.parametrize("mode", ["1", "P", "I", "F", "I;16", "I;16L", "I;16B"])
 def test_pil_modes_without_channels_of_bytes(mode: str, name: str) -> None:
     functional = pytest.importorskip("torchvision.transforms.v2").functional
-    if mode == "I;16B" and name in ("edge", "shrink"):
-        pytest.skip("torchvision reads the bytes in the wrong order")
     make, theirs = PIL_GEOMETRY[name]
     picture = pil(mode)
-    result, expected = make()(picture), theirs(functional, picture)
+    # Of I;16B torchvision reads the bytes in the wrong order: I;16 holds the same numbers.
+    result, expected = make()(picture), theirs(functional, pil(mode.removesuffix("B")))
     assert (result.mode, result.size) == (mode, expected.size)
     got, wanted = (np.array(x).astype(np.float64) for x in (result, expected))
     if name == "shrink" and mode not in ("1", "P"):
