@@ -52,6 +52,20 @@ def define(
         )
 
 
+def derive(
+    name: str, kernel: Callable[[Any], Callable[..., Any]], vmap: Callable[..., Any]
+) -> None:
+    """Handle derivatives of op ``name`` by a function instead of an autograd formula.
+
+    ``kernel(op)`` returns what autograd calls in the op's place, with its arguments after the
+    dispatch keys; ``vmap`` is what torch.vmap calls (see ``torch.library.register_vmap``).
+    """
+    for namespace, library in _libraries.items():
+        op = getattr(getattr(torch.ops, namespace), name).default
+        library.impl(name, kernel(op), "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("BIGKERNEL_NATIVE") == "0":
         return None, "BIGKERNEL_NATIVE=0"

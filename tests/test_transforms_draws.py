@@ -1,4 +1,6 @@
-"""The drawn parameters: how they are distributed, and that only seed, id and place decide them.
+"""The drawn parameters: how they are distributed, and what decides them.
+
+With ids that is seed, id and place in the chain; without, the state of the generator.
 
 A mean of n draws is compared with the exact one at five standard errors, a whole distribution with
 torchvision's by a two-sample Kolmogorov-Smirnov distance, whose bound is passed by chance once in
@@ -6,7 +8,7 @@ a thousand; seeds are pinned, so the outcome is not left to chance.
 """
 
 import copy
-import io
+import itertools
 import pickle
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 import bigkernel
 from bigkernel import transforms as bk
+from bigkernel.data.augmentation import BatchAugmentation
 from bigkernel.random import philox4x32, uniform01
 
 N = 4000
@@ -172,9 +175,12 @@ def images(n: int = 12) -> torch.Tensor:
 
 
 def test_results_do_not_depend_on_batch_size() -> None:
-    whole = everything()(images(), seeded(1))
-    chain = everything()
-    parts = [chain(part, seeded(1)) for part in images().split([1, 4, 7])]
+    whole = everything()(images(), seeded(1), ids=range(12))
+    chain, ids = everything(), torch.arange(12)
+    parts = [
+        chain(part, seeded(1), ids=some)
+        for part, some in zip(images().split([1, 4, 7]), ids.split([1, 4, 7]), strict=True)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -194,15 +200,16 @@ def test_ids_and_seeds_matter() -> None:
     assert (rotation.sample(sizes, seeded(2), range(4)).angle != angles).all()
 
 
-def test_the_default_generator_gives_the_seed_and_is_not_advanced() -> None:
+def test_with_ids_the_default_generator_gives_the_seed_and_is_not_advanced() -> None:
     rotation, sizes = bk.RandomRotation(90), [(8, 8)] * 4
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    angles = rotation.sample(sizes).angle
+    angles = rotation.sample(sizes, ids=range(4)).angle
+    rotation(images(4), ids=range(4))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)  # what others draw makes no difference
-    assert (rotation.sample(sizes).angle == angles).all()
-    assert (rotation.sample(sizes, seeded(5)).angle == angles).all()
+    assert (rotation.sample(sizes, ids=range(4)).angle == angles).all()
+    assert (rotation.sample(sizes, seeded(5), range(4)).angle == angles).all()
 
 
 def test_the_same_on_every_backend() -> None:
@@ -216,37 +223,288 @@ def test_the_same_on_every_backend() -> None:
     assert (off > 1).double().mean() <= 1e-3
 
 
-def test_ids_count_on_from_call_to_call() -> None:
-    chain, sizes = bk.RandomRotation(90), [(8, 8)] * 3
-    blank = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    first = chain.sample(sizes, seeded(1)).angle
-    assert (chain.sample(sizes, seeded(1)).angle == first).all(), "sampling must not count"
-    chain(blank, seeded(1))
-    chain(blank, seeded(1), ids=[7, 8, 9])  # given ids do not count
-    expected = bk.RandomRotation(90).sample(sizes, seeded(1), [3, 4, 5]).angle
-    assert (chain.sample(sizes, seeded(1)).angle == expected).all()
+# Without ids
 
 
-def resumed_by_state_dict(chain: bk.Compose) -> bk.Compose:
-    buffer = io.BytesIO()
-    torch.save(chain.state_dict(), buffer)
-    fresh = everything()
-    fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
-    return fresh
+class Outcomes:
+    """Which of two outcomes, about equally likely, each random transform had for each image."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[np.ndarray] = []
+        draw = bk.Transform._draw
+
+        def record(transform: bk.Transform, *args: Any, **kwargs: Any) -> Any:
+            sampling = draw(transform, *args, **kwargs)
+            self.seen += [half(p) for p in sampling.params if not isinstance(p, bk.ResizeParams)]
+            return sampling
+
+        monkeypatch.setattr(bk.Transform, "_draw", record)
+
+    def of(self, call: Any) -> list[np.ndarray]:
+        self.seen.clear()
+        call()
+        return list(self.seen)
 
 
-@pytest.mark.parametrize(
-    "resume",
-    [resumed_by_state_dict, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))],
-    ids=["state_dict", "deepcopy", "pickle"],
-)
-def test_a_resumed_run_goes_on_with_the_next_image(resume: Any) -> None:
+def half(params: bk.Params) -> np.ndarray:
+    for name in ("angle", "top", "brightness"):
+        if hasattr(params, name):
+            values = getattr(params, name)
+            return values > np.median(values) if len(values) > 1 else values > MIDDLE[name]
+    return params.active
+
+
+MIDDLE = {"angle": 0.0, "top": 2.5, "brightness": 1.0}
+RANDOM = {
+    "flip": lambda: bk.RandomHorizontalFlip(),
+    "vertical-flip": lambda: bk.RandomVerticalFlip(),
+    "grey": lambda: bk.RandomGrayscale(0.5),
+    "apply": lambda: bk.RandomApply([bk.Resize((8, 8))], 0.5),
+    "crop": lambda: bk.RandomCrop(8, padding=3),
+    "resized-crop": lambda: bk.RandomResizedCrop(8),
+    "rotation": lambda: bk.RandomRotation(20),
+    "affine": lambda: bk.RandomAffine(20),
+    "jitter": lambda: bk.ColorJitter(0.5),
+}
+
+
+def in_torchvisions_compose(first: bk.Transform, second: bk.Transform) -> Any:
+    return pytest.importorskip("torchvision.transforms.v2").Compose([first, second])
+
+
+def two_objects(first: bk.Transform, second: bk.Transform) -> Any:
+    return lambda images: second(first(images))
+
+
+CONTAINERS = {
+    "nn.Sequential": torch.nn.Sequential,
+    "v2.Compose": in_torchvisions_compose,
+    "two-objects": two_objects,
+    "Compose": lambda first, second: bk.Compose([first, second]),
+    "nested": lambda first, second: bk.Compose([bk.Compose([first]), bk.Compose([second])]),
+    "sequential-of-chains": lambda first, second: torch.nn.Sequential(
+        bk.Compose([first]), bk.RandomApply([second], 1.0)
+    ),
+}
+
+
+def assert_independent(first: np.ndarray, second: np.ndarray, what: Any) -> None:
+    """Chi-square of the four joint outcomes against the product of each one's: one degree of
+    freedom, passed by chance once in 20,000 (seeds are pinned)."""
+    joint = np.bincount(2 * first + second, minlength=4).reshape(2, 2)
+    expected = np.outer(joint.sum(axis=1), joint.sum(axis=0)) / joint.sum()
+    chi_square = float(((joint - expected) ** 2 / expected).sum())
+    assert expected.min() > 50, (what, joint.tolist())  # each is drawn at all
+    assert chi_square <= 16.4, (what, joint.tolist())
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_any_two_transforms_draw_independently(
+    container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes, blank = Outcomes(monkeypatch), torch.zeros(600, 3, 8, 8, dtype=torch.uint8)
+    torch.manual_seed(0)
+    for first, second in itertools.combinations_with_replacement(RANDOM, 2):
+        chain = CONTAINERS[container](RANDOM[first](), RANDOM[second]())
+        seen = outcomes.of(lambda chain=chain: chain(blank))
+        # A RandomApply that was put around a transform is an outcome of its own: always applied.
+        drawn = [o for o in seen if not o.all()]
+        assert len(drawn) == 2, (first, second)
+        assert_independent(*drawn, (first, second))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_one_image_after_another_draws_independently(
+    container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a data set calls its transform: each call has one image."""
+    outcomes, blank = Outcomes(monkeypatch), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    torch.manual_seed(0)
+    for pair in (("flip", "vertical-flip"), ("rotation", "grey"), ("flip", "flip")):
+        chain = CONTAINERS[container](*(RANDOM[name]() for name in pair))
+        calls = [outcomes.of(lambda chain=chain: chain(blank)) for _ in range(400)]
+        drawn = [o for o in np.asarray(calls)[:, :, 0].T if not o.all()]
+        assert len(drawn) == 2
+        assert_independent(*drawn, pair)
+        for outcome in drawn:  # nor does a call tell of the next
+            assert_independent(outcome[1:], outcome[:-1], pair)
+
+
+def test_flips_in_nn_sequential_have_all_four_outcomes() -> None:
+    picture = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).expand(400, 1, 2, 2)
+    flips = torch.nn.Sequential(bk.RandomHorizontalFlip(), bk.RandomVerticalFlip())
+    torch.manual_seed(3)
+    corners = flips(picture)[:, 0, 0, 0]  # 1 none, 2 left-right, 3 top-bottom, 4 both
+    counts = torch.bincount(corners.long(), minlength=5)[1:]
+    assert (counts > 70).all(), counts  # 100 expected, 9 the standard deviation
+
+
+def test_two_views_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimCLR, DINO: one recipe twice, as two objects, a deep copy, or one object called twice."""
+    blank = torch.zeros(500, 3, 8, 8, dtype=torch.uint8)
+
+    def recipe() -> bk.Compose:
+        return bk.Compose([RANDOM["resized-crop"](), RANDOM["flip"](), RANDOM["jitter"]()])
+
+    outcomes, one = Outcomes(monkeypatch), recipe()
+    one(blank[:3])
+    torch.manual_seed(1)
+    for other in (recipe(), copy.deepcopy(one), pickle.loads(pickle.dumps(one)), one):
+        views = outcomes.of(lambda other=other: (one(blank), other(blank)))
+        for first, second in itertools.product(views[:3], views[3:]):
+            assert_independent(first, second, other)
+
+
+def test_the_same_seed_again_repeats() -> None:
+    """The idiom for an image and its mask, with the default generator or one that is given."""
+    for draw in (lambda: everything(), lambda: torch.nn.Sequential(everything(), everything())):
+        first, second, pictures = draw(), draw(), images()
+        torch.manual_seed(8)
+        expected = first(pictures)
+        after = torch.rand(3)
+        assert not torch.equal(first(pictures), expected)
+        torch.manual_seed(8)
+        assert torch.equal(second(pictures), expected)
+        assert torch.equal(torch.rand(3), after)
     chain = everything()
-    whole = chain(images(), seeded(1))
-    interrupted = everything()
-    interrupted(images()[:5], seeded(1))
-    rest = resume(interrupted)(images()[5:], seeded(1))
-    assert torch.equal(rest, whole[5:])
+    expected = chain(images(), seeded(1))
+    assert torch.equal(chain(images(), seeded(1)), expected)
+    generator = seeded(1)
+    assert torch.equal(everything()(images(), generator), expected)
+    assert not torch.equal(everything()(images(), generator), expected)
+    sizes = [(14, 16)] * 12
+    angles = bk.RandomRotation(9).sample(sizes, seeded(4)).angle
+    assert (bk.Compose([bk.RandomRotation(9)]).sample(sizes, seeded(4))[0].angle == angles).all()
+
+
+def test_other_random_numbers_are_not_touched_by_what_draws_none() -> None:
+    """A chain for evaluation leaves the generator as it was; one that draws leaves others'."""
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    bk.Compose([bk.Resize(9), bk.CenterCrop(8), bk.Normalize([0.5], [0.5])])(images())
+    everything()(images(), seeded(1))
+    everything()(images()[:0])
+    assert torch.equal(torch.get_rng_state(), state)
+    everything()(images())
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_counted() -> None:
+    chain = everything()
+    fresh = pickle.dumps(chain)
+    chain(images())
+    assert pickle.dumps(chain) == fresh
+    assert chain.state_dict() == {}
+    everything().load_state_dict(chain.state_dict())
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Each item: the pixels that a transform made of a picture whose pixels are all different."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.transform = bk.RandomCrop(8)
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(torch.arange(160.0 * 160).view(1, 160, 160), self.generator)
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_data_loader_workers_draw_different_numbers_and_repeat_by_seed(start: str) -> None:
+    """As torch seeds the workers' default generators, anew in each epoch."""
+
+    def epochs(seed: int, persistent: bool = False, start: str = start) -> list[list[float]]:
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(
+            Drawn(),
+            batch_size=4,
+            num_workers=2,
+            multiprocessing_context=start,
+            persistent_workers=persistent,
+        )
+        return [[x for batch in loader for x in batch[:, 0, 0, 0].tolist()] for _ in range(2)]
+
+    one = epochs(0)
+    # 48 of 23,409 corners: two alike would be seen in one of 20 seeds.
+    assert len({x for epoch in one for x in epoch}) == 48
+    if start == "fork":
+        assert epochs(1) != one
+        assert epochs(0) == one
+        assert epochs(0, persistent=True)[0] == one[0]
+    else:  # a process that is spawned takes seconds to import torch: once is enough
+        assert one == epochs(0, start="fork")
+
+
+def test_the_trainers_draws_are_those_recorded() -> None:
+    """A run that was begun with an earlier version goes on with the same augmentation."""
+    chain = bk.Compose(
+        [
+            bk.RandomApply([bk.RandomRotation(10)], 0.5),
+            bk.RandomHorizontalFlip(),
+            bk.RandomResizedCrop(8),
+            bk.ColorJitter(0.4, hue=0.1),
+        ]
+    )
+    drawn: list[Any] = []
+
+    def record(images: Any, generator: Any = None, ids: Any = None) -> torch.Tensor:
+        drawn.append(chain.sample([(20, 24)] * len(images), generator, ids))
+        return chain(torch.zeros(len(images), 3, 20, 24), generator, ids)
+
+    augmentation = BatchAugmentation(3)
+    ids = torch.tensor([5, 0, 2**40])
+    pictures = torch.zeros(3, 3, 20, 24)
+    for some, epoch in ((ids, 0), (ids, 1), (None, 0), (None, 1), (ids[:1], None)):
+        augmentation(record, pictures[: 3 if some is None else len(some)], some, epoch)
+    for (apply, rotation, flip, crop, jitter), recorded in zip(drawn, RECORDED, strict=True):
+        active, angle, flipped, box, order, hue = recorded
+        assert apply.active.tolist() == active
+        assert flip.active.tolist() == flipped
+        assert [crop.top.tolist(), crop.left.tolist()] == box[:2]
+        assert [crop.height.tolist(), crop.width.tolist()] == box[2:]
+        assert jitter.order.tolist() == order
+        np.testing.assert_allclose(rotation.angle, angle, atol=1e-6)
+        np.testing.assert_allclose(jitter.hue, hue, atol=1e-6)
+
+
+RECORDED: list[Any] = [
+    (
+        [True, False, False],
+        [-9.642147, -9.657501, 3.756937],
+        [False, True, True],
+        [[0, 1, 1], [2, 8, 4], [20, 14, 19], [19, 11, 18]],
+        [[0, 3, 2, 1], [1, 2, 3, 0], [1, 0, 3, 2]],
+        [0.076481, -0.024491, 0.041722],
+    ),
+    (
+        [True, False, True],
+        [-1.092397, 2.653588, 6.534549],
+        [True, False, False],
+        [[4, 0, 0], [4, 0, 2], [12, 18, 13], [11, 18, 10]],
+        [[3, 0, 1, 2], [3, 1, 2, 0], [3, 2, 1, 0]],
+        [0.043812, 0.02103, -0.039536],
+    ),
+    (
+        [True, True, False],
+        [-9.470409, 3.281825, -4.845371],
+        [False, True, True],
+        [[1, 1, 9], [8, 16, 12], [13, 6, 10], [16, 7, 8]],
+        [[1, 3, 2, 0], [2, 0, 3, 1], [1, 2, 3, 0]],
+        [0.099429, 0.038356, -0.025446],
+    ),
+    (
+        [False, False, False],
+        [-3.298094, 0.360234, -7.024124],
+        [False, True, False],
+        [[2, 5, 0], [5, 10, 2], [13, 15, 19], [10, 13, 18]],
+        [[2, 3, 1, 0], [0, 2, 1, 3], [1, 2, 3, 0]],
+        [-0.022913, -0.059717, -0.033161],
+    ),
+    ([False], [-8.980665], [True], [[1], [0], [13], [17]], [[0, 2, 3, 1]], [-0.064039]),
+]
 
 
 def test_a_single_transform_draws_as_a_chain_of_one() -> None:

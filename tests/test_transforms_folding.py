@@ -52,7 +52,8 @@ def one_after_another(chain: bk.Transform, images: Tensor) -> Tensor:
 
 
 def folded(chain: bk.Transform, images: Tensor) -> Tensor:
-    return chain(images, torch.Generator().manual_seed(7), layout="channels_first")
+    generator = torch.Generator().manual_seed(7)
+    return chain(images, generator, range(len(images)), layout="channels_first")
 
 
 def calls(chain: bk.Transform, images: Tensor) -> list[int]:

@@ -1,8 +1,8 @@
 """Image transforms with torchvision.transforms.v2's names, for whole batches at once.
 
-Every image of a batch gets parameters of its own, keyed by (seed, sample id, transform), and a
-``Compose`` of transforms runs as one native call. See :class:`Transform` for what a call takes and
-returns, and :class:`Compose` for what folding means.
+Every image of a batch gets parameters of its own, drawn from a ``torch.Generator`` or keyed by
+(seed, sample id, transform), and a ``Compose`` of transforms runs as one native call. See
+:class:`Transform` for what a call takes and returns, and :class:`Compose` for what folding means.
 """
 
 from bigkernel.transforms._arguments import InterpolationMode

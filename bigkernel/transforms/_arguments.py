@@ -151,9 +151,6 @@ def padding_sides(owner: str, padding: object) -> tuple[int, int, int, int]:
         wanted,
         repr(padding),
     )
-    check(
-        all(s >= 0 for s in sides), owner, "padding", "not negative", repr(padding), "Crop instead"
-    )
     left, top = sides[0], sides[1 % len(sides)]
     right, bottom = sides[2 % len(sides)], sides[3 % len(sides)]
     return int(left), int(top), int(right), int(bottom)
@@ -226,9 +223,8 @@ def image_dtype(owner: str, dtype: object) -> torch.dtype | None:
         dtype in OUT_DTYPES,
         owner,
         "dtype",
-        "uint8, float16, bfloat16, float32 or float64",
+        "a floating-point, whole-number or bool dtype",
         dtype,
-        "Convert further with Tensor.to",
     )
     assert isinstance(dtype, torch.dtype)
     return dtype

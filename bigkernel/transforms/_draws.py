@@ -1,4 +1,4 @@
-"""Random numbers keyed by (seed, sample id, transform): see :class:`Draws`."""
+"""Random numbers keyed by (seed, sample id, transform): see :class:`Draws` and :func:`keys`."""
 
 from __future__ import annotations
 
@@ -79,11 +79,13 @@ def integers(u: Floats, count: Ints) -> Ints:
     return np.minimum(np.floor(u * count).astype(np.int64), count - 1)
 
 
-def seed_of(generator: torch.Generator | None) -> int:
-    """The seed a generator was made with; torch's default generator unless one is given.
+def keys(generator: torch.Generator | None, ids: Any, count: int, draws: bool) -> tuple[int, Ints]:
+    """(seed, id of each of ``count`` images) that a call's numbers are keyed by.
 
-    The generator is not advanced: a call draws by sample id, so that the number of calls that a
-    data set is cut into changes nothing.
+    With ``ids`` the seed is the one that the generator (torch's default one if None) was made with;
+    it is not advanced, so that the number of calls that a data set is cut into changes nothing.
+    Without, images are numbered from 0 and the seed is drawn from the generator, if anything is
+    drawn at all.
     """
     check(
         generator is None or isinstance(generator, torch.Generator),
@@ -93,7 +95,14 @@ def seed_of(generator: torch.Generator | None) -> int:
         repr(generator),
         cls=TypeError,
     )
-    return torch.initial_seed() if generator is None else int(generator.initial_seed())
+    if ids is not None:
+        seed = torch.initial_seed() if generator is None else int(generator.initial_seed())
+        return seed, sample_ids(ids, count)
+    if not draws:
+        return 0, np.arange(count)
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    return int(drawn.item()), np.arange(count)
 
 
 def sample_ids(ids: Any, count: int) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.jit._trace import is_tracing
 
 from bigkernel.errors import check
+from bigkernel.ops.augment.op import check_plain
 from bigkernel.ops.augment.reference import OUT_DTYPES
 from bigkernel.transforms._draws import Ints
 
 LAYOUTS = ("auto", "channels_first", "channels_last")
 _CHANNEL_COUNTS = (1, 3, 4)
-_PILLOW_MODES = ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")
+BYTE_MODES = frozenset(("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"))
+INDEXED_MODES = frozenset(("P", "1"))  # places in a palette, black and white: not to be blended
+_PILLOW_MODES = BYTE_MODES | INDEXED_MODES | {"I", "F", "I;16", "I;16L", "I;16B"}
 
 
 @dataclass
@@ -25,6 +31,8 @@ class Images:
 
     ``tensors``: one batch [N, C, H, W], or N images [C, H, W]; channels last if ``channels_last``.
     ``kind``: "batch", "single" or "list" of tensors, or "pil" or "pils", as they were given.
+    ``lead``: of a batch, its dimensions before the last three; images of one place in the first
+    (the frames of a clip) share their parameters, and lie one after another in ``tensors``.
     """
 
     tensors: Tensor | list[Tensor]
@@ -34,15 +42,25 @@ class Images:
     width: Ints
     channels: int
     wrapper: type[Tensor] | None = None
-    modes: tuple[str, ...] = ()
+    pictures: tuple[Any, ...] = ()
+    lead: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         return len(self.tensors)
 
     @property
+    def frames(self) -> int:
+        """How many images share the parameters of a sample."""
+        return math.prod(self.lead[1:])
+
+    @property
     def is_pil(self) -> bool:
         return self.kind in ("pil", "pils")
+
+    @property
+    def modes(self) -> frozenset[str]:
+        return frozenset(picture.mode for picture in self.pictures)
 
     def like(self) -> tuple[torch.dtype, torch.device]:
         first = self.tensors if isinstance(self.tensors, Tensor) else self.tensors[0]
@@ -52,10 +70,17 @@ class Images:
         """The result in the form that the images had (tensors, if ``as_tensor``)."""
         if self.is_pil and not as_tensor:
             pictures = [
-                _to_pil(image if channels_last else image.movedim(0, -1), mode)
-                for image, mode in zip(result, self.modes, strict=True)
+                _to_pil(image if channels_last else image.movedim(0, -1), like)
+                for image, like in zip(result, self.pictures, strict=True)
             ]
             return pictures if self.kind == "pils" else pictures[0]
+        if len(self.lead) > 1:
+            if isinstance(result, Tensor):
+                result = result.reshape(*self.lead, *result.shape[1:])
+            else:
+                starts = range(0, len(result), self.frames)
+                clips = [torch.stack(list(result[i : i + self.frames])) for i in starts]
+                result = [clip.reshape(*self.lead[1:], *clip.shape[1:]) for clip in clips]
         if self.kind in ("single", "pil"):
             result = result[0]
         if self.wrapper is not None and isinstance(result, Tensor):
@@ -73,7 +98,7 @@ def gather(images: Any, layout: str) -> Images:
     if isinstance(images, Tensor):
         wrapper = _wrapper("images", images)
         check(
-            images.dim() in (3, 4),
+            images.dim() >= 3,
             "transforms",
             "images",
             "a batch [N, C, H, W] or [N, H, W, C], or an image [C, H, W] or [H, W, C]",
@@ -81,8 +106,10 @@ def gather(images: Any, layout: str) -> Images:
         )
         last = _channels_last(images, layout)
         single = images.dim() == 3
-        plain = images.detach().as_subclass(Tensor)
+        plain = images.as_subclass(Tensor)
         batch = plain[None] if single else plain
+        lead = tuple(batch.shape[:-3])
+        batch = batch.flatten(0, -4) if len(lead) > 1 else batch
         count = batch.shape[0]
         height, width, channels = _extent(batch, last)
         return Images(
@@ -93,6 +120,7 @@ def gather(images: Any, layout: str) -> Images:
             width=np.full(count, width),
             channels=channels,
             wrapper=wrapper,
+            lead=lead,
         )
     if _is_pil(images):
         return _from_list([images], "pil", layout)
@@ -137,6 +165,7 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
                 type(item).__name__,
                 cls=TypeError,
             )
+            _wrapper(f"images[{i}]", item)
             check(
                 item.dim() == 3,
                 "transforms",
@@ -144,15 +173,25 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
                 "an image [C, H, W] or [H, W, C]",
                 f"shape {tuple(item.shape)}",
             )
-            _wrapper(f"images[{i}]", item)
-            tensor, last = item.detach().as_subclass(Tensor), _channels_last(item, layout)
+            tensor, last = item.as_subclass(Tensor), _channels_last(item, layout)
         tensors.append(tensor)
         lasts.append(last)
     channels_last = bool(items) and all(lasts)
     if not channels_last:
         tensors = [t.movedim(-1, 0) if last else t for t, last in zip(tensors, lasts, strict=True)]
     extents = [_extent(t, channels_last) for t in tensors]
+    indexed = [
+        pil and item.mode in INDEXED_MODES for pil, item in zip(pictures, items, strict=True)
+    ]
     for i, extent in enumerate(extents):
+        check(
+            indexed[i] == indexed[0],
+            "transforms",
+            f"images[{i}]",
+            "a picture with colours or one without (modes P and 1), as the first image",
+            f"mode {items[i].mode!r}" if pictures[i] else "a tensor",
+            'Convert them all with image.convert("RGB")',
+        )
         same = (tensors[i].dtype, tensors[i].device, extent[2])
         first = (tensors[0].dtype, tensors[0].device, extents[0][2])
         check(
@@ -170,22 +209,24 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         height=np.asarray([e[0] for e in extents], dtype=np.int64),
         width=np.asarray([e[1] for e in extents], dtype=np.int64),
         channels=extents[0][2] if extents else 3,
-        modes=tuple(item.mode for item in items) if kind in ("pil", "pils") else (),
+        pictures=tuple(items) if kind in ("pil", "pils") else (),
     )
 
 
 def _wrapper(name: str, tensor: Tensor) -> type[Tensor] | None:
     """torchvision's class of the tensor, which must be Image; None for a plain tensor."""
-    kind = type(tensor)
+    check_plain("transforms", name, tensor)
+    # Whatever records the operations would record this call's numbers as constants.
     check(
-        tensor.layout is torch.strided,
+        not is_tracing() and get_proxy_mode() is None,
         "transforms",
         name,
-        "dense",
-        tensor.layout,
-        "Convert with .to_dense()",
-        TypeError,
+        "outside of torch.jit.trace, torch.export and make_fx",
+        "a call inside, which would be traced with one call's random numbers as constants",
+        "Trace the model without its transforms",
+        NotImplementedError,
     )
+    kind = type(tensor)
     if not kind.__module__.startswith("torchvision."):
         return None
     check(
@@ -206,7 +247,7 @@ def _extent(tensor: Tensor, channels_last: bool) -> tuple[int, int, int]:
         tensor.dtype in OUT_DTYPES,
         "transforms",
         "images",
-        "uint8, float16, bfloat16, float32 or float64",
+        "of a floating-point, whole-number or bool dtype of torch's",
         tensor.dtype,
         "Convert with .to(torch.uint8) or .float()",
         TypeError,
@@ -227,16 +268,7 @@ def _channels_last(tensor: Tensor, layout: str) -> bool:
     """Whether the last dimension holds the channels: by ``layout``, else by the shape."""
     if layout != "auto":
         return layout == "channels_last"
-    first, last = tensor.shape[-3] in _CHANNEL_COUNTS, tensor.shape[-1] in _CHANNEL_COUNTS
-    check(
-        not (first and last) or tensor.shape[-3] == tensor.shape[-1] == 1,
-        "transforms",
-        "images",
-        "of a shape that tells which dimension holds the channels",
-        f"shape {tuple(tensor.shape)}",
-        'Pass layout="channels_first" or layout="channels_last"',
-    )
-    return last and not first
+    return tensor.shape[-1] in _CHANNEL_COUNTS and tensor.shape[-3] not in _CHANNEL_COUNTS
 
 
 def _is_pil(item: object) -> bool:
@@ -245,21 +277,31 @@ def _is_pil(item: object) -> bool:
 
 
 def _from_pil(picture: Any) -> Tensor:
-    """uint8 [H, W, C] of a PIL image."""
+    """[H, W, C] of a PIL image: bool (mode 1), uint16 (I;16), int32 (I), float32 (F) or uint8."""
     check(
         picture.mode in _PILLOW_MODES,
         "transforms",
         "images",
-        f"PIL images of mode {', '.join(_PILLOW_MODES)}",
+        f"PIL images of mode {', '.join(sorted(_PILLOW_MODES))}",
         f"mode {picture.mode!r}",
         'Convert with image.convert("RGB")',
     )
-    return torch.from_numpy(np.atleast_3d(np.array(picture)))
+    return _from_numpy(np.array(picture))
 
 
-def _to_pil(image: Tensor, mode: str) -> Any:
+def _to_pil(image: Tensor, like: Any) -> Any:
+    """A PIL image of the mode, palette and notes (such as its colour profile) of ``like``."""
     from PIL import Image
 
-    array = image.cpu().numpy()
+    array = image.detach().cpu().numpy()
     size = (array.shape[1], array.shape[0])
-    return Image.frombytes(mode, size, np.ascontiguousarray(array).tobytes())
+    if like.mode == "1":
+        array = np.packbits(array[:, :, 0], axis=1)
+    elif like.mode == "I;16B":
+        array = array.astype(">u2")
+    picture = Image.frombytes(like.mode, size, np.ascontiguousarray(array).tobytes())
+    if like.mode == "P":
+        kind = like.palette.mode
+        picture.putpalette(like.getpalette(kind), kind)
+    picture.info = dict(like.info)
+    return picture

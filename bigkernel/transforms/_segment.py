@@ -33,6 +33,7 @@ from bigkernel.ops.augment.reference import (
     NEAREST_RESIZE,
     NEAREST_WARP,
     WHOLE_NUMBERS,
+    bound,
 )
 from bigkernel.transforms import _steps as steps
 from bigkernel.transforms._affine import (
@@ -375,16 +376,16 @@ class Segment:
         codes = np.where(step.active[:, None], step.codes, 0)
         self.colored = self.colored | (codes != 0).any(axis=1)
         self.contrasted = self.contrasted | (codes == CONTRAST).any(axis=1)
-        # torchvision rounds between the operations on uint8 images: so do these codes.
-        whole = (codes != 0) & (self.dtype == torch.uint8)
+        # torchvision rounds between the operations on whole numbers: so do these codes.
+        whole = (codes != 0) & (not self.dtype.is_floating_point)
         self.codes.append(np.where(whole, codes + WHOLE_NUMBERS, codes))
         self.factors.append(step.factors)
 
     def _normalize(self, step: steps.Normalize) -> None:
         _check_per_channel("mean", len(step.mean), self.channels)
         _check_per_channel("std", len(step.std), self.channels)
-        if self.dtype == torch.uint8:
-            self.scale /= 255.0
+        if not self.dtype.is_floating_point:
+            self.scale /= bound(self.dtype)
             self.dtype = torch.float32
         mean = np.broadcast_to(np.asarray(step.mean, dtype=np.float64), (self.channels,))
         std = np.broadcast_to(np.asarray(step.std, dtype=np.float64), (self.channels,))
@@ -393,17 +394,36 @@ class Segment:
         self.mean, self.std = mean, std
 
     def _to_dtype(self, step: steps.ToDtype) -> None:
-        was_float, is_float = self.dtype.is_floating_point, step.dtype.is_floating_point
-        if was_float != is_float and not step.scale:
+        before, after = self.dtype, step.dtype
+        self.dtype = after
+        if before == after or (before.is_floating_point and after.is_floating_point):
+            return
+        self.rounded = not after.is_floating_point
+        if not step.scale:
             self.own_range = False
-        elif was_float != is_float:
-            factor = 255.0 if was_float else 1.0 / 255.0
-            if self.std is None:
-                self.scale *= factor
-            else:
-                self.std = self.std / factor
-        self.rounded = was_float and not is_float
-        self.dtype = step.dtype
+            return
+        bits = _value_bits(after) - _value_bits(before)
+        if before.is_floating_point or after.is_floating_point or torch.bool in (before, after):
+            self._rescale(bound(after) / bound(before), 0.0)
+        else:  # torchvision shifts bits: what is shifted out is cut off, not rounded
+            self._rescale(2.0**bits, 0.5 - 2.0 ** (bits - 1) if bits < 0 else 0.0)
+
+    def _rescale(self, factor: float, offset: float) -> None:
+        """Values become factor x value - offset."""
+        if self.std is None and offset == 0:
+            self.scale *= factor
+            return
+        std = np.ones(self.channels) if self.std is None else self.std
+        mean = np.zeros(self.channels) if self.mean is None else self.mean
+        self.std = std / factor
+        self.mean = mean + offset * self.std
+
+
+def _value_bits(dtype: torch.dtype) -> int:
+    """Bits of a whole number's value: without the sign."""
+    if dtype.is_floating_point or dtype == torch.bool:
+        return 1
+    return torch.iinfo(dtype).bits - (1 if dtype.is_signed else 0)
 
 
 def _check_per_channel(name: str, count: int, channels: int) -> None:

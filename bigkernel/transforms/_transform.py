@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from bigkernel.errors import check
 from bigkernel.ops.augment import augment
-from bigkernel.transforms._draws import Bools, Draws, Floats, Ints, sample_ids, seed_of
+from bigkernel.transforms import _steps as steps
+from bigkernel.transforms._arguments import InterpolationMode
+from bigkernel.transforms._draws import Bools, Draws, Floats, Ints, keys
 from bigkernel.transforms._fold import fold
-from bigkernel.transforms._images import Images, gather
+from bigkernel.transforms._images import BYTE_MODES, INDEXED_MODES, Images, gather
 from bigkernel.transforms._segment import Call
 from bigkernel.transforms._steps import Step
 
@@ -38,6 +40,7 @@ class Sampling:
     height: Ints
     width: Ints
     pil: bool  # the images so far are PIL images, not tensors
+    modes: frozenset[str] = frozenset()  # theirs
     visited: int = 0
     params: list[Params] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -50,8 +53,27 @@ class Sampling:
     def add(self, params: Params, *todo: Step) -> None:
         self.params.append(params)
         for step in todo:
+            if self.pil:
+                step = _for_pictures(step, self.modes)
             self.height, self.width = step.sizes(self.height, self.width)
             self.steps.append(step)
+
+
+def _for_pictures(step: Step, modes: frozenset[str]) -> Step:
+    """As Pillow does it: the values of some modes are no colours, or cannot be blended."""
+    check(
+        not isinstance(step, steps.Color) or not step.active.any() or modes <= BYTE_MODES,
+        "transforms",
+        "images",
+        f"PIL images of mode {', '.join(sorted(BYTE_MODES))} for colour transforms",
+        f"mode {', '.join(sorted(modes - BYTE_MODES))}",
+        'Convert with image.convert("RGB")',
+    )
+    if modes & INDEXED_MODES and isinstance(step, steps.Resize):
+        return replace(step, interpolation=InterpolationMode.NEAREST_EXACT)
+    if modes & INDEXED_MODES and isinstance(step, steps.Affine):
+        return replace(step, interpolation=InterpolationMode.NEAREST)
+    return step
 
 
 class Transform(nn.Module):
@@ -60,29 +82,38 @@ class Transform(nn.Module):
     Call it as ``t(images, generator=None, ids=None, layout=None)``.
 
     images:
-        a batch [N, C, H, W] or [N, H, W, C] or one image [C, H, W] or [H, W, C], uint8 (0..255) or
-        floats (0..1); a PIL image; an array [H, W, C] or [H, W], or of a batch; or a list of
-        images, which may differ in size.
+        a batch [N, C, H, W] or [N, H, W, C] or one image [C, H, W] or [H, W, C], floats (0..1) or
+        whole numbers (0 to the dtype's largest, 255 for uint8; bool 0..1); a PIL image; an array
+        [H, W, C] or [H, W], or of a batch; or a list of images, which may differ in size. Of a
+        tensor with more dimensions, [N, T, C, H, W] say, the first counts samples: the images of a
+        sample share its parameters, as frames of a clip have to.
+        PIL images of modes P and 1 are sampled by "nearest", as Pillow does.
     layout:
         "channels_first", "channels_last", or "auto": the channels are in the last dimension if
-        only that one counts 1, 3 or 4, and in the first of the three otherwise; if both do, the
-        call is an error that asks for ``layout`` (an image of one pixel is channels first).
-        None takes the attribute ``layout`` of the transform, which is "auto" until it is set.
+        only that one of the three counts 1, 3 or 4, and in the first otherwise, as for torchvision
+        (in an array of one picture, in the last). None takes the attribute ``layout`` of the
+        transform, which is "auto" until it is set.
     generator:
-        the seed is the generator's initial seed (torch's default generator's if None, that is,
-        the number given to ``torch.manual_seed``). It is not advanced.
+        where random numbers come from, torch's default generator (``torch.manual_seed``) if None.
     ids:
-        one whole number an image. The parameters of an image are a function of (seed, id, place of
-        the transform in the chain), whatever the batch, its order or the device: the same id gets
-        the same parameters until the seed changes. Without ids, images are numbered by a running
-        count, which ``state_dict()`` and pickling keep, so that a resumed run goes on with the
-        next number.
+        without them, each call draws its numbers from the generator, which advances, as those of
+        torch and torchvision do: objects and calls are independent of each other, and the same
+        seed again repeats what followed it. In a chain the outermost transform draws for all. A
+        transform without random parameters leaves the generator alone.
+        With them, one whole number an image, the generator only gives the seed it was made with
+        and is not advanced. The parameters of an image are a function of (seed, id, place of the
+        transform in the chain), whatever the object, the call, the batch, its order or the device:
+        the same id gets the same parameters until the seed changes.
 
     Returns what it was given: a batch for a batch, in the same layout, an image for an image, a
     PIL image for a PIL image, a list of them for a list of them. A list of tensors comes back as
     one batch if all results have one size, else as a list. ``ToImage`` in the chain makes it
-    tensors with the channels first. The dtype stays, unless ``ToDtype`` or ``Normalize`` (uint8 to
-    float32) change it.
+    tensors with the channels first. The dtype stays, unless ``ToDtype`` or ``Normalize`` (whole
+    numbers to float32) change it. Floats keep their gradient, which PyTorch computes, as it does
+    all of such a call (see ``bigkernel.explain``).
+
+    torch.fx.symbolic_trace keeps a transform as one call. TorchScript, tracing and export do not
+    know them: they refuse with a sentence.
 
     ``t.sample(sizes, generator, ids)`` returns the parameters alone.
     """
@@ -92,7 +123,6 @@ class Transform(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layout = "auto"
-        self._count = 0
 
     def walk(self, sampling: Sampling, active: Bools) -> None:
         """Draws parameters for the ``active`` images and adds what is to be done to them."""
@@ -118,14 +148,17 @@ class Transform(nn.Module):
         layout: str | None = None,
     ) -> Any:
         """See the class."""
+        if isinstance(images, torch.fx.Proxy):
+            return self._symbolic(images, generator=generator, ids=ids, layout=layout)
         batch = gather(images, self.layout if layout is None else layout)
         if batch.count == 0:
             return self._empty(batch)
-        numbers = self._next_ids(batch.count) if ids is None else sample_ids(ids, batch.count)
-        sampling = self._draw(batch.height, batch.width, generator, numbers, batch.is_pil)
-        result, channels_last = _run(batch, sampling.steps, self.gives_tensor())
-        if ids is None:
-            self._count += batch.count
+        height, width = batch.height[:: batch.frames], batch.width[:: batch.frames]
+        sampling = self._draw(height, width, generator, ids, batch.is_pil, batch.modes)
+        chain = sampling.steps
+        if batch.frames > 1:
+            chain = [step.take(np.arange(batch.count) // batch.frames) for step in chain]
+        result, channels_last = _run(batch, chain, self.gives_tensor())
         return batch.give_back(result, channels_last, self.gives_tensor())
 
     def sample(
@@ -136,36 +169,34 @@ class Transform(nn.Module):
     ) -> Any:
         """The parameters that a call with images of these sizes would draw.
 
-        sizes: (height, width) of each image; generator and ids as in a call, but the running count
-        does not advance. Returns the transform's parameters, a dataclass of NumPy arrays with one
-        entry an image; a chain returns a list with one entry a transform, depth first (a
-        RandomApply before those inside it).
+        sizes: (height, width) of each image; generator and ids as in a call: without ids, the
+        generator advances, and the next call draws others. Returns the transform's parameters, a
+        dataclass of NumPy arrays with one entry an image; a chain returns a list with one entry a
+        transform, depth first (a RandomApply before those inside it).
         """
         table = np.asarray(sizes)
         whole = np.issubdtype(table.dtype, np.integer) or table.size == 0
         fits = whole and (table.size == 0 or (table.shape[1:] == (2,) and table.min() > 0))
         check(fits, "transforms", "sizes", "positive pairs (height, width)", repr(sizes))
         table = table.astype(np.int64).reshape(-1, 2)
-        numbers = self._next_ids(len(table)) if ids is None else sample_ids(ids, len(table))
-        params = self._draw(table[:, 0], table[:, 1], generator, numbers, pil=False).params
+        params = self._draw(table[:, 0], table[:, 1], generator, ids, pil=False).params
         return params if self.is_chain else params[0]
 
     is_chain: ClassVar[bool] = False
-
-    def _next_ids(self, count: int) -> Ints:
-        return np.arange(self._count, self._count + count, dtype=np.int64)
 
     def _draw(
         self,
         height: Ints,
         width: Ints,
         generator: torch.Generator | None,
-        ids: Ints,
+        ids: Any,
         pil: bool,
+        modes: frozenset[str] = frozenset(),
     ) -> Sampling:
-        draws = Draws(seed_of(generator), ids, [t.blocks for t in self.chain()])
-        sampling = Sampling(draws, height, width, pil)
-        self.walk(sampling, np.ones(len(ids), dtype=bool))
+        blocks = [t.blocks for t in self.chain()]
+        seed, numbers = keys(generator, ids, len(height), draws=any(blocks))
+        sampling = Sampling(Draws(seed, numbers, blocks), height, width, pil, modes)
+        self.walk(sampling, np.ones(len(height), dtype=bool))
         return sampling
 
     def _empty(self, batch: Images) -> Any:
@@ -181,25 +212,34 @@ class Transform(nn.Module):
             width=np.asarray([shape[1 if batch.channels_last else 2]]),
             channels=batch.channels,
             wrapper=batch.wrapper,
+            lead=batch.lead,
         )
-        sampling = self._draw(extra.height, extra.width, None, np.zeros(1, np.int64), pil=False)
+        sampling = self._draw(extra.height, extra.width, None, [0], pil=False)
         result, channels_last = _run(extra, sampling.steps, self.gives_tensor())
         return extra.give_back(result[:0], channels_last, self.gives_tensor())
 
-    # The running count, as a tensor: safetensors and weights_only loading take nothing else.
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self._count], dtype=torch.int64, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
+    def _symbolic(self, images: torch.fx.Proxy, **arguments: Any) -> torch.fx.Proxy:
+        """This call in the graph of torch.fx.symbolic_trace, as that of a layer of torch's."""
+        tracer = images.tracer
+        owned = any(module is self for module in tracer.root.modules())  # type: ignore[attr-defined]
         check(
-            isinstance(state, Tensor) and state.numel() == 1,
+            owned and tracer.root is not self,  # type: ignore[attr-defined]
             "transforms",
-            "state",
-            "the count that state_dict() gave",
-            repr(state),
+            "the module that torch.fx traces",
+            "a module that holds the transform",
+            "the transform itself",
+            "It is one call: there is nothing to trace in it",
+            NotImplementedError,
         )
-        self._count = int(state.item())
+        target = tracer.path_of_module(self)  # type: ignore[attr-defined]
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return tracer.create_proxy("call_module", target, (images,), given)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"bigkernel.{type(self).__name__}: TorchScript cannot compile transforms, which draw "
+            "and fold in NumPy. Script the model without them, or use torch.compile."
+        )
 
     def extra_repr(self) -> str:
         """The arguments, as torchvision prints them."""
@@ -259,7 +299,7 @@ def _apply(
             torch.from_numpy(part.geometry),
             torch.from_numpy(part.color.astype(np.float32)),
             size=(height, width),
-            fill=torch.from_numpy(part.fill.astype(np.float32)),
+            fill=torch.from_numpy(np.ascontiguousarray(part.fill)),
             mean=_constants(part.mean),
             std=_constants(part.std),
             interpolation="bilinear" if part.bilinear else "nearest",
@@ -274,7 +314,7 @@ def _apply(
 
 
 def _constants(numbers: tuple[float, ...] | None) -> Tensor | None:
-    return None if numbers is None else torch.from_numpy(np.asarray(numbers, dtype=np.float32))
+    return None if numbers is None else torch.from_numpy(np.asarray(numbers))
 
 
 def _join(parts: list[tuple[Ints, Tensor]], count: int) -> Tensor | list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,15 +126,20 @@ class RandomCrop(Transform):
 def _pad_and_crop(
     params: CropParams, fill: tuple[float, ...] | None, edge: bool
 ) -> tuple[steps.Step, ...]:
-    crop = steps.Crop(params.active, params.top, params.left, params.height, params.width)
-    return steps.Pad(params.active, params.padding, fill, edge), crop
+    """The padding, then the box in the padded image; negative sides of the padding crop."""
+    sides = params.padding
+    cut = np.maximum(-sides, 0)[:, :2]
+    crop = steps.Crop(
+        params.active, params.top + cut[:, 1], params.left + cut[:, 0], params.height, params.width
+    )
+    return steps.Pad(params.active, np.maximum(sides, 0), fill, edge), crop
 
 
 class Pad(Transform):
     """Adds ``padding`` pixels (one number; x, y; or left, top, right, bottom) around images.
 
-    ``padding_mode`` is "constant" (``fill``) or "edge"; torchvision's mirrored modes have no
-    kernel here.
+    Negative padding crops. ``padding_mode`` is "constant" (``fill``) or "edge"; torchvision's
+    mirrored modes have no kernel here.
     """
 
     def __init__(
@@ -150,7 +156,21 @@ class Pad(Transform):
         sampling.numbers()
         sides = np.broadcast_to(np.asarray(self._sides, dtype=np.int64), (len(active), 4))
         edge = self.padding_mode == "edge"
-        sampling.add(Params(active), steps.Pad(active, sides, self._fill, edge))
+        if min(self._sides) >= 0:
+            return sampling.add(Params(active), steps.Pad(active, sides, self._fill, edge))
+        height = sampling.height + sides[:, 1] + sides[:, 3]
+        width = sampling.width + sides[:, 0] + sides[:, 2]
+        empty = active & ((height < 1) | (width < 1))
+        if empty.any():
+            i = int(np.flatnonzero(empty)[0])
+            raise BadArgument(
+                f"bigkernel.Pad: padding must leave at least one pixel a side, got {self.padding} "
+                f"for image {i} of {(int(sampling.height[i]), int(sampling.width[i]))} (height, "
+                "width). Negative padding crops."
+            )
+        corner = np.zeros_like(height)
+        params = CropParams(active, sides, corner, corner, height, width)
+        sampling.add(Params(active), *_pad_and_crop(params, self._fill, edge))
 
 
 @dataclass
@@ -260,9 +280,9 @@ class ResizedCropParams(Params):
 class RandomResizedCrop(Transform):
     """Cuts out a box of random area and aspect ratio and scales it to ``size``.
 
-    Its area is ``scale`` times the image's, its width over its height ``ratio`` (drawn evenly in
-    the logarithm). As in torchvision, ten boxes are tried; if none fits, it is the largest box in
-    the middle whose ratio is in range.
+    Its area is ``scale`` (from 0 on) times the image's, its width over its height ``ratio`` (drawn
+    evenly in the logarithm). As in torchvision, ten boxes are tried; if none fits, it is the
+    largest box in the middle whose ratio is in range.
     """
 
     blocks: ClassVar[int] = 10
@@ -287,11 +307,12 @@ class RandomResizedCrop(Transform):
                 repr(value),
                 cls=TypeError,
             )
+            least = 0.0 if argument == "scale" else math.ulp(0.0)
             check(
-                all(arguments.is_number(v) and 0 < v < float("inf") for v in value),
+                all(arguments.is_number(v) and least <= v < math.inf for v in value),
                 name,
                 argument,
-                "positive numbers",
+                "positive numbers" if least else "numbers from 0 on",
                 repr(value),
             )
         if scale[0] > scale[1] or ratio[0] > ratio[1]:

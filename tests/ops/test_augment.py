@@ -21,6 +21,9 @@ Feature -> test
   wild tables, zero sizes                        test_augment_wild_tables, test_augment_zero_sizes
   nothing read outside box and image             test_augment_reads_nothing_outside
   any table, any size                            test_augment_any_table (hypothesis)
+  NaN and infinities                             test_augment_not_finite_*, test_augment_fill_that_*
+  derivatives of every kind                      test_augment_derivatives_are_right_or_refused
+  tensor subclasses                              test_augment_refuses_what_is_no_plain_tensor
 """
 
 import itertools
@@ -33,9 +36,11 @@ import torch
 import torchvision.transforms.v2.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torchvision.transforms import InterpolationMode
 
 import bigkernel
+from bigkernel import transforms
 from bigkernel.ops.augment import augment, reference
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
@@ -584,6 +589,260 @@ def test_augment_compile():
     assert torch.equal(step(images, geometry, color), expected)
 
 
+def double(function):
+    """jvp of ``function`` at x along t by dual numbers."""
+
+    def run(x, t):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, t))).tangent
+
+    return run
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager")
+
+
+DERIVATIVES = {  # (function, x, t) -> the derivative of the function along t, or its gradient
+    "backward": lambda f, x, t: torch.autograd.grad(f(x.requires_grad_()), x)[0],
+    "backward of compiled": lambda f, x, t: torch.autograd.grad(compiled(f)(x.requires_grad_()), x)[
+        0
+    ],
+    "func.grad": lambda f, x, t: torch.func.grad(f)(x),
+    "compiled func.grad": lambda f, x, t: compiled(torch.func.grad(f))(x),
+    "vjp": lambda f, x, t: torch.func.vjp(f, x)[1](torch.ones(()))[0],
+    "dual": lambda f, x, t: double(f)(x, t),
+    "dual through compiled": lambda f, x, t: double(compiled(f))(x, t),
+    "jvp": lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+    "jvp of compiled": lambda f, x, t: torch.func.jvp(compiled(f), (x,), (t,))[1],
+    "compiled jvp": lambda f, x, t: compiled(lambda x: torch.func.jvp(f, (x,), (t,))[1])(x),
+    "double backward": lambda f, x, t: torch.autograd.grad(
+        torch.autograd.grad(f(x.requires_grad_()), x, create_graph=True)[0].mul(t).sum(), x
+    )[0],
+    "double backward of compiled": lambda f, x, t: torch.autograd.grad(
+        torch.autograd.grad(compiled(f)(x.requires_grad_()), x, create_graph=True)[0].mul(t).sum(),
+        x,
+    )[0],
+    "hessian-vector": lambda f, x, t: torch.func.jvp(torch.func.grad(f), (x,), (t,))[1],
+    "vmap": lambda f, x, t: torch.func.vmap(f)(x[None]),
+    "compiled vmap": lambda f, x, t: compiled(torch.func.vmap(f))(x[None]),
+    "jacfwd": lambda f, x, t: torch.func.jacfwd(f)(x),
+}
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["function", "op"])
+@pytest.mark.parametrize("way", DERIVATIVES)
+def test_augment_derivatives_are_right_or_refused(monkeypatch, way, below):
+    """Never a silent zero: of the public function, and of the op that it calls."""
+    monkeypatch.delenv("BIGKERNEL_STRICT")
+    x, t = (
+        picture(1, 3, 9, 8, dtype=torch.float32),
+        picture(1, 3, 9, 8, dtype=torch.float32, seed=1),
+    )
+    geometry = tables.affine(25, [0, 0], 0.8, [0, 0], (9, 8))[None]
+    weights = picture(1, 3, 9, 8, dtype=torch.float32, seed=2)
+    color = torch.zeros(1, 0, 2)
+
+    def op(x):
+        arguments = op_arguments([x], geometry, color, out_h=9, out_w=8, in_scale=1.0)
+        return (torch.ops.bigkernel.augment(*arguments) ** 2 * weights).sum()
+
+    def function(x):
+        options = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+        return (augment(x, geometry, size=(9, 8), **options) ** 2 * weights).sum()
+
+    def exact(x):
+        arguments = op_arguments([x], geometry, color, out_h=9, out_w=8, in_scale=1.0)
+        return (reference.augment(*arguments) ** 2 * weights).sum()
+
+    if "vmap" in way:
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"outside of .*vmap"):
+            DERIVATIVES[way](op if below else function, x, t)
+        return
+    eager = {"compiled func.grad": "func.grad", "compiled jvp": "jvp"}
+    plain = eager.get(way, way.removesuffix(" of compiled").replace(" through compiled", ""))
+    expected = DERIVATIVES[plain](exact, x.clone(), t)
+    try:
+        actual = DERIVATIVES[way](op if below else function, x.clone(), t)
+    except Exception as error:
+        said = "torch.func transform" in str(error) or "double backward" in str(error)
+        if "compiled" not in way or not said:
+            raise
+        return
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 0.1
+
+
+class Plain(torch.Tensor):
+    """A subclass that leaves everything as it is."""
+
+
+class Lazy(torch.Tensor):
+    """One whose data mean nothing, as torch.nn.attention.bias.CausalBias."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def distributed(x):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return distribute_tensor(x, init_device_mesh("cpu", (1,)))
+
+
+def fake(x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(x)
+
+
+SUBCLASSES = {
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "a nested one"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "a nested one",
+    ),
+    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0.5), "a MaskedTensor"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "quint8"),
+    "sparse": (lambda x: x.to_sparse(), "must be dense"),
+    "lazy": (lambda x: x.as_subclass(Lazy), "a Lazy"),
+    "DTensor": (distributed, "a DTensor.*to_local"),
+    "fake": (fake, "FakeTensor outside"),
+    "complex": (lambda x: x * 1j, "complex64"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own prototypes
+@pytest.mark.parametrize("name", SUBCLASSES)
+@pytest.mark.parametrize("caller", ["op", "list", "transform", "geometry", "fill"])
+def test_augment_refuses_what_is_no_plain_tensor(name, caller):
+    make, words = SUBCLASSES[name]
+    if name in ("complex", "quantised") and caller in ("list", "geometry"):
+        pytest.skip("a matter of dtype, which other tests look at")
+    try:
+        x = make(picture(2, 3, 8, 8, dtype=torch.float32))
+        row = make(UNCHANGED.expand(2, 16).float()).double() if caller == "geometry" else None
+    except (RuntimeError, TypeError) as error:
+        pytest.skip(f"torch makes none: {error}")
+    good = picture(2, 3, 8, 8, dtype=torch.float32)
+    rows = tables.resized_crop(0, 0, 8, 8, (8, 8)).expand(2, 16)
+    calls = {
+        "op": lambda: augment(x, rows, size=(8, 8)),
+        "list": lambda: augment([x, x], rows, size=(8, 8)),
+        "transform": lambda: transforms.Pad(1)(x),
+        "geometry": lambda: augment(good, row, size=(8, 8)),
+        "fill": lambda: augment(good, rows, size=(8, 8), fill=x),
+    }
+    with pytest.raises((TypeError, ValueError), match=words):
+        calls[caller]()
+
+
+def test_augment_understands_subclasses_that_are_their_data():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = picture(2, 3, 8, 8, dtype=torch.float32)
+    rows = tables.resized_crop(1, 1, 6, 6, (8, 8)).expand(2, 16)
+    expected = augment(x, rows, size=(8, 8))
+    for same in (
+        x.as_subclass(Plain),
+        torch.nn.Parameter(x, requires_grad=False),
+        torch._neg_view(-x),
+    ):
+        result = augment(same, rows, size=(8, 8)).as_subclass(torch.Tensor)
+        assert torch.equal(result, expected)
+        result = transforms.RandomHorizontalFlip(1.0)(same).as_subclass(torch.Tensor)
+        assert torch.equal(result, x.flip(-1))
+    with FakeTensorMode() as mode:
+        shape = augment(mode.from_tensor(x), mode.from_tensor(rows), size=(4, 5)).shape
+    assert shape == (2, 3, 4, 5)
+
+
+BAD = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("path", ["unchanged", *PATHS])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_augment_not_finite_images(native, dtype, path, interpolation):
+    """NaN and infinities in the image arrive where torch's do, and nowhere else."""
+    shape = (3, 50, 170) if path == "sparse" else (3, 40, 52)
+    geometry = UNCHANGED if path == "unchanged" else PATHS[path]
+    size = (40, 52) if path == "unchanged" else (24, 19)
+    for value in BAD:
+        image = picture(*shape, dtype=DTYPES[dtype])
+        image[1, 15, 16] = image[0, 21, 23] = image[2, 8, 32] = value
+        assert_as_torch(image, geometry, None, size=size, interpolation=interpolation)
+
+
+def assert_as_torch(image, geometry, color, **options):
+    actual = run(image, geometry, color, **options)
+    with bigkernel.use_backend("torch"):
+        expected = run(image, geometry, color, **options)
+    if actual.dtype == torch.uint8:
+        assert (actual.int() - expected.int()).abs().max() <= 1
+        return
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=max(3e-5, eps), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint8-whole", "fp32", "bf16"])
+def test_augment_not_finite_colours(native, name, dtype):
+    """A factor that is not finite, and such a pixel under each colour operation."""
+    dtype, _, whole = dtype.partition("-")
+    for value in BAD:
+        image = picture(3, 40, 52, dtype=DTYPES[dtype])
+        assert_as_torch(
+            image, UNCHANGED, tables.chain((name, value), whole=bool(whole)), size=(40, 52)
+        )
+        if dtype != "uint8":
+            image[1, 15, 16] = image[0, 21, 23] = value
+            assert_as_torch(image, UNCHANGED, tables.chain((name, 0.3)), size=(40, 52))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "fp32", "bf16"])
+def test_augment_not_finite_constants(native, dtype):
+    """mean, std, in_scale, and fill where pixels are moved; conversion of NaN to bytes."""
+    image = picture(3, 40, 52, dtype=DTYPES[dtype])
+    for value in BAD:
+        for out in (torch.float32, torch.uint8):
+            same = {"size": (40, 52), "dtype": out}
+            assert_as_torch(image, UNCHANGED, None, mean=[value, 0.5, 0.5], **same)
+            assert_as_torch(image, UNCHANGED, None, std=[value, 0.5, 0.5], **same)
+            assert_as_torch(image, UNCHANGED, None, in_scale=value, **same)
+        for path in ("shift", "rotate"):
+            options = {"size": (24, 19), "fill": value, "interpolation": "nearest"}
+            for color in (None, tables.chain(("contrast", 0.5), ("hue", 0.2))):
+                assert_as_torch(image, PATHS[path], color, **options)
+        if dtype != "uint8":
+            image[1, 15, 16] = value
+            assert_as_torch(image, UNCHANGED, None, size=(40, 52), dtype=torch.uint8)
+            image[1, 15, 16] = 0.5
+
+
+@pytest.mark.filterwarnings("ignore:bigkernel.augment runs in plain PyTorch")
+@pytest.mark.parametrize("value", BAD)
+def test_augment_fill_that_is_not_finite_stays_outside(monkeypatch, value):
+    """Also where pixels are blended: as torchvision's pad around its resize."""
+    monkeypatch.delenv("BIGKERNEL_STRICT")
+    image = picture(3, 40, 52, dtype=torch.float32)
+    expected = F.pad(F.resize(image, [20, 30]), [2], fill=value)
+    chain = transforms.Compose([transforms.Resize((20, 30)), transforms.Pad(2, fill=value)])
+    torch.testing.assert_close(chain(image), expected, atol=2e-5, rtol=0, equal_nan=True)
+    turned = run(image, PATHS["rotate"], size=(24, 19), fill=value)
+    plain = run(image, PATHS["rotate"], size=(24, 19), fill=0.5)
+    inside = turned.isfinite()
+    assert 0.3 < inside.float().mean() <= 1
+    torch.testing.assert_close(turned[inside], plain[inside], atol=1e-6, rtol=0)
+
+
 def test_augment_float64_goes_to_torch_aloud():
     image = picture(3, 40, 52).double() / 255
     with pytest.raises(RuntimeError, match="float64 has no native kernel"):
@@ -600,11 +859,12 @@ ROWS = UNCHANGED.expand(2, 16)
     ("arguments", "options", "error", "message"),
     [
         ((GOOD[0], ROWS), {}, ValueError, r"images must be a batch \[N, C, H, W\].*images\[None\]"),
-        ((GOOD.long(), ROWS), {}, TypeError, "images must be uint8, float32"),
+        ((GOOD * 1j, ROWS), {}, TypeError, "images must be of a floating-point, whole-number"),
         (([GOOD[0], GOOD[1].float()], ROWS), {}, TypeError, r"images\[1\] must be torch.uint8"),
         (([GOOD[0], GOOD[1, :1]], ROWS), {}, ValueError, r"images\[1\] must be of 3 channels"),
         (([GOOD[0], 3], ROWS), {}, TypeError, r"images\[1\] must be a tensor, got int"),
-        ((GOOD.float().requires_grad_(), ROWS), {}, ValueError, "images.detach"),
+        ((GOOD, ROWS.clone().requires_grad_()), {}, ValueError, "geometry must be without grad"),
+        ((GOOD, ROWS), {"std": torch.zeros(1)}, ValueError, "std must be without a zero"),
         ((GOOD, ROWS[:1]), {}, ValueError, r"geometry must be of shape \(N, 16\) with N = 2"),
         ((GOOD, ROWS.float()), {}, TypeError, "geometry must be a torch.float64 tensor"),
         ((GOOD, ROWS, torch.zeros(2, 3)), {}, ValueError, r"color must be of shape \(N, K, 2\)"),
@@ -621,7 +881,7 @@ ROWS = UNCHANGED.expand(2, 16)
         ((GOOD, ROWS), {"size": (4,)}, ValueError, r"size must be \(height, width\)"),
         ((GOOD, ROWS), {"size": (4, -1)}, ValueError, "neither negative"),
         ((GOOD, ROWS), {"interpolation": "bicubic"}, ValueError, "'nearest' or 'bilinear'"),
-        ((GOOD, ROWS), {"dtype": torch.int32}, TypeError, "dtype must be uint8"),
+        ((GOOD, ROWS), {"dtype": torch.complex64}, TypeError, "dtype must be a floating"),
     ],
 )
 def test_augment_rejects_bad_input(arguments, options, error, message):

@@ -53,16 +53,24 @@ pixel; with ``antialias`` it is ``max(1, hypot(a, b))`` along x and ``max(1, hyp
 For axis-aligned maps that is torch's ``interpolate(antialias=True)``; any other map, such as a
 resize followed by a rotation, is filtered as well. Nearest ignores ``antialias``.
 
-Last, out = (value * in_scale - mean) / std; uint8 output is rounded to nearest (halves to even) and
-clamped, and NaN becomes 0.
+Last, out = (value * in_scale - mean) / std; whole-number output is rounded to nearest (halves to
+even) and clamped to its range, and NaN becomes 0.
+
+Images of other whole-number dtypes are treated as uint8 ones with the range 0..max of theirs (bool:
+0..1), in float64. Nothing but moved by nearest sampling, to the same dtype, they stay exact.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
 
-from bigkernel import registry
+from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.errors import check
 from bigkernel.ops.augment import reference
@@ -72,8 +80,8 @@ SCHEMA = (
     "SymInt out_h, SymInt out_w, bool channels_last_in, bool channels_last_out, "
     "int interpolation, bool antialias, float in_scale, int out_dtype) -> Tensor"
 )
-IN_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OUT_DTYPES = reference.OUT_DTYPES  # the op's out_dtype is an index into this
+OUT_DTYPES = reference.OUT_DTYPES  # of images, too; the op's out_dtype is an index into this
+_DTYPES = "a floating-point, whole-number or bool dtype of torch's"
 INTERPOLATIONS = ("nearest", "bilinear")
 Numbers = Tensor | Sequence[float] | float
 
@@ -100,14 +108,80 @@ def _fake(
     return like.new_empty(shape, dtype=OUT_DTYPES[out_dtype])
 
 
+_TABLES = ("geometry", "color", "fill", "mean", "std")
+
+
+def _with_derivatives(op: Any) -> Any:
+    """What autograd calls in the op's place: the op has no derivative, its definition has.
+
+    Without this a custom op drops a tangent, and inside of torch.func.grad a gradient, in silence.
+    """
+
+    def augment(keyset: Any, images: list[Tensor], *rest: Any) -> Any:
+        for name, table in zip(_TABLES, rest, strict=False):
+            tangent = isinstance(table, Tensor) and _has_tangent(table)
+            _check_constant(name, table, tangent)
+        if not any(asks_derivative(image) or _has_tangent(image) for image in images):
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, images, *rest)
+        check(
+            detect_fake_mode() is None,
+            "augment",
+            "images",
+            "without gradient or tangent inside of a compiled torch.func transform",
+            "images with one",
+            "Compile the function inside of the transform, or neither",
+            NotImplementedError,
+        )
+        return reference.augment(images, *rest)
+
+    return augment
+
+
+def _batched(*_: Any) -> Any:
+    raise NotImplementedError(
+        "bigkernel.augment: images must be outside of torch.vmap, got a call inside. "
+        "A batch is one call already: pass [N, C, H, W]."
+    )
+
+
+def asks_derivative(x: Tensor) -> bool:
+    """Whether autograd follows ``x``, backward or forward."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    # Dynamo cannot trace the look; what it traces calls the op, which looks for itself.
+    return not torch.compiler.is_compiling() and _has_tangent(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _check_constant(name: str, x: Any, tangent: bool = False) -> None:
+    check(
+        not isinstance(x, Tensor) or not (tangent or asks_derivative(x)),
+        "augment",
+        name,
+        "without gradient or tangent",
+        "a tensor with one",
+        "Only images have derivatives: pass a detached tensor",
+    )
+
+
+def _followed(tensors: Sequence[Tensor]) -> str | None:
+    asked = any(map(asks_derivative, tensors))
+    return "the images require a gradient, which PyTorch computes" if asked else None
+
+
 _OP = registry.register(
     registry.Op(
         noun="augment",
         title="image augmentation",
         functions=(registry.Function("augment", SCHEMA, reference.augment, _fake),),
         dtypes=(torch.uint8, *registry.NATIVE_DTYPES),
+        limit=_followed,
     )
 )
+_library.derive("augment", _with_derivatives, _batched)
 
 
 def augment(
@@ -130,32 +204,35 @@ def augment(
 
     Args:
         images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C]
-            with ``channels_last_in``); uint8 in 0..255, or float32, bfloat16, float16, float64 in
-            0..1.
+            with ``channels_last_in``); whole numbers in their dtype's range (uint8: 0..255), or
+            floats in 0..1.
         geometry: float64 [N, 16], the table described at the top of this module. Best on the CPU:
             it decides what is launched, so a table on the GPU is brought back first, which waits
             for it. So is ``color``.
         color: float32 [N, K, 2], described there too; without it nothing is recoloured.
         size: (height, width) of the output.
         fill: for output pixels that come from no source pixel: a number, C numbers, or a tensor
-            [C], [1, C] or [N, C]; in the units of the input.
+            [C], [1, C] or [N, C]; in the units of the input. NaN or infinite, it stays out of
+            pixels that come from source pixels alone.
         mean: a number or C numbers; the result is ``(value * in_scale - mean) / std``.
         std: the same.
         interpolation: "nearest" or "bilinear".
         antialias: widen the filter where the map shrinks.
-        in_scale: None scales between 0..255 and 0..1 where input and output dtype ask for it.
-        dtype: of the output: uint8, float32, bfloat16, float16 or float64; None keeps the input's.
+        in_scale: None scales between the ranges of input and output dtype (floats: 0..1).
+        dtype: of the output; None keeps the input's.
         channels_last_in: the images are [N, H, W, C] or [H, W, C].
         channels_last_out: the result is [N, height, width, C].
 
     Returns:
         [N, C, height, width], or [N, height, width, C] with ``channels_last_out``.
 
-    There is no gradient. float64 images run in PyTorch, everything else natively; arithmetic is in
-    float32 (float64 for float64 images).
+    uint8, float32, bfloat16 and float16 run natively, in float32 arithmetic; other dtypes run in
+    PyTorch, in float64. So do images that require a gradient or have a forward-mode tangent:
+    autograd follows the definition, to any order, in eager code; a whole-number result has none.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which.
+        NotImplementedError: inside of torch.vmap.
     """
     batch, n, channels = _check_images(images, channels_last_in)
     device = batch[0].device if batch else geometry.device
@@ -174,7 +251,8 @@ def augment(
             f"{channels} channels",
             "Leave color out, or select channels",
         )
-    fill_table = _fill(fill, n, channels if batch else None)
+    wide = torch.float32 if source in _OP.dtypes else torch.float64
+    fill_table = _fill(fill, n, channels if batch else None, wide)
     if not batch:
         channels = fill_table.shape[1]
     height, width = _check_size(size)
@@ -190,23 +268,26 @@ def augment(
         dtype in OUT_DTYPES,
         "augment",
         "dtype",
-        "uint8, float32, bfloat16, float16 or float64",
+        _DTYPES,
         dtype,
         cls=TypeError,
     )
     if in_scale is None:
-        if source == torch.uint8:
-            in_scale = 1.0 if dtype == torch.uint8 else 1 / 255
-        else:
-            in_scale = 255.0 if dtype == torch.uint8 else 1.0
-    reason = _OP.why_not_dtype(source) or _OP.why_not_dtype(dtype)
-    return select("augment", device, reason).augment(  # type: ignore[no-any-return]
+        in_scale = 1.0 if dtype == source else reference.bound(dtype) / reference.bound(source)
+    reason = _OP.why_not_dtype(dtype) or _OP.why_not_native(batch)
+    if reason is None and interpolation == "bilinear" and not _is_finite(fill):
+        reason = "the kernels blend with a finite fill only"
+    namespace = select("augment", device, reason)
+    # The op is opaque to autograd, which goes through its definition instead.
+    followed = any(map(asks_derivative, batch)) and device.type != "meta"
+    run = reference.augment if followed else namespace.augment
+    return run(  # type: ignore[no-any-return]
         batch,
         geometry,
         color,
         fill_table,
-        _per_channel("mean", mean, channels),
-        _per_channel("std", std, channels),
+        _per_channel("mean", mean, channels, wide),
+        _per_channel("std", std, channels, wide),
         height,
         width,
         channels_last_in,
@@ -223,6 +304,7 @@ def _check_images(
 ) -> tuple[list[Tensor], int, int]:
     """(the op's list, N, C) after checking that the images can form one batch."""
     if isinstance(images, Tensor):
+        check_plain("augment", "images", images)
         batch = [images]
         layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
         check(
@@ -248,6 +330,7 @@ def _check_images(
                 "Convert PIL images and arrays first",
                 TypeError,
             )
+            check_plain("augment", f"images[{i}]", image)
             check(
                 image.dim() == 3,
                 "augment",
@@ -259,30 +342,13 @@ def _check_images(
     for i, image in enumerate(batch):
         name = "images" if isinstance(images, Tensor) else f"images[{i}]"
         check(
-            image.layout is torch.strided,
+            image.dtype in OUT_DTYPES,
             "augment",
             name,
-            "dense",
-            image.layout,
-            "Convert with .to_dense()",
-            TypeError,
-        )
-        check(
-            image.dtype in IN_DTYPES,
-            "augment",
-            name,
-            "uint8, float32, bfloat16, float16 or float64",
+            f"of {_DTYPES}",
             image.dtype,
             "Convert with .to(torch.uint8) or .float()",
             TypeError,
-        )
-        check(
-            not image.requires_grad,
-            "augment",
-            name,
-            "without gradient",
-            "a tensor that requires one",
-            "Augment has no backward: pass images.detach()",
         )
         check(
             image.dtype == batch[0].dtype,
@@ -310,6 +376,67 @@ def _check_images(
     return batch, n, batch[0].shape[axis] if batch else 0
 
 
+def check_plain(owner: str, name: str, x: Tensor) -> None:
+    """``x`` is a dense tensor whose own data are the values, or is known to stand for one."""
+    check(
+        not x.is_nested,
+        owner,
+        name,
+        "plain tensors",
+        "a nested one",
+        "Pass the list of its images, from .unbind()",
+        TypeError,
+    )
+    check(
+        x.layout is torch.strided,
+        owner,
+        name,
+        "dense",
+        x.layout,
+        "Convert with .to_dense()",
+        TypeError,
+    )
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        check(
+            torch.compiler.is_compiling() or not is_batchedtensor(x),
+            owner,
+            name,
+            "outside of torch.vmap",
+            "a tensor inside",
+            "A batch is one call already: pass [N, C, H, W]",
+            NotImplementedError,
+        )
+        return
+    if kind.__module__.startswith("torch._subclasses."):  # fake and functional tensors, of tracing
+        check(
+            kind.__name__ != "FakeTensor" or detect_fake_mode() is not None,
+            owner,
+            name,
+            "within its FakeTensorMode",
+            "a FakeTensor outside",
+            "Call it inside `with fake_tensor.fake_mode:`",
+            TypeError,
+        )
+        return
+    # A subclass that says itself what operations mean may hold anything in the place of its data.
+    usual = getattr(Tensor.__torch_function__, "__func__", None)
+    ours = kind.__module__.startswith("torchvision.") or (
+        getattr(kind.__torch_function__, "__func__", None) is usual
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+    check(
+        ours,
+        owner,
+        name,
+        "a plain tensor",
+        f"a {kind.__name__}",
+        "If its data are the values, pass x.as_subclass(torch.Tensor); a DTensor's part on this "
+        "rank is x.to_local()",
+        TypeError,
+    )
+
+
 def _check_table(
     name: str,
     table: Tensor,
@@ -321,6 +448,8 @@ def _check_table(
     check(
         isinstance(table, Tensor), "augment", name, "a tensor", type(table).__name__, "", TypeError
     )
+    check_plain("augment", name, table)
+    _check_constant(name, table)
     check(
         table.dtype == dtype,
         "augment",
@@ -359,16 +488,29 @@ def _check_size(size: Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _float32(numbers: Numbers) -> Tensor:
-    """A tensor where it is, numbers on the CPU, whatever torch's default device is."""
+def _numbers(name: str, numbers: Numbers, dtype: torch.dtype) -> Tensor:
     if isinstance(numbers, Tensor):
-        return numbers.to(torch.float32)
-    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        check_plain("augment", name, numbers)
+        check(numbers.dtype in OUT_DTYPES, "augment", name, "real", numbers.dtype, cls=TypeError)
+        _check_constant(name, numbers)
+        return numbers.to(dtype)
+    return torch.as_tensor(numbers, dtype=dtype, device="cpu")
 
 
-def _fill(fill: Numbers, n: int, channels: int | None) -> Tensor:
+def _is_finite(numbers: Numbers) -> bool:
+    """As far as can be seen: not of tensors in a compiled function, or on a GPU without waiting."""
+    if not isinstance(numbers, Tensor):
+        return all(map(math.isfinite, numbers if isinstance(numbers, Sequence) else [numbers]))
+    return not _is_readable(numbers) or bool(numbers.isfinite().all())
+
+
+def _is_readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _fill(fill: Numbers, n: int, channels: int | None, dtype: torch.dtype) -> Tensor:
     """[N, C] or [1, C]; without images (``channels`` None) it says how many channels there are."""
-    table = _float32(fill)
+    table = _numbers("fill", fill, dtype)
     if table.dim() == 0:
         table = table.expand(1, 1 if channels is None else channels)
     elif table.dim() == 1:
@@ -385,10 +527,12 @@ def _fill(fill: Numbers, n: int, channels: int | None) -> Tensor:
     return table
 
 
-def _per_channel(name: str, numbers: Numbers | None, channels: int) -> Tensor | None:
+def _per_channel(
+    name: str, numbers: Numbers | None, channels: int, dtype: torch.dtype
+) -> Tensor | None:
     if numbers is None:
         return None
-    row = _float32(numbers)
+    row = _numbers(name, numbers, dtype)
     check(
         row.dim() == 0 or tuple(row.shape) in ((1,), (channels,)),
         "augment",
@@ -396,6 +540,6 @@ def _per_channel(name: str, numbers: Numbers | None, channels: int) -> Tensor | 
         f"a number or {channels} numbers, one a channel",
         f"shape {tuple(row.shape)}",
     )
-    if name == "std" and not isinstance(numbers, Tensor):
+    if name == "std" and (not isinstance(numbers, Tensor) or _is_readable(numbers)):
         check(bool((row != 0).all()), "augment", "std", "without a zero", numbers)
     return row.expand(channels)

@@ -2,7 +2,8 @@
 
 The tables are explained in ``op.py``. Sampling goes image by image (sizes and
 maps differ), vectorised over pixels; colour and normalisation go over the whole batch. Positions
-are computed in float64, pixel values in float32 (float64 for float64 images).
+are computed in float64, pixel values in float32 (uint8, float32 and shorter) or float64 (others).
+Autograd can follow it from the images to the result.
 
 Sources of the arithmetic: torchvision.transforms.v2.functional (adjust_*, rotate, affine) and
 torch.nn.functional.interpolate, which it calls to resize.
@@ -10,6 +11,7 @@ torch.nn.functional.interpolate, which it calls to resize.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +24,17 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE = 1, 2, 3, 4, 5
 WHOLE_NUMBERS = 16  # added to a colour code
 CODES = frozenset(range(1, 6)) | frozenset(range(17, 22))
 
-OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64)
+OUT_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.uint8),  # the kernels' own, in this order
+    *(torch.float64, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+def bound(dtype: torch.dtype) -> float:
+    """The value of white: a whole-number dtype's largest, 1 for floats and bool."""
+    whole = not dtype.is_floating_point and dtype != torch.bool
+    return float(torch.iinfo(dtype).max) if whole else 1.0
 
 
 def augment(
@@ -44,27 +56,56 @@ def augment(
     """The op; arguments as in its schema. See ``bigkernel.ops.augment`` for what they mean."""
     device = images[0].device if images else geometry.device
     source_dtype = images[0].dtype if images else torch.uint8
-    dtype = torch.float64 if source_dtype == torch.float64 else torch.float32
+    target_dtype = OUT_DTYPES[out_dtype]
+    whole = not source_dtype.is_floating_point
+    dtype = torch.float32 if source_dtype in OUT_DTYPES[:4] else torch.float64
+    unscaled = in_scale == 1.0 and mean is None and std is None
+    plain = not bool(color[:, :, 0].any())
+    moved = whole and plain and unscaled and interpolation == 0 and target_dtype == source_dtype
+    if moved and dtype == torch.float64:
+        dtype = source_dtype  # nothing is computed: all of 64 bits are kept
     samples = list(images[0]) if len(images) == 1 and images[0].dim() == 4 else list(images)
     n, channels = geometry.shape[0], fill.shape[1]
-    fill = fill.to(device, dtype).expand(n, channels)
+    fill = _in_dtype(fill.to(device), dtype).expand(n, channels)
 
     value = torch.empty(n, channels, out_h, out_w, dtype=dtype, device=device)
     for i, (image, row) in enumerate(zip(samples, geometry.tolist(), strict=True)):
         planes = image.movedim(-1, 0) if channels_last_in else image
+        planes = planes.to(dtype) if dtype == torch.float64 else planes
         value[i] = sample(planes, row, fill[i], out_h, out_w, interpolation, antialias, dtype)
 
-    value = recolor(value, color, 255.0 if source_dtype == torch.uint8 else 1.0)
-    value = value * in_scale
+    if not plain:
+        value = recolor(value, color, source_dtype)
+    if in_scale != 1.0:
+        value = value * in_scale
     if mean is not None:
         value = value - mean.to(device, dtype).view(-1, 1, 1)
     if std is not None:
         value = value / std.to(device, dtype).view(-1, 1, 1)
     if channels_last_out:
         value = value.movedim(1, -1).contiguous()
-    if OUT_DTYPES[out_dtype] == torch.uint8:
-        value = value.nan_to_num(nan=0.0).round().clamp(0, 255)
-    return value.to(OUT_DTYPES[out_dtype])
+    if target_dtype == torch.bool != source_dtype:
+        return value != 0
+    if whole and unscaled and not target_dtype.is_floating_point and target_dtype != source_dtype:
+        return value.round().to(torch.int64).to(target_dtype)  # the bits that fit, as Tensor.to
+    return _in_dtype(value, target_dtype)
+
+
+def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in ``dtype``; in whole numbers, rounded and within its range."""
+    if dtype.is_floating_point or value.dtype == dtype:
+        return value.to(dtype)
+    value = value.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).round()
+    if dtype == torch.bool:
+        return value > 0
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if dtype.itemsize < 4:
+        return value.clamp(low, high).to(dtype)
+    # The largest numbers are none of value's dtype, or of float64; the one below them is.
+    value = value.double()
+    below = float(np.nextafter(float(high), 0.0)) if float(high) > high else float(high)
+    result = value.clamp(low, below).to(dtype)
+    return result.where(value <= below, torch.full_like(result, high))
 
 
 def sample(
@@ -127,6 +168,9 @@ def sample(
         blended = cover * (weighted - fill) + fill
     else:
         blended = weighted + (1 - cover) * fill
+    if not bool(fill.isfinite().all()):  # 0 times it would be NaN, wherever it is not seen
+        blended = torch.where(cover > 1 - 1e-6, weighted, blended)
+        blended = torch.where(cover == 0, fill, blended)
     out[:, top:bottom, left:right] = torch.where(reachable, blended, fill)
     return out
 
@@ -270,8 +314,9 @@ def _weigh(tap: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight != 0, tap * weight, torch.zeros_like(tap))
 
 
-def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
-    """Apply each sample's list of (code, factor) pairs to [N, C, H, W] with values in 0..bound."""
+def recolor(value: Tensor, color: Tensor, source: torch.dtype) -> Tensor:
+    """Apply each sample's list of (code, factor) pairs to [N, C, H, W], values of dtype ``source``
+    held in floats."""
     table = color.tolist()
     for k in range(color.shape[1]):
         codes = [pairs[k][0] for pairs in table]
@@ -283,23 +328,24 @@ def recolor(value: Tensor, color: Tensor, bound: float) -> Tensor:
             rows = [i for i, c in enumerate(codes) if c == code]
             numbers = [table[i][k][1] for i in rows]
             factor = torch.tensor(numbers, dtype=value.dtype, device=value.device)
-            value[rows] = _adjust(value[rows], int(code), factor, bound)
+            value[rows] = _adjust(value[rows], int(code), factor, source)
     return value
 
 
-def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
+def _adjust(value: Tensor, code: int, factor: Tensor, source: torch.dtype) -> Tensor:
     """One colour operation on [M, C, H, W] with a factor for each sample."""
-    whole, operation = code >= WHOLE_NUMBERS and bound == 255, code % WHOLE_NUMBERS
+    whole, operation = code >= WHOLE_NUMBERS and not source.is_floating_point, code % WHOLE_NUMBERS
+    white = bound(source)
     colored = value.shape[1] == 3
     if not colored and operation in (SATURATION, HUE, GREYSCALE):
         return value
     if whole:
-        value = value.round().clamp(0, bound)
+        value = _in_dtype(value, source).to(value.dtype)
     f = factor.view(-1, 1, 1, 1)
     if operation == BRIGHTNESS:
-        result = (value * f).clamp(0, bound)
+        result = (value * f).clamp(0, white)
     elif operation == HUE:
-        result = _turn_hue(value / bound, f) * (255.999 if whole else bound)
+        result = _turn_hue(value / white, f) * (white + 0.999 if whole else white)
     else:
         grey = value
         if colored:
@@ -307,18 +353,23 @@ def _adjust(value: Tensor, code: int, factor: Tensor, bound: float) -> Tensor:
             grey = red * GREY[0]
             grey = torch.add(grey, green, alpha=GREY[1])
             grey = torch.add(grey, blue, alpha=GREY[2]).unsqueeze(1)
-            grey = grey.floor() if whole else grey
         if operation == GREYSCALE:
-            return grey.expand_as(value)
+            return (_cut(grey, source) if whole else grey).expand_as(value)
+        grey = grey.floor() if whole and colored else grey
         if operation == CONTRAST:
             grey = grey.mean((1, 2, 3), keepdim=True)
-        if whole:
+        if whole and value.dtype == torch.float32:
             # The last bit decides where values are cut, so this sum is fused where torch's add is.
             shape = torch.broadcast_shapes(value.shape, grey.shape)
-            result = _fused(grey.expand(shape), 1 - f, value * f).clamp(0, bound)
+            result = _fused(grey.expand(shape), 1 - f, value * f).clamp(0, white)
         else:
-            result = (value * f + grey * (1 - f)).clamp(0, bound)
-    return result.floor() if whole else result
+            result = (value * f + grey * (1 - f)).clamp(0, white)
+    return _cut(result, source) if whole else result
+
+
+def _cut(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers as Tensor.to makes them: cut towards 0, but of bool whatever is not 0."""
+    return (value != 0).to(value.dtype) if dtype == torch.bool else value.trunc()
 
 
 def _turn_hue(rgb: Tensor, factor: Tensor) -> Tensor:
