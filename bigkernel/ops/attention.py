@@ -25,6 +25,7 @@ from bigkernel.ops._attention_checks import (
     check_scalars,
     check_tensors,
 )
+from bigkernel.ops._attention_tensors import understands_tensors
 from bigkernel.reference import attention_blocks
 from bigkernel.reference.attention_blocks import accumulate_dtype, empty_like_layout
 
@@ -164,6 +165,7 @@ def attention(
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
+@understands_tensors
 def attention(
     q: Tensor,
     k: Tensor,
@@ -269,6 +271,7 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
+@understands_tensors
 def attention_varlen(
     q: Tensor,
     k: Tensor,
