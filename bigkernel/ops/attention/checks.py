@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
+from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from bigkernel.errors import check
@@ -65,8 +66,19 @@ def check_plain(op: str, **arguments: object) -> None:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    """Custom ops drop a tangent without a word, which would make the derivative a silent 0."""
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+    """Custom ops drop a tangent without a word, which would make the derivative a silent 0, in
+    torch.compile too."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at: there are some, and no device has to be waited for."""
+    return not (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or isinstance(x, FakeTensor)
+        or is_batchedtensor(x)
+    )
 
 
 def autocast(
@@ -143,7 +155,7 @@ def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False)
     )
     check(fits, op, "mask", f"broadcastable to {full}", f"shape {tuple(mask.shape)}")
-    return mask[(None,) * (4 - mask.dim())]
+    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def check_tensors(
@@ -188,8 +200,7 @@ def check_tensors(
             "Learned slopes can enter as a floating mask, which gets one",
         )
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
-        # On a GPU, looking at them would wait for the device.
-        if not torch.compiler.is_compiling() and alibi_slopes.device.type == "cpu":
+        if readable(alibi_slopes):
             finite = bool(alibi_slopes.isfinite().all())
             check(finite, op, "alibi_slopes", "finite in float32", alibi_slopes.tolist())
     _check_number(op, "dropout_p", dropout_p)
@@ -242,7 +253,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, x: Tensor, longest:
     check(cu_seqlens.device == x.device, op, name, f"on q's device, {x.device}", cu_seqlens.device)
     bound = f"max_seqlen_{name[-1]}"
     check(_has(longest, "__index__"), op, bound, "a whole number", longest, cls=TypeError)
-    if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+    if readable(cu_seqlens):
         sequence_cuts(name, cu_seqlens, x.shape[0], longest)
 
 

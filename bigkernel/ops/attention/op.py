@@ -28,6 +28,7 @@ from bigkernel.ops.attention.checks import (
     check_scalars,
     check_tensors,
 )
+from bigkernel.ops.attention.tensors import understands_tensors
 
 MAX_NATIVE_HEAD_DIM = 256
 
@@ -175,6 +176,7 @@ def attention(
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
+@understands_tensors
 def attention(
     q: Tensor,
     k: Tensor,
@@ -280,6 +282,7 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
+@understands_tensors
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from bigkernel.errors import check
-from bigkernel.ops.attention.checks import autocast, check_plain
+from bigkernel.ops.attention.checks import Align, autocast, check_plain
 from bigkernel.ops.attention.op import attention
+from bigkernel.ops.attention.tensors import understands_tensors
 
 _OP = "scaled_dot_product_attention"
 
 
+@understands_tensors
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -29,7 +32,8 @@ def scaled_dot_product_attention(
         key: [..., H, S, E].
         value: [..., H, S, Ev].
         attn_mask: broadcastable to [..., Hq, L, S]; boolean (True takes part) or floating (added).
-            A floating one gets a gradient if it requires one.
+            A floating one gets a gradient if it requires one. A `torch.nn.attention.bias` of the
+            sizes L and S is taken for what it means.
         dropout_p: applied whenever it is positive, as torch does: pass 0 in evaluation. The seed
             comes from torch's default generator; which weights are dropped differs from torch.
         is_causal: query i sees keys 0 to i (top-left alignment). Not together with attn_mask.
@@ -47,6 +51,10 @@ def scaled_dot_product_attention(
         RuntimeError: attn_mask and is_causal are both given (as in torch).
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
+    align: Align = "top_left"
+    if isinstance(attn_mask, CausalBias):
+        check(not is_causal, _OP, "is_causal", "False with a causal attn_mask", True)
+        align, is_causal, attn_mask = _causal(attn_mask, query, key), True, None
     check_plain(_OP, query=query, key=key, value=value, attn_mask=attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -86,9 +94,18 @@ def scaled_dot_product_attention(
         q, k = (functional.pad(x, (0, 1)) for x in (q, k))
     if width == 0:
         v = functional.pad(v, (0, 1))
-    out = attention(q, k, v, mask=mask, causal=is_causal, dropout_p=dropout_p, scale=scale)
+    out = attention(
+        q, k, v, mask=mask, causal=is_causal, align=align, dropout_p=dropout_p, scale=scale
+    )
     out = out.reshape((*lead, *out.shape[1:])[-rank:])
     return out if width else out[..., :0]
+
+
+def _causal(bias: CausalBias, query: Tensor, key: Tensor) -> Align:
+    """Where the diagonal of a causal bias lies."""
+    sizes, lengths = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
+    check(sizes == lengths, _OP, "a causal attn_mask", f"of the lengths {lengths}", sizes)
+    return "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
 
 
 def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) -> torch.Size:
@@ -105,8 +122,9 @@ def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) ->
 
 
 def _lift(x: Tensor, rank: int) -> Tensor:
-    """x with dimensions of size 1 put in front."""
-    return x[(None,) * (rank - x.dim())]
+    """x with dimensions of size 1 put in front; x itself if it has them, which what torch.compile
+    keeps for backward then still is: so it can tell that a second derivative is asked for."""
+    return x if x.dim() >= rank else x[(None,) * (rank - x.dim())]
 
 
 def _one_batch(x: Tensor, lead: torch.Size) -> Tensor:
