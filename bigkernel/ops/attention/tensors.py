@@ -47,6 +47,13 @@ def understands_tensors(function: F) -> F:
             return function(*args, **keywords)  # Python says what is wrong
         return _unusual(call, function, {**dict(zip(names, args, strict=False)), **keywords})
 
+    def refuse_script() -> None:
+        raise NotImplementedError(
+            f"bigkernel.{function.__name__}: torch.jit.script does not compile it. Use "
+            "torch.jit.trace, torch.export or torch.compile."
+        )
+
+    call.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
