@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format docs test-sanitize test-abi bench cuda-report gpu-check wheel sdist clean
+# The rest: setup build lint format docs test-sanitize test-avx2 test-abi bench cuda-report gpu-check wheel sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format docs test-sanitize test-abi bench cuda-report gpu-check wheel sdist clean
+.PHONY: demo test setup build lint format docs test-sanitize test-avx2 test-abi bench cuda-report gpu-check wheel sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -89,6 +89,12 @@ test-sanitize: $(VENV)/.test
 	  UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitize \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PYTEST) -o pythonpath=$(SANITIZED)/lib tests/ops -k "not (compile or opcheck or ptx or kernel or cuda_report)" $(PYTEST_ARGS)
+
+# The op tests as on a processor without AVX-512: our kernels and torch's, which has no 16-bit
+# product there.
+AVX2 := BIGKERNEL_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-avx2: build
+	$(AVX2) $(PYTEST) tests/ops $(PYTEST_ARGS)
 
 # One binary, two versions of PyTorch.
 test-abi: build $(ABI_VENV)/.torch

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigkernel._eager import eager
 from bigkernel.errors import check
 from bigkernel.ops.augment import augment
 from bigkernel.transforms import _steps as steps
@@ -139,7 +140,7 @@ class Transform(nn.Module):
     makes_tensor: ClassVar[bool] = False
 
     # Drawing reads a generator and computes in NumPy: a compiled caller calls it as it is.
-    @torch.compiler.disable
+    @eager
     def forward(
         self,
         images: Any,

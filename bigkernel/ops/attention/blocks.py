@@ -205,6 +205,9 @@ def dense_bwd(
         s, tanh = _scores(part_q, k, block, off, opts)
         top, log_total = lse[:, :, rows[0] : rows[1]].split(1, -1)
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_().mul_(log_total.neg().exp_())
+        # A key that a row does not see has no part in it, also where the others make it NaN.
+        seen = allowed_keys(rows, cols, off, rule, q.device)
+        p = p if seen is None else p.masked_fill_(~seen, 0.0)
         keep = _keep(opts, heads, block)
         dropped = _drop(p, keep, rule.dropout_p).view(batch, kv_heads, -1, p.shape[-1])
         dv_sum[:, :, cols[0] : cols[1]] += dropped.transpose(-1, -2) @ part_dout
@@ -215,6 +218,7 @@ def dense_bwd(
         if dlse is not None:
             delta -= dlse[:, :, rows[0] : rows[1], None].to(dtype)
         ds = dp.sub_(delta).mul_(p)
+        ds = ds if seen is None else ds.masked_fill_(~seen, 0.0)
         if dmask is not None:
             part_mask = _part(dmask, block)
             part_mask += ds.sum_to_size(part_mask.shape)

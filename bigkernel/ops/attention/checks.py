@@ -78,6 +78,7 @@ def readable(x: Tensor) -> bool:
         or x.device.type != "cpu"
         or isinstance(x, FakeTensor)
         or is_batchedtensor(x)
+        or torch._is_functional_tensor(x)
     )
 
 

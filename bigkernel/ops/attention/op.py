@@ -332,6 +332,14 @@ def attention_varlen(
     check_plain(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     q, k, v, _ = autocast(q, k, v, None)
     check_qkv(op, q, k, v, 3, "[T, H, D]")
+    check(
+        (max_seqlen_q is not None and max_seqlen_k is not None) or not torch.jit.is_tracing(),  # type: ignore[attr-defined]
+        op,
+        "max_seqlen_q and max_seqlen_k",
+        "given in torch.jit.trace, which would keep those of the example",
+        (max_seqlen_q, max_seqlen_k),
+        "Pass upper bounds of all lengths to come",
+    )
     max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)

@@ -1,14 +1,15 @@
 """`scaled_dot_product_attention` with the signature and the semantics of torch's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from bigkernel.errors import check
 from bigkernel.ops.attention.checks import Align, autocast, check_plain
 from bigkernel.ops.attention.op import attention
-from bigkernel.ops.attention.tensors import understands_tensors
+from bigkernel.ops.attention.tensors import is_causal_bias, understands_tensors
 
 _OP = "scaled_dot_product_attention"
 
@@ -52,7 +53,7 @@ def scaled_dot_product_attention(
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
     align: Align = "top_left"
-    if isinstance(attn_mask, CausalBias):
+    if is_causal_bias(type(attn_mask)):
         check(not is_causal, _OP, "is_causal", "False with a causal attn_mask", True)
         align, is_causal, attn_mask = _causal(attn_mask, query, key), True, None
     check_plain(_OP, query=query, key=key, value=value, attn_mask=attn_mask)
@@ -101,11 +102,11 @@ def scaled_dot_product_attention(
     return out if width else out[..., :0]
 
 
-def _causal(bias: CausalBias, query: Tensor, key: Tensor) -> Align:
+def _causal(bias: Any, query: Tensor, key: Tensor) -> Align:
     """Where the diagonal of a causal bias lies."""
     sizes, lengths = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
     check(sizes == lengths, _OP, "a causal attn_mask", f"of the lengths {lengths}", sizes)
-    return "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
 def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) -> torch.Size:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.attention.bias import CausalBias
 
 from bigkernel.errors import check
 
@@ -47,6 +46,13 @@ def understands_tensors(function: F) -> F:
             return function(*args, **keywords)  # Python says what is wrong
         return _unusual(call, function, {**dict(zip(names, args, strict=False)), **keywords})
 
+    def refuse_script() -> None:
+        raise NotImplementedError(
+            f"bigkernel.{function.__name__}: torch.jit.script does not compile it. Use "
+            "torch.jit.trace, torch.export or torch.compile."
+        )
+
+    call.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
@@ -65,7 +71,7 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
         if _is_dtensor(kind):
             distributed = True
             continue
-        if x.is_nested or (kind is CausalBias and name == "attn_mask"):
+        if x.is_nested or (is_causal_bias(kind) and name == "attn_mask"):
             continue  # which the function itself refuses, or knows
         check(
             getattr(kind.__torch_function__, "__func__", kind.__torch_function__) in _DEFAULTS,
@@ -74,7 +80,7 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
             "a plain tensor",
             f"a {kind.__name__}, whose data alone may not say what it means",
             "Pass causal=True and align in place of a causal mask"
-            if kind is CausalBias
+            if is_causal_bias(kind)
             else "Convert it with .as_subclass(torch.Tensor), if its data is all there is to it",
             TypeError,
         )
@@ -83,6 +89,11 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
 
         return on_shards(function, arguments)
     return function(**arguments)
+
+
+def is_causal_bias(kind: type) -> bool:
+    """By name: importing the class would import torch's compiler, which takes seconds."""
+    return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
 
 
 def _is_dtensor(kind: type) -> bool:
