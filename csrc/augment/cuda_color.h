@@ -10,6 +10,17 @@ __device__ __forceinline__ float clamp_to(float v, float bound) {
   v = v < 0.0f ? 0.0f : v;
   return v > bound ? bound : v;
 }
+// fmaxf and fminf, but NaN if either is, as torch's aminmax and clamp.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 __device__ __forceinline__ float to_byte(float v) { return rintf(clamp_to(v, 255.0f)); }
 
 // Sums are fused where PyTorch's are: the last bit decides which whole number a value is cut to.
@@ -17,9 +28,10 @@ __device__ __forceinline__ float grey_of(const float (&v)[3]) {
   return __fmaf_rn(v[2], 0.114f, __fmaf_rn(v[1], 0.587f, __fmul_rn(v[0], 0.2989f)));
 }
 
-// See _turn_hue in bigkernel/ops/augment/reference.py: a channel is v - (max - min) * clamp(min(k, 4 - k), 0, 1).
+// See _turn_hue in bigkernel/ops/augment/reference.py: a channel is v - (max - min) * clamp(min(k,
+// 4 - k), 0, 1).
 __device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
-  const float high = fmaxf(v[0], fmaxf(v[1], v[2])), low = fminf(v[0], fminf(v[1], v[2]));
+  const float high = max_nan(v[0], max_nan(v[1], v[2])), low = min_nan(v[0], min_nan(v[1], v[2]));
   const float chroma = high - low, inverse = __fdividef(1.0f, chroma == 0.0f ? 1.0f : chroma);
   const float sector = high == v[0]   ? (v[1] - v[2]) * inverse
                        : high == v[1] ? (v[2] - v[0]) * inverse + 2.0f
@@ -29,7 +41,7 @@ __device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
   for (int c = 0; c < 3; ++c) {
     float k = hue + float(5 - 2 * c);
     k -= 6.0f * truncf(k * (1.0f / 6.0f));
-    v[c] = high - chroma * fminf(1.0f, fmaxf(0.0f, fminf(k, 4.0f - k)));
+    v[c] = high - chroma * min_nan(1.0f, max_nan(0.0f, min_nan(k, 4.0f - k)));
   }
 }
 
