@@ -113,7 +113,6 @@ def build(shapes: list[tuple[int, ...]], clip: bool) -> Ready:
     problem = Problem(shapes)
     params = problem.params
     grads = [p.grad for p in params if p.grad is not None]
-    # An optimizer each: one that changes its backend between steps prepares each step anew.
     ours, plain = (
         problem.share_state(
             AdamW(params, max_grad_norm=CLIP if clip else None, **_options()), params
