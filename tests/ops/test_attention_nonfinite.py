@@ -20,7 +20,7 @@ import torch
 from attention_cases import device_of
 
 from bigkernel.ops import attention
-from bigkernel.reference.attention import Rule, attention_reference
+from bigkernel.ops.attention.reference import Rule, attention_reference
 
 backend = attention_cases.backend
 
