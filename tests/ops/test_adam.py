@@ -761,3 +761,54 @@ def test_adam_cuda_is_captured_in_a_graph_and_skips_on_the_device():
 def test_adam_explain():
     assert "cpu" in bigkernel.explain("adam", torch.zeros(3))
     assert "float64" in bigkernel.explain("adam", torch.zeros(3, dtype=F64))
+
+
+def _norm_of(g):
+    return ops.adam_norm([g])
+
+
+def _step_of(g):
+    p, m, v = torch.ones(5), torch.zeros(5), torch.zeros(5)
+    ops.adam_step_([p], [g], [m], [v], 1, lr=0.1)
+    return p
+
+
+def _dual(f):
+    def call(x):
+        with torch.autograd.forward_ad.dual_level():
+            return f(torch.autograd.forward_ad.make_dual(x, x))
+
+    return call
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("function", [_norm_of, _step_of])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+        lambda f: torch.func.grad(lambda x: f(x).sum()),
+        lambda f: lambda x: torch.func.vjp(f, x),
+        torch.func.jacrev,
+        torch.func.jacfwd,
+        lambda f: lambda x: torch.vmap(f)(torch.stack((x, x))),
+        _dual,
+    ],
+    ids=["jvp", "grad", "vjp", "jacrev", "jacfwd", "vmap", "dual"],
+)
+def test_adam_refuses_transforms(transform, function, compiled):
+    """A derivative was a silent 0."""
+    torch._dynamo.reset()
+    call = transform(function)
+    call = torch.compile(call, backend="aot_eager") if compiled else call
+    with pytest.raises(NotImplementedError, match=r"must be (outside of torch\.func|without tang)"):
+        call(torch.randn(5))
+
+
+def test_adam_norm_has_no_backward():
+    """Its result said that it had a gradient, and backward gave none."""
+    grad = torch.randn(5, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"without requires_grad.*torch\.no_grad"):
+        ops.adam_norm([grad])
+    with torch.no_grad():
+        torch.testing.assert_close(ops.adam_norm([grad]), grad.norm())

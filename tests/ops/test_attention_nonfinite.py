@@ -18,9 +18,9 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import device_of
-from bigkernel.reference.attention import Rule, attention_reference
 
 from bigkernel.ops import attention
+from bigkernel.ops.attention.reference import Rule, attention_reference
 
 backend = attention_cases.backend
 

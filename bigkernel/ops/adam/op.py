@@ -15,11 +15,13 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 - The result is the norm before clipping, 0-d, or an empty tensor when ``max_norm`` is None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from bigkernel import backend, registry
 from bigkernel.errors import check
@@ -209,9 +211,15 @@ def adam_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tens
     if not grads:
         return no_norm()
     op = "adam_norm"
+    _check_untransformed(op, lambda: grads)
     for i, grad in enumerate(grads):
         _check_tensor(op, f"grads[{i}]", grad, grads[0].device)
     _check_scalar(op, "grad_scale", grad_scale, grads[0].device)
+    differentiated = torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)
+    mend = "Call it under torch.no_grad(), or torch.linalg.vector_norm for its derivative"
+    got = "one that requires a gradient"
+    cls = NotImplementedError
+    check(not differentiated, op, "grads", "tensors without requires_grad", got, mend, cls)
     namespace = backend.select(op, grads[0].device, _OP.why_not_native(grads))
     norm: Tensor = namespace.adam_norm(grads, grad_scale)
     return norm
@@ -248,9 +256,10 @@ def adam_groups_step_(
 
     Raises ValueError or TypeError, naming the tensor, for anything that does not fit.
     """
+    op = "adam_step_"
+    _check_untransformed(op, lambda: [x for tensors in _lists(groups) for x in tensors])
     _check_groups(groups)
     everything = [p for group in groups for p in group.params]
-    op = "adam_step_"
     if everything:
         device = everything[0].device
         _check_scalar(op, "grad_scale", grad_scale, device)
@@ -340,6 +349,20 @@ def adam_step_(
         found_inf=found_inf,
         seed=seed,
     )
+
+
+def _check_untransformed(op: str, tensors: Callable[[], Iterable[object]]) -> None:
+    """Neither the norm nor the step has a derivative; a custom op would say so by a silent 0."""
+    mend = "torch.linalg.vector_norm has derivatives; torch.optim.Adam takes differentiable=True"
+    cls = NotImplementedError
+    expected = "outside of torch.func.grad, vjp, jvp and vmap"
+    check(maybe_current_level() is None, op, "the call", expected, "one inside", mend, cls)
+    if forward_ad._current_level >= 0:
+        dual = any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+            for x in tensors()
+        )
+        check(not dual, op, "tensors", "without tangents", "dual ones", mend, cls)
 
 
 def _check_tensor(op: str, name: str, tensor: object, device: torch.device) -> None:
