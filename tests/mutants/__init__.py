@@ -1,1 +1,1 @@
-"""Small changes made on purpose, each with the tests that must notice: ``python -m tests.mutants``."""
+"""Small changes, each with the tests that must notice: ``python -m tests.mutants --help``."""

@@ -13,10 +13,10 @@ A room's file ``ROOM.toml`` holds its mutants::
     tests = "tests/ops/test_attention.py -k 'windows and avx2'"   # arguments of pytest
     equivalent = "why no test can notice"                         # only where that is so
 
-Each change is made in a temporary copy of the tree, never in the tree itself, and undone there. Of
-the CPU kernels, which compile once for each instruction set, only one set is compiled anew (``ISA``):
-the tests of a kernel have to name it. Kernels in ``.cu`` files are compiled by the tests that run
-them in the emulator. With ``--copy`` the copy is kept, and a later call need not build it again.
+Each change is made in a temporary copy of the tree, never in the tree itself, and undone there. CPU
+kernels compile once for each instruction set; only one of them is compiled anew (``ISA``), and the
+tests of a kernel have to name it. Kernels in ``.cu`` files are compiled by the tests that run them
+in the emulator. With ``--copy`` the copy is kept, and a later call need not build it again.
 
 The exit code is 1 where a mutant survives that has no reason to, or is killed although it has one.
 """
@@ -67,7 +67,13 @@ class Mutant:
         count = text.count(self.old)
         if count != 1:
             raise MutantError(f"{self.name}: its old text occurs {count} times in {self.file}.")
-        return text.replace(self.old, self.new)
+        text = text.replace(self.old, self.new)
+        if self.file.endswith(".py"):  # what cannot be read would be noticed by any test
+            try:
+                compile(text, self.file, "exec")
+            except SyntaxError as error:
+                raise MutantError(f"{self.name}: its new text is no Python: {error}.") from error
+        return text
 
     @property
     def of_cpu_kernels(self) -> bool:
@@ -154,12 +160,13 @@ class _BuiltFiles:
 
     def __init__(self, copy: Path, file: Path) -> None:
         self.file, self.times = file, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-        source = f"csrc/{file.parent.name}/{file.stem}"
-        wanted = f"build/generated/{file.parent.name}_{ISA}"
-        if file.suffix == ".cpp":
-            objects = list(copy.glob(f"build/temp*/{source}.o"))
-        else:
-            objects = list(copy.glob(f"build/temp*/{wanted}.o"))
+        op, names = file.parent.name, [f"csrc/{file.parent.name}/{file.stem}"]
+        if file.suffix == ".h":
+            names = [f"build/generated/{op}_{ISA}"]
+            binding = file.with_name("cpu.cpp")
+            if binding.is_file() and f'"{op}/{file.name}"' in binding.read_text():
+                names.append(f"csrc/{op}/cpu")
+        objects = [path for name in names for path in copy.glob(f"build/temp*/{name}.o")]
         self.built = [*objects, *copy.glob("bigkernel/_C*.so")]
         if len(self.built) < 2:
             raise MutantError(f"{file.relative_to(copy)}: no object of it was found in {copy}.")
