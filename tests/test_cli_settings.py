@@ -1,5 +1,6 @@
 """What a run is told: the order of precedence, config files, and augmentation recipes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,43 @@ def test_one_of_two_alternatives_takes_the_other_back() -> None:
     assert (settings.preset, settings.model) == ("finetune", None)
     settings = gather("train images", {"max_steps": 5})
     assert (settings.epochs, settings.max_steps) == (None, 5)
+
+
+BELOW_1 = 1 - 2**-53
+LIMITS = {  # setting: (values that are just good, values that are just not)
+    "epochs": ((1e-9, None), (0.0, math.inf)),
+    "max_steps": ((1, 2**31 - 1, None), (0, 2**31)),
+    "lr": ((1e-300,), (0.0, math.inf, math.nan)),
+    "warmup": ((0.0, BELOW_1), (-1e-9, 1.0, math.nan)),
+    "min_lr": ((0.0, 1.0), (-1e-9, 1 + 1e-9, math.nan)),
+    "weight_decay": ((0.0,), (-1e-9, math.nan)),
+    "beta2": ((0.0, BELOW_1), (-1e-9, 1.0, math.nan)),
+    "max_grad_norm": ((0.0,), (-1e-9, math.nan)),
+    "batch_size": ((1, 2**31 - 1), (0, 2**31)),
+    "accumulate": ((1,), (0, 2**31)),
+    "validation": ((1e-9, BELOW_1), (0.0, 1.0, math.nan)),
+    "seed": ((0, 2**32 - 1), (-1, 2**32)),
+    "threads": ((1, None), (0, 2**31)),
+    "save_steps": ((1, None), (0, 2**31)),
+    "log_steps": ((1, None), (0, 2**31)),
+    "optim": (("adamw", "adam", "sgd"), ("", "AdamW")),
+    "dtype": (("auto", "float32"), ("", "fp32")),
+    "max_length": ((2,), (1, 2**31)),
+    "vocab_size": ((1, None), (0, 2**31)),
+    "max_pixels": ((1,), (0, 2**31)),
+    "image_size": ((1, None), (0, 2**31)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_values_at_the_ends_of_their_ranges(name: str) -> None:
+    kind = TextSettings if hasattr(TextSettings, name) else ImageSettings
+    fine, wrong = LIMITS[name]
+    for value in fine:
+        kind(**{name: value}).check()
+    for value in wrong:
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be .*, got "):
+            kind(**{name: value}).check()
 
 
 @pytest.mark.parametrize("command", ["train text", "train images"])

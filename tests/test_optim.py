@@ -197,6 +197,35 @@ def test_loaded_moments_take_this_optimizers_dtype():
             assert state["master_param"].dtype == torch.float32
 
 
+def test_masters_are_dropped_where_they_would_go_stale():
+    net = model(BF16)
+    with_masters = AdamW(net.parameters(), master_weights=True)
+    train(net, with_masters, 2)
+    without = AdamW(net.parameters())
+    without.load_state_dict(with_masters.state_dict())
+    assert not any("master_param" in state for state in without.state.values())
+    train(net, without, 2)
+    again = AdamW(net.parameters(), master_weights=True, lr=0.0, weight_decay=0.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    state = without.state_dict()
+    for group in state["param_groups"]:
+        group.update(lr=0.0, weight_decay=0.0)
+    again.load_state_dict(state)
+    train(net, again, 1)
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_adamw_stays_adamw_with_the_state_of_adam(ours):
+    net = model()
+    adam = (Adam if ours else torch.optim.Adam)(net.parameters())
+    train(net, adam, 1)
+    assert not adam.state_dict()["param_groups"][0]["decoupled_weight_decay"]
+    optimizer = AdamW(net.parameters())
+    optimizer.load_state_dict(adam.state_dict())
+    assert all(group["decoupled_weight_decay"] for group in optimizer.param_groups)
+
+
 def test_load_state_dict_runs_hooks_and_rejects_what_does_not_fit():
     net = model()
     optimizer = AdamW(net.parameters())
