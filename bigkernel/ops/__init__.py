@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what the loop below brings, for readers of types
     from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
     from bigkernel.ops.attention import attention, attention_varlen
     from bigkernel.ops.augment import augment
+    from bigkernel.ops.norm import layer_norm, rms_norm
 
 __all__ = [
     "AdamGroup",
@@ -21,6 +22,8 @@ __all__ = [
     "attention",
     "attention_varlen",
     "augment",
+    "layer_norm",
+    "rms_norm",
 ]
 
 for _info in pkgutil.iter_modules(__path__):
