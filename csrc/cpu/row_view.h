@@ -11,6 +11,17 @@
 
 namespace bigkernel {
 
+inline DType float_type(const Tensor& t, const char* op, const char* argument) {
+  const DType type = dtype_of(t, op, argument);
+  BK_CHECK(type <= DType::kFloat16, op, argument, " must be float32, bfloat16 or float16");
+  return type;
+}
+
+inline ScalarType scalar_type(DType t) {
+  return t == DType::kFloat32 ? ScalarType::Float
+                              : (t == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half);
+}
+
 // The N rows of a tensor [.., D]; `held` keeps a copy alive where the rows were not evenly spaced.
 struct RowView {
   Tensor held;

@@ -14,12 +14,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMostChunks = 64, kLeastRows = 4;  // of the rows, in backward
 
-DType float_type(const Tensor& t, const char* op, const char* argument) {
-  const DType type = dtype_of(t, op, argument);
-  BK_CHECK(type <= DType::kFloat16, op, argument, " must be float32, bfloat16 or float16");
-  return type;
-}
-
 // offset + weight in fp32: the tensor's own memory where that is it.
 class Widened {
  public:
@@ -47,11 +41,6 @@ class Widened {
   const float* data_ = nullptr;
   DType type_ = DType::kFloat32;
 };
-
-ScalarType scalar_type(DType t) {
-  return t == DType::kFloat32 ? ScalarType::Float
-                              : (t == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half);
-}
 
 std::tuple<Tensor, Tensor, Tensor> norm_fwd_cpu(const Tensor& x, const OptionalTensor& residual,
                                                 const OptionalTensor& weight,
