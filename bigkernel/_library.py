@@ -13,12 +13,64 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACES = ("bigkernel", "bigkernel_torch")
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
 # (function, device type) -> whether the native module has a kernel. Filled at definition, so that
 # torch.compile traces a look-up and not a call into the dispatcher.
 kernels: dict[tuple[str, str], bool] = {}
+
+_plain: dict[str, Callable[..., Any]] = {}  # function -> its PyTorch implementation
+# (namespace, function) -> what `run` calls in eager code.
+_eager: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def run(namespace: Any, name: str, *arguments: Any) -> Any:
+    """Call an operator of a namespace, in eager code without most of what a call costs in Python.
+
+    torch.library runs a formula of autograd through a dispatcher entry in Python, which takes
+    longer than the kernel of a small model's norm; here an autograd.Function of the same formula
+    is above the operator. Under a transform of torch.func or forward-mode differentiation, which
+    know neither, the operator's plain PyTorch is what they transform.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(namespace, name)(*arguments)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _plain[name](*arguments)
+    return _eager[namespace.name, name](*arguments)
+
+
+def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
+    def below(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    if autograd is None:
+        return below
+    formula, setup_context = autograd
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = below(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return formula(ctx, *grads)
+
+    apply: Callable[..., Any] = Eager.apply  # type: ignore[assignment]
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for x in arguments:
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    return apply(*arguments)
+        return below(*arguments)
+
+    return call
 
 
 def define(
@@ -33,16 +85,19 @@ def define(
     ``autograd(namespace)`` returns ``(backward, setup_context)``; the namespace lets the formula
     call the backward op of the same backend.
     """
+    _plain[name] = impl
     for namespace, library in _libraries.items():
         library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         library.impl(name, impl, "CompositeExplicitAutograd")
         qualified = f"{namespace}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
-        if autograd is not None:
-            backward, setup_context = autograd(getattr(torch.ops, namespace))
+        ops = getattr(torch.ops, namespace)
+        formula = None if autograd is None else autograd(ops)
+        if formula is not None:
             torch.library.register_autograd(
-                qualified, backward, setup_context=setup_context, lib=library
+                qualified, formula[0], setup_context=formula[1], lib=library
             )
+        _eager[namespace, name] = _make_eager(getattr(ops, name).default, formula)
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
             native is not None

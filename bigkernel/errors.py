@@ -1,5 +1,12 @@
 """One way to say what is wrong with an argument."""
 
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class BadArgument(ValueError):
     """An argument of a public function has the wrong shape, range or combination."""
@@ -18,3 +25,29 @@ def check(
     if not condition:
         hint = f" {mend.rstrip('.')}." if mend else ""
         raise cls(f"bigkernel.{op}: {argument} must be {expected}, got {got}.{hint}")
+
+
+def check_floating(op: str, named: Mapping[str, object], optional: Sequence[str] = ()) -> None:
+    """Each is a dense floating tensor on one device; None is one of ``optional`` left out.
+
+    For ops that a step calls a hundred times: sentences are put together only where one is needed.
+    """
+    device = None
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            if x is None and name in optional:
+                continue
+            check(False, op, name, "a tensor", type(x).__name__, cls=TypeError)
+            continue
+        if x.is_nested or x.layout is not torch.strided:
+            got = "a nested one" if x.is_nested else x.layout
+            check(False, op, name, "a dense tensor", got, "Convert it with .to_dense()", TypeError)
+        if x.dtype not in FLOATING:
+            expected = "float16, bfloat16, float32 or float64"
+            mend = "Convert it with .to(torch.float32)"
+            check(False, op, name, expected, x.dtype, mend, TypeError)
+        if device is None:
+            device = x.device
+        elif x.device != device:
+            first = next(iter(named))
+            check(False, op, name, f"on {first}'s device, {device}", x.device)

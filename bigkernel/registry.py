@@ -73,6 +73,23 @@ class Op:
         return f"{str(dtype).removeprefix('torch.')} has no native kernel"
 
 
+def no_second_derivative(
+    what: str,
+) -> Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]]:
+    """The autograd formula of a backward operator: an error, and not torch's silent zeros."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"bigkernel: {what} has no second derivative. Inside torch.func's transforms, which "
+            "run it in plain PyTorch, it has one."
+        )
+
+    return lambda namespace: (backward, setup_context)
+
+
 _ops: dict[str, Op] = {}  # by noun and by the names of functions
 
 

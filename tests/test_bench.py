@@ -298,7 +298,10 @@ def test_losses_are_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench", "atention"], "There are: adam, attention, augment, train"),
+        (
+            ["bench", "atention"],
+            "There are: adam, attention, augment, cross_entropy, glu, norm, rope, train",
+        ),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],

@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # what the loop below brings, for readers of types
     from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
     from bigkernel.ops.attention import attention, attention_varlen
     from bigkernel.ops.augment import augment
+    from bigkernel.ops.cross_entropy import cross_entropy
+    from bigkernel.ops.glu import glu
+    from bigkernel.ops.norm import layer_norm, rms_norm
+    from bigkernel.ops.rope import rope, rope_
 
 __all__ = [
     "AdamGroup",
@@ -21,6 +25,12 @@ __all__ = [
     "attention",
     "attention_varlen",
     "augment",
+    "cross_entropy",
+    "glu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "rope_",
 ]
 
 for _info in pkgutil.iter_modules(__path__):
