@@ -494,6 +494,20 @@ def test_rotation_is_by_step_whatever_the_clock_says(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint-5"]
 
 
+@pytest.mark.parametrize("form", ["relative", "absolute", "link"])
+def test_what_is_to_be_kept_may_be_named_by_any_path(tmp_path, monkeypatch, form):
+    run, link = tmp_path / "run", tmp_path / "link"
+    for step in (1, 2, 3):
+        make(run, step)
+    link.symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    folder = {"relative": Path("run"), "absolute": run, "link": link}[form]
+    for other in (Path("run"), run, link):
+        rotate(other, 1, [folder / "checkpoint-1"])
+        assert [path.name for path in find_checkpoints(run)] == ["checkpoint-1"]
+        make(run, 2)
+
+
 def test_a_link_goes_and_what_it_names_stays(tmp_path):
     """Also a plain file where a folder is to be written."""
     other = make(tmp_path / "other", 1)

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_auroc
 
 from bigkernel import report
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
-from bigkernel.metrics import ImageMetrics, TextMetrics
+from bigkernel.metrics import ImageMetrics, TextMetrics, text_metrics
 
 LOGITS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 
@@ -199,3 +199,28 @@ def test_forward_leaves_the_bytes_as_they_are() -> None:
     metrics.reset()
     metrics.update(logits, labels)
     assert metrics.compute() == {**metrics.compute(), "bytes": 10, "tokens": 5}
+
+
+def test_text_figures_are_those_written_out():
+    """Token t is measured by the logits before it; -100 and a first token are not measured."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 11, generator=generator)
+    labels = torch.randint(11, (3, 7), generator=generator)
+    labels[0, 2:4] = labels[2, 0] = -100
+    losses = [
+        -logits[b, t - 1].double().log_softmax(-1)[labels[b, t]]
+        for b in range(3)
+        for t in range(1, 7)
+        if labels[b, t] != -100
+    ]
+    metrics = TextMetrics(num_bytes=50)
+    metrics.update(logits[:1], labels[:1])
+    metrics.update(logits[1:], labels[1:])
+    figures = metrics.compute()
+    nats = float(sum(losses))
+    assert figures["tokens"] == len(losses) == 16
+    assert figures["loss"] == pytest.approx(nats / 16, rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(math.exp(nats / 16), rel=1e-6)
+    assert figures["nats_per_byte"] == pytest.approx(nats / 50, rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(nats / 50 / math.log(2), rel=1e-6)
+    assert text_metrics(1e4, 2, 8)["perplexity"] == math.inf

@@ -10,6 +10,7 @@ precision is too coarse for. Where torch rounds each product instead, as MKL doe
 ties go the other way than on Intel's: what differs may then be a neighbouring pixel, no more.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -169,3 +170,30 @@ def test_ties_in_folded_chains_are_rare(name: str) -> None:
                 off += int((apart > 0).sum())
                 total += apart.numel()
     assert off <= 2e-5 * total, f"{off} of {total} pixels"
+
+
+@pytest.mark.parametrize("flips", [(), ("h",), ("v",), ("h", "v")], ids="".join)
+def test_resizing_a_mirrored_image_takes_torchvisions_pixels(flips: tuple[str, ...]) -> None:
+    """To half and a quarter of a side, every point is on the edge of two pixels."""
+    kinds = {"h": bk.RandomHorizontalFlip(1.0), "v": bk.RandomVerticalFlip(1.0)}
+    for mode in (v2.InterpolationMode.NEAREST_EXACT, v2.InterpolationMode.NEAREST):
+        for shape, size in (((8, 12), (4, 3)), ((24, 30), (6, 15)), ((9, 20), (9, 10))):
+            chain = bk.Compose([*(kinds[flip] for flip in flips), bk.Resize(size, mode)])
+            image = expected = numbered(*shape)
+            for flip in flips:
+                expected = expected.flip(-1 if flip == "h" else -2)
+            expected = functional.resize(expected, list(size), mode)
+            result = chain(image, layout="channels_first")
+            assert torch.equal(result, expected), (mode, shape, size)
+
+
+def test_expanded_rotation_has_torchvisions_size() -> None:
+    """By the angles of whole-numbered triangles, the corners lie at whole numbers, to rounding."""
+    for a, b, c in ((3, 4, 5), (5, 12, 13), (8, 15, 17), (7, 24, 25)):
+        for angle in (math.degrees(math.atan2(a, b)), -math.degrees(math.atan2(b, a))):
+            for height, width in ((c, c), (c, 2 * c), (3 * c, c), (4 * c, 4 * c)):
+                image = numbered(height, width)
+                rotate = bk.RandomRotation((angle, angle), "nearest", expand=True)
+                expected = functional.rotate(image, angle, expand=True)
+                result = rotate(image, layout="channels_first")
+                assert result.shape == expected.shape, (angle, height, width)

@@ -52,6 +52,7 @@ from bigkernel.transforms._arguments import InterpolationMode
 from bigkernel.transforms._draws import Bools, Floats, Ints
 
 _EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
+_STEP = 1 / 65536  # pixels; what nearest sampling rounds positions to, before it looks at ties
 _PER_SAMPLE = (
     *("height", "width", "map", "source", "output", "straight", "border", "nearest", "nudge"),
     *("edge_padded", "fill", "filled", "colored", "contrasted"),
@@ -279,10 +280,10 @@ class Segment:
         rule = NEAREST_RESIZE if lopsided else NEAREST_FLOOR
         self.nearest = np.where(changes, rule, self.nearest)
         if step.interpolation is InterpolationMode.NEAREST_EXACT:
-            # A point on the edge of two pixels takes the right one of the image as it is now,
-            # mirrored or not, however the map's sums are rounded.
-            rightwards = np.sign(self.map[:, [0, 3]] + self.map[:, [1, 4]])
-            self.nudge = np.where(changes[:, None], 1e-9 * rightwards, self.nudge)
+            # A point on the edge of two pixels takes the right one of the image as it is now: of a
+            # mirrored one, that is the left one in the source.
+            mirrored = self.map[:, [0, 3]] + self.map[:, [1, 4]] < 0
+            self.nudge = np.where(changes[:, None], np.where(mirrored, -_STEP, 0.0), self.nudge)
         self._precede(changes, scaling(self.width / step.width, self.height / step.height))
         canvas = canvas_box(step.height, step.width)
         self.output = np.where(changes[:, None], canvas, self.output)
