@@ -1,9 +1,9 @@
 // Resample, recolour and normalise a batch of images, each with parameters of its own:
 //   out = colour(sum_taps weight * source) * gain + offset
-// The tables are explained in bigkernel/ops/augment/op.py. The output is made line by line: sample one
-// line of all channels into fp32 scratch, walk the colour chain over it, convert and store. Only
-// contrast, which needs a mean over the whole image, splits the chain: the image is then held in
-// fp32 at output size up to there and read back for the rest.
+// The tables are explained in bigkernel/ops/augment/op.py. The output is made line by line: sample
+// one line of all channels into fp32 scratch, walk the colour chain over it, convert and store.
+// Only contrast, which needs a mean over the whole image, splits the chain: the image is then held
+// in fp32 at output size up to there and read back for the rest.
 #pragma once
 #include <cstdint>
 

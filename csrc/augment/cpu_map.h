@@ -56,7 +56,8 @@ struct Window {
   }
 };
 
-// Sum of the triangle filter over all whole pixels; see _window_sum in bigkernel/ops/augment/reference.py.
+// Sum of the triangle filter over all whole pixels; see _window_sum in
+// bigkernel/ops/augment/reference.py.
 inline double window_sum(double s, double reach) {
   const double right = __builtin_ceil(s - 0.5) + 0.5 - s;
   const double distances[2] = {right, 1 - right};

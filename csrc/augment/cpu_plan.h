@@ -169,7 +169,8 @@ class AugmentPlanner {
         const float product = k * float(scale);
         return int64_t(std::floor(product)) + int64_t(origin);
       }
-      // Ties of exact arithmetic are to be ties: see _nearest in bigkernel/ops/augment/reference.py.
+      // Ties of exact arithmetic are to be ties: see _nearest in
+      // bigkernel/ops/augment/reference.py.
       if (rule == AugmentNearest::kEven)
         return int64_t(std::nearbyint(std::nearbyint((s - 0.5) * 65536) / 65536));
       return int64_t(std::floor(std::nearbyint(s * 65536) / 65536));

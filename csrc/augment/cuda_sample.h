@@ -19,7 +19,8 @@ struct AugmentWindow {
   }
 };
 
-// Sum of the triangle filter over all whole pixels; see _window_sum in bigkernel/ops/augment/reference.py.
+// Sum of the triangle filter over all whole pixels; see _window_sum in
+// bigkernel/ops/augment/reference.py.
 __device__ __forceinline__ double window_sum(double s, double reach, double per_reach) {
   const double right = ceil(s - 0.5) + 0.5 - s;
   double total = 0;
