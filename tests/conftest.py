@@ -9,6 +9,8 @@ import torch
 
 import bigkernel
 
+collect_ignore = ["templates"]  # files of other trees
+
 
 def pytest_configure(config: pytest.Config) -> None:
     kept = Path(__file__).resolve().parents[1] / "build" / "ptx"
