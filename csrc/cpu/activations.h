@@ -29,12 +29,14 @@ BK_INLINE void logistic(VecF x, VecF& s, VecF& bend) {
   bend = near * far;
 }
 
-// tanh within 2 ulp, and its slope 1 - tanh^2 to the last digits where tanh is near 1.
+// tanh within 2 ulp, and its slope 1 - tanh^2, which keeps its digits where tanh is near 1.
 BK_INLINE void tanh_and_slope(VecF x, VecF& value, VecF& slope) {
   const VecF e = vexp(vabs(x) * -2.0f), r = 1.0f / (1.0f + e);
-  value = vabs(x) < 0.625f ? vtanh(x) : copysign((1.0f - e) * r, x);
+  const VecF near = vtanh(x);
+  const VecI small = vabs(x) < 0.625f;
+  value = small ? near : copysign((1.0f - e) * r, x);
   value = x == x ? value : x;
-  slope = 4.0f * e * r * r;
+  slope = small ? 1.0f - near * near : 4.0f * e * r * r;
 }
 
 // bend * x * z'(x), where z' may overflow: where bend is nothing, so is this (but not of an

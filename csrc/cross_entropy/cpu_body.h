@@ -1,0 +1,138 @@
+// Cross-entropy on the CPU, once per instruction set. For a row of (capped) logits z, its label y,
+// class weights w, smoothing s and V classes, with lse = peak + spread = log(sum(exp(z))):
+//   loss = (1 - s) w_y (lse - z_y) + s / V * sum_c(w_c (lse - z_c)) + z_loss * lse^2
+//   dz_c = p_c ((1 - s) w_y + s / V * sum(w) + 2 z_loss * lse) - (1 - s) w_y [c = y] - s / V * w_c
+// with p_c = exp(z_c - lse), and then dlogit = dz * (1 - (z / softcap)^2). A row comes from memory
+// once in forward: the sum of exponentials is kept relative to the peak so far, block by block.
+// lse in two summands, since rounding their sum costs p the digits that the peak has before its
+// point.
+#include "cpu/rows.h"
+
+#include "cpu/activations.h"
+#include "cross_entropy/cross_entropy.h"
+
+namespace bigkernel::BK_ISA {
+namespace cross_entropy {
+
+constexpr int64_t kBlock = 1024;  // elements: in the first-level cache between their two passes
+constexpr float kInfinity = __builtin_inff();
+
+template <bool kCapped>
+BK_INLINE VecF capped(VecF x, float softcap) {
+  if constexpr (!kCapped) return x;
+  VecF value, slope;
+  tanh_and_slope(x / softcap, value, slope);
+  return softcap * value;
+}
+
+template <class T, bool kCapped>
+void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  float scratch[kBlock];  // a block's capped logits
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = a.labels[row];
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    float peak = -kInfinity, wanted = 0, anchor = 0;
+    double sum = 0, smooth = 0;  // smooth: sum(w_c (z_c - anchor)), so that little cancels
+    for (int64_t first = 0; first < a.classes; first += kBlock) {
+      const int64_t count = a.classes - first < kBlock ? a.classes - first : kBlock;
+      VecF largest = set1(-kInfinity);
+      for_elements(count, [&](int64_t i, int n) BK_LAMBDA {
+        VecF z = capped<kCapped>(load_some(logits + first + i, n), a.softcap);
+        store_some(scratch + i, z, n);
+        if (n < kLanes) z = lane_index() < n ? z : set1(-kInfinity);
+        largest = vmax(z, largest);
+      });
+      const float top = reduce_max(largest);
+      const float before = peak;
+      peak = top > peak ? top : peak;
+      // Of a row that so far holds -inf alone, or +inf: the sums below are right, or NaN, as due.
+      const float shift = peak == -kInfinity ? 0.0f : peak;
+      if (first == 0) anchor = shift;
+      float sums[1];
+      sum_elements<1>(count, sums, [&](int64_t i, int n, VecF(&to)[1]) BK_LAMBDA {
+        VecF e = vexp(load_some(scratch + i, n) - shift);
+        if (n < kLanes) e = lane_index() < n ? e : VecF{};
+        to[0] += e;
+      });
+      sum = (sum == 0 ? 0.0 : sum * __builtin_exp(double(before) - shift)) + sums[0];
+      if (a.smoothing != 0) {
+        sum_elements<1>(count, sums, [&](int64_t i, int n, VecF(&to)[1]) BK_LAMBDA {
+          VecF z = load_some(scratch + i, n) - anchor;
+          if (n < kLanes) z = lane_index() < n ? z : VecF{};
+          to[0] += a.weight == nullptr ? z : z * load_some(a.weight + first + i, n);
+        });
+        smooth += sums[0];
+      }
+      if (label >= first && label < first + count) wanted = scratch[label - first];
+    }
+    const double spread = __builtin_log(sum), lse = peak + spread;
+    a.peak[row] = peak;
+    a.spread[row] = float(spread);
+    if (label == a.ignore_index) {
+      a.losses[row] = 0;
+      continue;
+    }
+    const double w = a.weight == nullptr ? 1.0 : a.weight[label], s = a.smoothing;
+    double loss = (1 - s) * w * (lse - wanted);
+    if (s != 0) loss += s * (a.weight_sum * (lse - anchor) - smooth) / double(a.classes);
+    if (a.z_loss != 0) loss += a.z_loss * lse * lse;
+    a.losses[row] = float(loss);
+  }
+}
+
+template <class T, bool kCapped>
+void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = a.labels[row];
+    T* out = static_cast<T*>(a.dlogits) + row * a.grad_stride;
+    if (label == a.ignore_index) {
+      __builtin_memset(out, 0, size_t(a.classes) * sizeof(T));
+      continue;
+    }
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const float g = a.scale[row], peak = a.peak[row], spread = a.spread[row];
+    const float w = a.weight == nullptr ? 1.0f : a.weight[label];
+    const float share = a.smoothing / float(a.classes), hit = (1 - a.smoothing) * w;
+    const float every = share * a.weight_sum, drift = 2 * a.z_loss * (peak + spread);
+    const int64_t block = label / kLanes * kLanes;
+    const VecF one = lane_index() == set1i(int32_t(label - block)) ? set1(1.0f) : VecF{};
+    for_elements(a.classes, [&](int64_t i, int n) BK_LAMBDA {
+      VecF z = load_some(logits + i, n), slope = set1(g);
+      if constexpr (kCapped) {
+        tanh_and_slope(z / a.softcap, z, slope);
+        z = rounded(z * a.softcap);  // as forward had it, which knows the peak of those
+        slope *= g;
+      }
+      const VecF p = vexp((z - peak) - spread);
+      // Differences of what is nearly equal are taken first.
+      VecF d = fma(i == block ? p - one : p, set1(hit), p * drift);
+      if (share != 0) {
+        const VecF w = a.weight == nullptr ? set1(1.0f) : load_some(a.weight + i, n);
+        d += fma(p, set1(every), -rounded(w * share));
+      }
+      store_some(out + i, d * slope, n);
+    });
+  }
+}
+
+}  // namespace cross_entropy
+
+void cross_entropy_forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  with_type(a.type, [&](auto tag) BK_LAMBDA {
+    if (a.softcap == 0)
+      cross_entropy::forward<decltype(tag), false>(a, begin, end);
+    else
+      cross_entropy::forward<decltype(tag), true>(a, begin, end);
+  });
+}
+
+void cross_entropy_backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  with_type(a.type, [&](auto tag) BK_LAMBDA {
+    if (a.softcap == 0)
+      cross_entropy::backward<decltype(tag), false>(a, begin, end);
+    else
+      cross_entropy::backward<decltype(tag), true>(a, begin, end);
+  });
+}
+
+}  // namespace bigkernel::BK_ISA
