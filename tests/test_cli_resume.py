@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from bigkernel.cli import main
+from bigkernel.cli import main, run_folder
 from bigkernel.cli.progress import TrainingProgress
 from bigkernel.interrupts import stop_at_once
 
@@ -258,6 +258,24 @@ def test_killed_while_it_replaced_a_run(folder: Path) -> None:
     assert main(arguments(folder, "half", "--max-steps", "2", "--force")) == 0
     assert main(arguments(folder, "emptied", "--max-steps", "2")) == 0
     assert not [*half.glob(".*"), *empty.glob(".*")]
+
+
+def test_a_folder_stays_a_run_until_all_else_is_put_aside(tmp_path, monkeypatch) -> None:
+    """Stopped at any moment of that, --force takes it again."""
+    rename, moved = Path.rename, []
+    for name in ("README.md", "config.yaml", "metrics.jsonl", "zebra"):
+        (tmp_path / name).write_text(name)
+
+    def note(file: Path, target: Path) -> Path:
+        assert run_folder.is_run(tmp_path)
+        moved.append(file.name)
+        return rename(file, target)
+
+    monkeypatch.setattr(Path, "rename", note)
+    run_folder.clear(tmp_path)
+    assert moved[-1] == "config.yaml"
+    assert len(moved) == 4
+    assert os.listdir(tmp_path) == []
 
 
 def test_force_through_a_link_replaces_the_run_and_keeps_the_link(folder: Path) -> None:

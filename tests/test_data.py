@@ -234,6 +234,10 @@ def test_split_corpus_parts_are_disjoint_and_repeatable(mode):
 
 def test_split_corpus_single_document_and_bad_arguments():
     assert split_corpus(["abcdefghij"], 0.3) == (["abcdefg"], ["hij"])
+    assert split_corpus(["abcde", "fghij"], 0.5) == (["abcde"], ["fghij"])  # cut between the two
+    for fraction in (0.01, 0.99):  # neither part is empty
+        for mode in ("contiguous", "document"):
+            assert all(split_corpus(["abcde", "fghij"], fraction, mode))
     with pytest.raises(DataError, match="between 0 and 1"):
         split_corpus(["abc"], 1.5)
     with pytest.raises(DataError, match="one document"):

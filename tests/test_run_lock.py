@@ -149,6 +149,23 @@ def test_many_processes_at_once_write_one_after_the_other(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_lock_file_that_its_last_holder_removes_is_none(tmp_path, monkeypatch):
+    """The holder before may end between this one's opening of the file and its locking."""
+    flock, calls = run_lock.fcntl.flock, []
+
+    def late(descriptor, how):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(how)
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", late)
+    with writing_to(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / ".lock").exists()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(checkpoint, "notify", told.append)

@@ -542,6 +542,21 @@ def test_images_without_sample_ids_are_numbered(tmp_path):
     assert len({seed for seed, _, _ in noise.calls}) == 1
 
 
+def test_evaluation_does_not_count_among_the_images_of_training():
+    runner, images, seen = BatchAugmentation(0), torch.zeros(2, 1, 4, 4), []
+
+    def note(images, generator, ids):
+        seen.append((generator.initial_seed(), ids.tolist()))
+        return images
+
+    for epoch in (0, None, 0, None, 1):
+        runner(note, images, None, epoch)
+    assert [ids for _, ids in seen] == [[0, 1], [0, 1], [2, 3], [0, 1], [4, 5]]
+    assert seen[1] == seen[3]
+    assert seen[0] != seen[1]
+    assert runner.state_dict() == {"seed": 0, "seen": 6}
+
+
 def test_augmentation_must_give_float_images_of_one_size():
     images, ids = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2)
     runner = BatchAugmentation(0)
@@ -573,8 +588,12 @@ def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate):
     assert whole.state.epoch > 1
     for step in (3, 6):
         resumed = text_trainer(tmp_path / f"b{step}", **options)
-        resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
+        losses, training_step = [], resumed.training_step
+        resumed.training_step = lambda *a, **k: losses.append(training_step(*a, **k)) or losses[-1]
+        result = resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
         assert_equal_runs(resumed, whole)
+        # The average of the steps of this call, without what the checkpoint had summed up.
+        assert result.training_loss == pytest.approx(float(sum(losses)) / (9 - step), rel=1e-5)
     assert [text for text in told if "resuming from" in text]
 
 

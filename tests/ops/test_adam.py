@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import bigkernel
 from bigkernel import ops
 from bigkernel.backend import FallbackWarning, use_backend
-from bigkernel.ops.adam import AdamGroup
+from bigkernel.ops.adam import AdamGroup, reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 # 0 and 1; around the lanes of every instruction set; around one unit of 512; several units.
@@ -178,6 +178,18 @@ def test_adam_mixed_list(cpu_isa):
         step(part, "cpu")
     step(together, "cpu")
     assert_same_lists({k: [t for part in parts for t in part[k]] for k in parts[0]}, together)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_adam_steps_that_differ_within_a_group(backend):
+    """Each tensor has a count of its own, also beside one that is a step ahead or behind."""
+    counts = [0.0, 1.0, 0.0, 2.0, 2.0, 1.0, 7.0]
+    apart = [make(DTYPES["fp32"], [(5,)], seed=i, steps=n) for i, n in enumerate(counts)]
+    together = {k: [part[k][0].clone() for part in apart] for k in apart[0]}
+    for part in apart:
+        step(part, backend)
+    step(together, backend)
+    assert_same_lists({k: [part[k][0] for part in apart] for k in apart[0]}, together)
 
 
 @functools.cache
@@ -527,6 +539,20 @@ def test_adam_stochastic_rounding_passes_non_finite_values():
     a, b = lists["params"][0], other["params"][0]
     assert torch.equal(a.isnan(), b.isnan())
     assert torch.equal(a.isinf(), b.isinf())
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_adam_stochastic_rounding_keeps_every_nan(backend, bits):
+    """Of one whose bits are all ones, the random bits must not make a number."""
+    lists = make((BF16, F32, F32, False), [(40,)])
+    lists["grads"][0].view(torch.int32).fill_(bits)
+    assert lists["grads"][0].isnan().all()
+    step(lists, backend, seed=torch.tensor(1))
+    assert lists["params"][0].isnan().all()
+    nan = torch.full((40,), bits, dtype=torch.int32).view(F32)
+    noise = torch.arange(40, dtype=torch.int32) * 1680
+    assert reference.round_stochastically(nan, noise).isnan().all()
 
 
 def test_adam_huge_gradients_behave_as_in_torch(cpu_isa):
