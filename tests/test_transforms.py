@@ -360,3 +360,11 @@ def test_signatures_are_torchvisions(name: str) -> None:
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default) for p in theirs.values()
     ]
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_turning_the_hue_leaves_every_grey_as_it_is(backend: str | None) -> None:
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
+    assert torch.equal(functional.adjust_hue(grey, 0.3), grey)
+    with bigkernel.use_backend(backend):
+        assert torch.equal(bk.ColorJitter(hue=(0.3, 0.3))(grey, layout="channels_first"), grey)
