@@ -180,3 +180,10 @@ def test_forced_instruction_set_is_restored(cpu_isa):
     with pytest.raises(ValueError, match="BIGKERNEL_CPU_ISA must be one of"):
         bigkernel.use_cpu_isa("sse9")
     assert _library.native.cpu_isa() == cpu_isa
+
+
+def test_a_noun_names_one_op():
+    absent = {"cpu": "none", "cuda": "none", "benchmark": "none"}
+    with pytest.raises(ValueError, match="there is an op 'adam' already"):
+        registry.register(registry.Op(noun="adam", title="another", functions=(), absent=absent))
+    assert registry.find("adam").title != "another"

@@ -728,6 +728,17 @@ def test_masks_are_as_small_as_they_can_be():
     assert compact_mask(**early).shape == dense_mask(**early).shape == (2, 1, 6, 9)
     late = {**causal, "kv_length": 9, "q_offset": 3}
     assert compact_mask(**late) is None
+    # A static cache counts on the device; the keys behind the last query are empty.
+    static = {**causal, "kv_length": 9, "q_offset": torch.tensor(2)}
+    for make in (compact_mask, dense_mask):
+        seen = make(**static)
+        assert torch.equal(seen[0, 0], torch.ones(6, 9).tril(2).bool())
+    # Two kinds of documents at once.
+    other = mu.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 0, 1, 1], [0] * 6]))
+    both = mu.and_masks(packed, other)
+    both = compact_mask(**sizes, mask_function=both, allow_is_causal_skip=False)
+    number = torch.tensor([0, 0, 1, 1, 2, 3])
+    assert torch.equal(both[0, 0], (number[:, None] == number) & torch.ones(6, 6).tril().bool())
 
 
 def test_packed_offsets_are_read_once():
@@ -736,6 +747,7 @@ def test_packed_offsets_are_read_once():
     assert offsets.tolist() == [0, 2, 4]
     assert packed_offsets(positions, 1) is offsets
     assert packed_offsets(positions, 2).tolist() == [0, 2, 4, 6, 8]
+    assert packed_offsets(positions, 1) is not None
     positions[0, 2:] = torch.tensor([2, 3])
     assert packed_offsets(positions, 1) is None
 
@@ -893,6 +905,20 @@ def test_accelerate_leaves_a_model_that_wants_attention_weights(capsys):
     accelerate(model)
     assert "left 2 x LlamaAttention as it is: config.output_attentions" in capsys.readouterr().out
     assert len(model(tokens()).attentions) == 2
+
+
+def test_a_model_that_keeps_its_window_to_itself_gets_whole_masks(monkeypatch):
+    """Compact masks leave the window to the layers, which must then pass it on."""
+    from bigkernel.integrations import replace
+    from bigkernel.integrations import transformers as registered
+
+    model = build("mistral")
+    assert replace._name_for(model) == registered.COMPACT_NAME
+    read = replace._source
+    monkeypatch.setattr(replace, "_source", lambda cls: read(cls).replace("sliding_window=", ""))
+    assert replace._name_for(model) == registered.NAME
+    model.config.sliding_window = None
+    assert replace._name_for(model) == registered.COMPACT_NAME
 
 
 def test_accelerate_leaves_a_model_with_attention_of_its_own(capsys):

@@ -130,6 +130,18 @@ def text_trainer(out, cls=Trainer, dropout=0.2, trainer=None, **changes):
     )
 
 
+def noted_losses(trainer):
+    """A list that the losses of the trainer's steps will be in."""
+    losses, training_step = [], trainer.training_step
+
+    def note(*args, **kwargs):
+        losses.append(training_step(*args, **kwargs))
+        return losses[-1]
+
+    trainer.training_step = note
+    return losses
+
+
 class Noise:
     """Float images plus noise that is drawn as bigkernel.transforms draw: by (seed, id)."""
 
@@ -588,8 +600,7 @@ def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate):
     assert whole.state.epoch > 1
     for step in (3, 6):
         resumed = text_trainer(tmp_path / f"b{step}", **options)
-        losses, training_step = [], resumed.training_step
-        resumed.training_step = lambda *a, **k: losses.append(training_step(*a, **k)) or losses[-1]
+        losses = noted_losses(resumed)
         result = resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
         assert_equal_runs(resumed, whole)
         # The average of the steps of this call, without what the checkpoint had summed up.

@@ -360,3 +360,28 @@ def test_signatures_are_torchvisions(name: str) -> None:
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default) for p in theirs.values()
     ]
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_turning_the_hue_leaves_every_grey_as_it_is(backend: str | None) -> None:
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
+    assert torch.equal(functional.adjust_hue(grey, 0.3), grey)
+    with bigkernel.use_backend(backend):
+        assert torch.equal(bk.ColorJitter(hue=(0.3, 0.3))(grey, layout="channels_first"), grey)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_hue_is_not_darker_or_lighter_than_torchvisions(backend: str | None) -> None:
+    images = pictures()
+    with bigkernel.use_backend(backend):
+        turned = bk.ColorJitter(hue=(0.3, 0.3))(images)
+    apart = turned.double() - functional.adjust_hue(images, 0.3).double()
+    assert apart.mean().abs() < 0.02
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_nan_becomes_the_byte_0(backend: str | None) -> None:
+    image = torch.full((3, 4, 4), torch.nan)
+    with bigkernel.use_backend(backend):
+        result = bk.ToDtype(torch.uint8, scale=True)(image, layout="channels_first")
+    assert torch.equal(result, torch.zeros(3, 4, 4, dtype=torch.uint8))

@@ -309,6 +309,20 @@ def test_attention_hugely_masked_rows(backend, alike, dtype):
             assert largest_error(mine, right) <= 2 * error + half_ulp
 
 
+def test_attention_closed_keys_may_hold_anything(backend):
+    """A boolean mask closes a key, whatever its score; NaN there reaches nobody."""
+    q, k, v = (torch.randn(1, 2, 9, 8).to(device_of(backend)) for _ in range(3))
+    mask = torch.ones(9, 9, dtype=torch.bool, device=q.device)
+    mask[:, 3] = False
+    expected = ops.attention(q, k, v, mask=mask, return_lse=True)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        wild = k.clone()
+        wild[:, :, 3] = value
+        actual = ops.attention(q, wild, v, mask=mask, return_lse=True)
+        for x, y in zip(actual, expected, strict=True):
+            assert torch.equal(x, y), value
+
+
 def test_attention_large_scores(backend):
     """Scores beyond what exp can hold: only their differences count."""
     device = device_of(backend)
