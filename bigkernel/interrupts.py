@@ -108,7 +108,11 @@ def _is_unanswered(number: signal.Signals) -> bool:
     handler = signal.getsignal(number)
     if handler is stop_at_once or handler is signal.default_int_handler:
         return True
-    return handler == signal.SIG_DFL and number != signal.SIGINT and not _is_caught_natively(number)
+    if handler != signal.SIG_DFL or number == signal.SIGINT:
+        return False
+    # Only SIGUSR1 is given to native code by users (faulthandler.register). Handlers of the others
+    # come with a library (LLVM, which Triton brings) and would end the run without saving it.
+    return number != signal.SIGUSR1 or not _is_caught_natively(number)
 
 
 def _is_caught_natively(number: int) -> bool:

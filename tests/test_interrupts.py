@@ -7,6 +7,8 @@ ignored signals; threads; forked children and data-loading workers; streams that
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -177,3 +179,20 @@ def test_streams_that_nobody_reads_are_dropped():
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_librarys_native_handler_does_not_keep_a_run_from_saving() -> None:
+    """LLVM, which Triton brings, catches SIGTERM natively, where Python still says SIG_DFL."""
+    code = (
+        "import ctypes, signal\n"
+        "from bigkernel.interrupts import StopRequest\n"
+        "handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: None)\n"
+        "libc = ctypes.CDLL(None)\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP):\n"
+        "    libc.signal(int(number), handler)\n"
+        "    with StopRequest(lambda number: None) as request:\n"
+        "        signal.raise_signal(number)\n"
+        "    assert request.received == number, request.received\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
