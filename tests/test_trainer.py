@@ -1248,9 +1248,13 @@ if trainer.is_world_process_zero():
 """
 
 
+# Without it a rank that ends later than the other can be aborted by gloo's threads.
+LEAVE = "import torch\ntorch.distributed.destroy_process_group()\n"
+
+
 def on_two_ranks(tmp_path, code, *arguments):
     script = tmp_path / "ranks.py"
-    script.write_text(code)
+    script.write_text(code + LEAVE)
     here = os.path.dirname(__file__)
     path = os.pathsep.join((here, os.path.dirname(here)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -1334,7 +1338,7 @@ except test_trainer.TrainingInterrupted as stop:
 
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
     script, run = tmp_path / "ranks.py", tmp_path / "run"
-    script.write_text(SIGNALLED_RANKS)
+    script.write_text(SIGNALLED_RANKS + LEAVE)
     here = os.path.dirname(__file__)
     done = subprocess.run(
         [
