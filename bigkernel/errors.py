@@ -1,11 +1,18 @@
-"""One way to say what is wrong with an argument."""
+"""One way to say what is wrong with an argument, and what several ops look for in theirs."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Tensor types whose operations mean what torch says of their data.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_DEFAULTS = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+    torch._C._disabled_torch_function_impl,
+)
 
 
 class BadArgument(ValueError):
@@ -27,6 +34,35 @@ def check(
         raise cls(f"bigkernel.{op}: {argument} must be {expected}, got {got}.{hint}")
 
 
+def check_meaning(op: str, name: str, x: Tensor, mend: str = "") -> None:
+    """Refuse a subclass with a ``__torch_function__`` of its own: anything may stand in its data.
+
+    Those with ``__torch_dispatch__`` alone (FakeTensor, wrappers) see the operator themselves.
+    """
+    kind = type(x)
+    if kind in _PLAIN:
+        return
+    function = kind.__torch_function__
+    check(
+        getattr(function, "__func__", function) in _DEFAULTS,
+        op,
+        name,
+        "a plain tensor",
+        f"a {kind.__name__}, whose data alone may not say what it means",
+        mend or "Convert it with .as_subclass(torch.Tensor), if its data is all there is to it",
+        TypeError,
+    )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation follows ``x``.
+
+    A custom op without a rule for it drops a tangent without a word, which would make the
+    derivative a silent 0, in torch.compile too.
+    """
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def check_floating(op: str, named: Mapping[str, object], optional: Sequence[str] = ()) -> None:
     """Each is a dense floating tensor on one device; None is one of ``optional`` left out.
 
@@ -42,6 +78,7 @@ def check_floating(op: str, named: Mapping[str, object], optional: Sequence[str]
         if x.is_nested or x.layout is not torch.strided:
             got = "a nested one" if x.is_nested else x.layout
             check(False, op, name, "a dense tensor", got, "Convert it with .to_dense()", TypeError)
+        check_meaning(op, name, x)
         if x.dtype not in FLOATING:
             expected = "float16, bfloat16, float32 or float64"
             mend = "Convert it with .to(torch.float32)"

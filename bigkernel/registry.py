@@ -75,17 +75,18 @@ class Op:
 
 def no_second_derivative(
     what: str,
+    instead: str = "Inside torch.func's transforms, which run it in plain PyTorch, it has one.",
 ) -> Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]]:
-    """The autograd formula of a backward operator: an error, and not torch's silent zeros."""
+    """The autograd formula of a backward operator: an error, and not torch's silent zeros.
+
+    instead: a sentence that says what has a second derivative.
+    """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"bigkernel: {what} has no second derivative. Inside torch.func's transforms, which "
-            "run it in plain PyTorch, it has one."
-        )
+        raise NotImplementedError(f"bigkernel: {what} has no second derivative. {instead}")
 
     return lambda namespace: (backward, setup_context)
 

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bigkernel import registry
 from bigkernel.ops.attention.blocks import empty_like_layout
 from bigkernel.testing import ptx
 
@@ -231,16 +232,15 @@ def define() -> Any:
     """The ops, defined once; kept for as long as the process."""
     library = torch.library.Library(NAMESPACE, "DEF")
     namespace = getattr(torch.ops, NAMESPACE)
-    for name, schema, impl, fake, autograd in (
-        ("attention_fwd", op._SCHEMA_FWD, attention_fwd, op._fake_fwd, op._autograd),
-        ("attention_bwd", op._SCHEMA_BWD, attention_bwd, op._fake_bwd, op._no_second_derivative),
-    ):  # fmt: skip
-        library.define(name + schema)
-        library.impl(name, impl, "CPU")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-        backward, setup_context = autograd(namespace)
+    functions = registry.find("attention").functions
+    for function, impl in zip(functions, (attention_fwd, attention_bwd), strict=True):
+        library.define(function.name + function.schema)
+        library.impl(function.name, impl, "CPU")
+        qualified = f"{NAMESPACE}::{function.name}"
+        torch.library.register_fake(qualified, function.fake, lib=library)
+        backward, setup_context = function.autograd(namespace)
         torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
+            qualified, backward, setup_context=setup_context, lib=library
         )
     return namespace, library
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
-from bigkernel.errors import check
+from bigkernel.errors import check, has_tangent
 from bigkernel.ops.attention.blocks import accumulate_dtype, sequence_cuts
 
 Align = Literal["top_left", "bottom_right"]
@@ -46,7 +45,7 @@ def check_plain(op: str, **arguments: object) -> None:
             TypeError,
         )
         check(
-            not _has_tangent(x),
+            not has_tangent(x),
             op,
             name,
             "without a forward-mode tangent",
@@ -63,12 +62,6 @@ def check_plain(op: str, **arguments: object) -> None:
             "Use torch.autograd.grad or .backward()",
             NotImplementedError,
         )
-
-
-def _has_tangent(x: Tensor) -> bool:
-    """Custom ops drop a tangent without a word, which would make the derivative a silent 0, in
-    torch.compile too."""
-    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def readable(x: Tensor) -> bool:

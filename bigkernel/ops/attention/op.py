@@ -117,19 +117,6 @@ def _autograd(ops: Any) -> tuple[Any, Any]:
     return backward, setup_context
 
 
-def _no_second_derivative(ops: Any) -> tuple[Any, Any]:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            "bigkernel.attention has no second derivative; attention_reference in "
-            "bigkernel.ops.attention.reference has one, with the score matrix in memory."
-        )
-
-    return backward, setup_context
-
-
 def _head_dims(tensors: Sequence[Tensor]) -> str | None:
     """Why the native kernels cannot take q, k and v of these head dims, None if they can."""
     widest = max((x.shape[-1] for x in tensors[:3] if x.dim() > 0), default=0)
@@ -147,7 +134,15 @@ _OP = registry.register(
                 "attention_fwd", _SCHEMA_FWD, blocks.attention_fwd, _fake_fwd, _autograd
             ),
             registry.Function(
-                "attention_bwd", _SCHEMA_BWD, blocks.attention_bwd, _fake_bwd, _no_second_derivative
+                "attention_bwd",
+                _SCHEMA_BWD,
+                blocks.attention_bwd,
+                _fake_bwd,
+                registry.no_second_derivative(
+                    "attention",
+                    "attention_reference in bigkernel.ops.attention.reference has one, with the "
+                    "score matrix in memory.",
+                ),
             ),
         ),
         limits=f"head dims to {MAX_NATIVE_HEAD_DIM}",

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigkernel.errors import check
+from bigkernel.errors import check_meaning
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # By far the most arguments are of these, and need no look.
 _USUAL = frozenset((Tensor, Parameter, type(None), bool, int, float, str, tuple))
-_DEFAULTS = (
-    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
-    torch._C._disabled_torch_function_impl,
-)
 
 
 def understands_tensors(function: F) -> F:
@@ -73,17 +69,8 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
             continue
         if x.is_nested or (is_causal_bias(kind) and name == "attn_mask"):
             continue  # which the function itself refuses, or knows
-        check(
-            getattr(kind.__torch_function__, "__func__", kind.__torch_function__) in _DEFAULTS,
-            function.__name__,
-            name,
-            "a plain tensor",
-            f"a {kind.__name__}, whose data alone may not say what it means",
-            "Pass causal=True and align in place of a causal mask"
-            if is_causal_bias(kind)
-            else "Convert it with .as_subclass(torch.Tensor), if its data is all there is to it",
-            TypeError,
-        )
+        mend = "Pass causal=True and align in place of a causal mask"
+        check_meaning(function.__name__, name, x, mend if is_causal_bias(kind) else "")
     if distributed:
         from bigkernel.ops.attention.dtensor import on_shards
 

@@ -68,11 +68,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
 
 from bigkernel import _library, registry
 from bigkernel.backend import select
-from bigkernel.errors import check
+from bigkernel.errors import check, has_tangent
 from bigkernel.ops.augment import reference
 
 SCHEMA = (
@@ -119,9 +118,9 @@ def _with_derivatives(op: Any) -> Any:
 
     def augment(keyset: Any, images: list[Tensor], *rest: Any) -> Any:
         for name, table in zip(_TABLES, rest, strict=False):
-            tangent = isinstance(table, Tensor) and _has_tangent(table)
+            tangent = isinstance(table, Tensor) and has_tangent(table)
             _check_constant(name, table, tangent)
-        if not any(asks_derivative(image) or _has_tangent(image) for image in images):
+        if not any(asks_derivative(image) or has_tangent(image) for image in images):
             return op.redispatch(keyset & torch._C._after_autograd_keyset, images, *rest)
         check(
             detect_fake_mode() is None,
@@ -149,11 +148,7 @@ def asks_derivative(x: Tensor) -> bool:
     if x.requires_grad and torch.is_grad_enabled():
         return True
     # Dynamo cannot trace the look; what it traces calls the op, which looks for itself.
-    return not torch.compiler.is_compiling() and _has_tangent(x)
-
-
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
+    return not torch.compiler.is_compiling() and has_tangent(x)
 
 
 def _check_constant(name: str, x: Any, tangent: bool = False) -> None:

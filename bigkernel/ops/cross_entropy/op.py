@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigkernel import _library, registry
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating
+from bigkernel.errors import check, check_floating, check_meaning
 from bigkernel.ops.cross_entropy import reference
 
 # logits [N, V]; labels [N] int64; weight [V] float32; losses [N] and total [] and stats [2, N]
@@ -225,6 +225,7 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         check(False, op, "labels", "an int64 tensor", got, "Convert it with .long()", TypeError)
+    check_meaning(op, "labels", labels)
     if labels.shape != logits.shape[:1]:
         check(False, op, "labels", f"of shape ({logits.shape[0]},)", tuple(labels.shape))
     if labels.device != logits.device:
