@@ -8,12 +8,21 @@ PyTorch run goes through the same schema, checks and autograd formula as a nativ
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C._functorch import (
+    TransformType,
+    is_gradtrackingtensor,
+    maybe_current_level,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
+
+from bigkernel._eager import eager
+from bigkernel.errors import has_tangent
 
 NAMESPACES = ("bigkernel", "bigkernel_torch")
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
@@ -21,34 +30,70 @@ _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
 # torch.compile traces a look-up and not a call into the dispatcher.
 kernels: dict[tuple[str, str], bool] = {}
 
+# Dispatch keys included and excluded outside of any operator.
+_USUAL_KEYS = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
+# Where an operator looks whether its inputs have tangents: below autograd, above its kernels.
+_LOOK_KEY = "ADInplaceOrView"
+_LOOK = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _plain: dict[str, Callable[..., Any]] = {}  # function -> its PyTorch implementation
-# (namespace, function) -> what `run` calls in eager code.
+# (namespace, function) -> what `call` runs in eager code.
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def run(namespace: Any, name: str, *arguments: Any) -> Any:
+    """As `call`, for an operator whose plain PyTorch can be differentiated forward.
+
+    That is what runs inside a transform of torch.func or a level of forward mode, which know
+    nothing of a formula.
+    """
+    if not torch.compiler.is_compiling() and _is_followed():
+        return _plain[name](*arguments)
+    return call(namespace, name, *arguments)
+
+
+def call(namespace: Any, name: str, *arguments: Any) -> Any:
     """Call an operator of a namespace, in eager code without most of what a call costs in Python.
 
     torch.library runs a formula of autograd through a dispatcher entry in Python, which takes
     longer than the kernel of a small model's norm; here an autograd.Function of the same formula
-    is above the operator. Under a transform of torch.func or forward-mode differentiation, which
-    know neither, the operator's plain PyTorch is what they transform.
+    is above the operator.
     """
-    if torch.compiler.is_compiling():
-        return getattr(namespace, name)(*arguments)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _plain[name](*arguments)
-    return _eager[namespace.name, name](*arguments)
+    quick = None
+    if not torch.compiler.is_compiling() and not _is_followed():
+        quick = _eager.get((namespace.name, name))
+    return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
+
+
+def _is_followed() -> bool:
+    """Whether forward mode or a transform of torch.func is on."""
+    return forward_ad._current_level >= 0 or maybe_current_level() is not None
+
+
+def _unlooked(operator: Any) -> Callable[..., Any]:
+    def unlooked(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_LOOK):
+            return operator(*arguments)
+
+    return unlooked
 
 
 def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
-    def below(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
+    # A native kernel is called past the look for tangents: nothing is followed. In plain PyTorch that
+    # key stays, since it also counts the versions of what is changed in place.
+    is_native = operator.namespace == "bigkernel"
     if autograd is None:
-        return below
+        return _unlooked(operator) if is_native else operator
     formula, setup_context = autograd
+    guard: Any = torch._C._AutoDispatchBelowAutograd
+    if is_native:
+        guard = torch._C._AutoDispatchBelowADInplaceOrView
+
+    def below(*arguments: Any) -> Any:
+        with guard():
+            return operator(*arguments)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -63,14 +108,51 @@ def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[...
 
     apply: Callable[..., Any] = Eager.apply  # type: ignore[assignment]
 
-    def call(*arguments: Any) -> Any:
+    def with_formula(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
             for x in arguments:
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     return apply(*arguments)
         return below(*arguments)
 
-    return call
+    return with_formula
+
+
+def _without_tangents(operator: Any) -> Callable[..., Any]:
+    """The operator below autograd, which refuses what forward mode follows and drops nothing.
+
+    Here, and not only where a public function looks at its arguments: code that was compiled for
+    tensors without a tangent is run again for those with one.
+    """
+
+    @eager
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if _is_followed() and _any_tangent(arguments):
+            raise NotImplementedError(
+                f"bigkernel: inputs of {operator._opname} must be without tangents here, got a "
+                "dual tensor. Use reverse mode (torch.autograd.grad), or call it outside of "
+                "torch.compile, where some ops have a forward mode."
+            )
+        return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return kernel
+
+
+def _any_tangent(arguments: Iterable[Any]) -> bool:
+    for x in arguments:
+        if isinstance(x, list):
+            if _any_tangent(x):
+                return True
+        elif isinstance(x, torch.Tensor):
+            if is_gradtrackingtensor(x):
+                top = peek_interpreter_stack()
+                if top is not None and top.key() == TransformType.Jvp:
+                    return True
+            else:
+                with torch._C._ForceDispatchKeyGuard(*_USUAL_KEYS):  # with autograd, which knows
+                    if has_tangent(x):
+                        return True
+    return False
 
 
 def define(
@@ -97,7 +179,9 @@ def define(
             torch.library.register_autograd(
                 qualified, formula[0], setup_context=formula[1], lib=library
             )
-        _eager[namespace, name] = _make_eager(getattr(ops, name).default, formula)
+        operator = getattr(ops, name).default
+        library.impl(name, _without_tangents(operator), _LOOK_KEY, with_keyset=True)
+        _eager[namespace, name] = _make_eager(operator, formula)
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
             native is not None
@@ -117,7 +201,7 @@ def derive(
     """
     for namespace, library in _libraries.items():
         op = getattr(getattr(torch.ops, namespace), name).default
-        library.impl(name, kernel(op), "Autograd", with_keyset=True)
+        library.impl(name, eager(kernel(op)), "Autograd", with_keyset=True)
         torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from bigkernel import backend, registry
-from bigkernel.errors import check
+from bigkernel import _library, backend, registry
+from bigkernel.errors import check, has_tangent
 from bigkernel.ops.adam import reference
 from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE
 
@@ -140,7 +140,9 @@ def launch(
         needed = any(p.dtype is torch.bfloat16 for p in params)
         seed = torch.full((), seed, dtype=torch.int64, device=device) if needed else None
     namespace = backend.select("adam_step_", device, _OP.why_not_native([*params, *grads]))
-    norm: Tensor = namespace.adam_step_(
+    norm: Tensor = _library.call(
+        namespace,
+        "adam_step_",
         *lists,
         [len(group.params) for group in groups],
         list(map(_flags, groups)),
@@ -358,10 +360,7 @@ def _check_untransformed(op: str, tensors: Callable[[], Iterable[object]]) -> No
     expected = "outside of torch.func.grad, vjp, jvp and vmap"
     check(maybe_current_level() is None, op, "the call", expected, "one inside", mend, cls)
     if forward_ad._current_level >= 0:
-        dual = any(
-            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-            for x in tensors()
-        )
+        dual = any(isinstance(x, Tensor) and has_tangent(x) for x in tensors())
         check(not dual, op, "tensors", "without tangents", "dual ones", mend, cls)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigkernel import registry
+from bigkernel._library import call
 from bigkernel.backend import select
 from bigkernel.errors import check
 from bigkernel.ops.attention import blocks
@@ -105,9 +106,9 @@ def _autograd(ops: Any) -> tuple[Any, Any]:
         if dlse is not None:
             dlse = dlse[..., 0]  # the public functions return the sum: both have one gradient
         needs_dmask = ctx.needs_input_grad[3]
-        *dqkv, dmask = ops.attention_bwd(
-            _contiguous_rows(dout), dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dmask
-        )
+        dout = _contiguous_rows(dout)
+        saved = (dout, dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dmask)
+        *dqkv, dmask = call(ops, "attention_bwd", *saved)
         return (
             *dqkv,
             dmask if needs_dmask else None,
@@ -360,9 +361,9 @@ def attention_varlen(
 def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Pick the backend and call its op."""
     ops = select("attention_fwd", q.device, _OP.why_not_native((q, k, v)))
-    return ops.attention_fwd(
-        _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), *options
-    )
+    qkv = map(_contiguous_rows, (q, k, v))
+    out: tuple[Tensor, Tensor] = call(ops, "attention_fwd", *qkv, *options)
+    return out
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
