@@ -30,6 +30,7 @@ ISAS = {
     "avx2": (8, "avx2,fma,f16c"),
     "avx512": (16, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     "avx512_bf16": (16, "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+    "amx": (16, "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
 }
 
 
@@ -99,6 +100,8 @@ def isa_sources() -> list[str]:
         op = body.parent.name
         for isa, (lanes, target) in ISAS.items():
             if target and not x86:
+                continue
+            if isa == "amx" and not (body.parent / "cpu_amx.h").exists():  # products of matrices
                 continue
             text = (
                 f"#define BK_ISA {isa}\n#define BK_LANES {lanes}\n"

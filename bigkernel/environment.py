@@ -80,7 +80,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "BIGKERNEL_CPU_ISA",
         "run",
-        "portable, avx2, avx512 or avx512_bf16",
+        "portable, avx2, avx512, avx512_bf16 or amx",
         "the best for this processor",
         "The instruction set of the CPU kernels; one that the processor lacks is an error.",
     ),

@@ -13,6 +13,9 @@
 #include "attention/binding.h"
 #include "cpu/parallel.h"
 
+// Where there is AMX, attention in bf16 has a copy of its own.
+#define BK_ATTENTION(function) BK_CALL_PRODUCTS(a.dtype == DType::kBFloat16, function)
+
 namespace bigkernel {
 namespace {
 
@@ -211,7 +214,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
   a.out = view(out, call.packed);
   a.lse = view_lse(lse, call.packed);
 
-  const AttentionPlan plan = BK_CALL(attention_plan)(a.dtype, a.dim, a.dim_v, false);
+  const AttentionPlan plan = BK_ATTENTION(attention_plan)(a.dtype, a.dim, a.dim_v, false);
   // Where each head has a single block, its tiles are used once, and packed by who uses them.
   bool reused = a.group > 1;
   for (const AttentionSequence& seq : call.sequences) reused |= seq.rows > plan.block_q;
@@ -236,12 +239,12 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(
       }
       parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          BK_CALL(attention_pack)(a, tiles[size_t(i)].first, tiles[size_t(i)].second);
+          BK_ATTENTION(attention_pack)(a, tiles[size_t(i)].first, tiles[size_t(i)].second);
       });
     }
     const std::vector<AttentionBlock> blocks = blocks_of(call, round, plan.block_q);
     hand_out(int64_t(blocks.size()), scratch, plan.scratch_floats, [&](int64_t i, float* mine) {
-      BK_CALL(attention_fwd_block)(a, blocks[size_t(i)], mine);
+      BK_ATTENTION(attention_fwd_block)(a, blocks[size_t(i)], mine);
     });
   }
   return {out, lse};
@@ -266,8 +269,9 @@ Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& 
         for (int64_t col = 0; col < sizes[3]; col += plan.block_k)
           tiles.push_back({by[0] ? b : -1, by[1] ? h : -1, by[2] ? row : -1, by[3] ? col : -1});
   const Scratch scratch(thread_count() * plan.scratch_floats_mask);
-  hand_out(int64_t(tiles.size()), scratch, plan.scratch_floats_mask,
-           [&](int64_t i, float* mine) { BK_CALL(attention_bwd_mask)(a, tiles[size_t(i)], mine); });
+  hand_out(int64_t(tiles.size()), scratch, plan.scratch_floats_mask, [&](int64_t i, float* mine) {
+    BK_ATTENTION(attention_bwd_mask)(a, tiles[size_t(i)], mine);
+  });
   return dmask;
 }
 
@@ -296,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   a.dk = view(dk, call.packed);
   a.dv = view(dv, call.packed);
 
-  const AttentionPlan plan = BK_CALL(attention_plan)(a.dtype, a.dim, a.dim_v, true);
+  const AttentionPlan plan = BK_ATTENTION(attention_plan)(a.dtype, a.dim, a.dim_v, true);
   int64_t tiles_of_longest = 0;
   for (const AttentionSequence& seq : call.sequences)
     tiles_of_longest = std::max(tiles_of_longest, (seq.keys + plan.block_k - 1) / plan.block_k);
@@ -323,7 +327,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     a.round_rows = round.rows;
     const std::vector<AttentionBlock> blocks = blocks_of(call, round, plan.block_q);
     parallel_for(int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) BK_CALL(attention_bwd_prepare)(a, blocks[size_t(i)]);
+      for (int64_t i = begin; i < end; ++i)
+        BK_ATTENTION(attention_bwd_prepare)(a, blocks[size_t(i)]);
     });
     std::vector<AttentionChunk> runs;
     for (int64_t u = round.first; u < round.last; ++u) {
@@ -333,11 +338,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
         runs.push_back({u, c, tiles * c / chunks, tiles * (c + 1) / chunks});
     }
     hand_out(int64_t(runs.size()), scratch, plan.scratch_floats, [&](int64_t i, float* mine) {
-      BK_CALL(attention_bwd_keys)(a, runs[size_t(i)], mine);
+      BK_ATTENTION(attention_bwd_keys)(a, runs[size_t(i)], mine);
     });
     parallel_for(int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        BK_CALL(attention_bwd_queries)(a, blocks[size_t(i)], chunks);
+        BK_ATTENTION(attention_bwd_queries)(a, blocks[size_t(i)], chunks);
     });
   }
   Tensor dmask = needs_dmask ? mask_gradient(call, *mask, plan) : torch::stable::new_empty(q, {0});

@@ -346,6 +346,7 @@ void backward_keys(const AttentionArgs& args, const AttentionChunk& chunk, float
 }
 
 void attention_bwd_keys(const AttentionArgs& args, const AttentionChunk& chunk, float* memory) {
+  BK_TILES;
   with_words(args.dtype, [&](auto kind) { backward_keys<decltype(kind)>(args, chunk, memory); });
 }
 

@@ -1,10 +1,10 @@
 // The attention kernels of the CPU, written once and compiled for each instruction set.
 //
 // Sums are fp32. What is multiplied is fp32 too, bf16 and fp16 converted when a tile is packed;
-// with AVX-512 BF16, bf16 pairs (cpu_words.h). A score tile is a product of two small matrices that
-// fit the L1 and L2 caches (cpu_tiling.h), computed by register-blocked kernels (cpu_gemm.h). Tiles
-// that causality, window or mask close are skipped; of those they cut, only the vectors that some
-// row sees are computed.
+// with AVX-512 BF16 and AMX, bf16 pairs (cpu_words.h). A score tile is a product of two small
+// matrices that fit the L1 and L2 caches (cpu_tiling.h), computed by register-blocked kernels
+// (cpu_gemm.h). Tiles that causality, window or mask close are skipped; of those they cut, only the
+// vectors that some row sees are computed.
 #pragma once
 
 #include "attention/attention.h"
@@ -13,6 +13,9 @@
 #include "attention/cpu_gemm.h"
 #include "attention/cpu_pack.h"
 #include "attention/cpu_tiling.h"
+#if defined(BK_ISA_AMX)
+#include "attention/cpu_amx.h"
+#endif
 #include "attention/cpu_scores.h"
 #include "attention/cpu_forward.h"
 #include "attention/cpu_backward.h"

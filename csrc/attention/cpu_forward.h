@@ -18,8 +18,12 @@ struct ForwardScratch {
 template <class Words>
 BK_INLINE ForwardScratch forward_scratch(Arena& arena, const Tiling& t) {
   ForwardScratch s;
-  s.q = arena.take(t.block_q * t.ld_q);         // [block_q, words of dim]
-  s.weights = arena.take(kMr * t.ld_s);         // [kMr, words of block_k]
+  s.q = arena.take(t.block_q * t.ld_q);  // [block_q, words of dim]
+#if defined(BK_ISA_AMX)
+  s.weights = arena.take(2 * kMr * t.ld_s);  // [2, kMr, words of block_k]
+#else
+  s.weights = arena.take(kMr * t.ld_s);  // [kMr, words of block_k]
+#endif
   s.out = arena.take(t.block_q * t.ld_v);       // [block_q, dim_v], not yet divided by the sum
   s.mask = arena.take(t.block_q * t.ld_s);      // [block_q, block_k]
   s.drop = arena.take(t.block_k + 4 * kLanes);  // [block_k]
@@ -38,8 +42,13 @@ void pack_tile(float* dst, const Tiling& t, const AttentionArgs& args, const Att
   const int64_t n = seq.keys - key < t.block_k ? seq.keys - key : t.block_k;
   transposed_tile<Words>(dst, t.ld_s, args.k, args.dtype, seq.index, head, seq.first_k + key, n,
                          args.dim);
-  column_tile<Words>(dst + t.words_q * t.ld_s, t.ld_v, args.v, args.dtype, seq.index, head,
-                     seq.first_k + key, n, args.dim_v);
+  float* values = dst + t.words_q * t.ld_s;
+  column_tile<Words>(values, t.ld_v, args.v, args.dtype, seq.index, head, seq.first_k + key, n,
+                     args.dim_v);
+#if defined(BK_ISA_AMX)  // multiplies whole tiles
+  for (int64_t w = words<Words>(n); w < round_up(words<Words>(n), kTile); ++w)
+    fill(values + w * t.ld_v, 0, t.width_v, 0.0f);
+#endif
 }
 
 void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile) {
@@ -53,8 +62,8 @@ void attention_pack(const AttentionArgs& args, int64_t unit_index, int64_t tile)
   });
 }
 
-// One block of rows against one tile of keys. Rows are taken kMr at a time; where the block ends
-// before a multiple of that, the last ones are zero and nobody reads what becomes of them.
+// One block of rows against one tile of keys. Rows are multiplied kMr at a time; where the block
+// ends before a multiple of that, the last ones are zero and nobody reads what becomes of them.
 struct ForwardTile {
   const ForwardScratch& w;
   const Tiling& t;
@@ -74,32 +83,32 @@ struct ForwardTile {
 // maximum across lanes.
 constexpr float kSlack = 2.75f;  // no weight exceeds e^kSlack, about 16
 
-// Scores of kMr rows on their way from registers and back, for what is rare or long: [kMr, kNr].
+// Scores of some rows on their way from registers and back, for what is rare or long.
 struct Spilled {
-  float at[kMr][kNr * kLanes];
+  float at[kSoftmaxRows][kNr * kLanes];
 
   template <int N>
-  BK_INLINE void save(const VecF (&x)[kMr][N]) {
+  BK_INLINE void save(const VecF (&x)[kSoftmaxRows][N]) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kMr; ++m)
+    for (int m = 0; m < kSoftmaxRows; ++m)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) store(at[m] + n * kLanes, x[m][n]);
   }
   template <int N>
-  BK_INLINE void restore(VecF (&x)[kMr][N]) const {
+  BK_INLINE void restore(VecF (&x)[kSoftmaxRows][N]) const {
 #pragma GCC unroll 8
-    for (int m = 0; m < kMr; ++m)
+    for (int m = 0; m < kSoftmaxRows; ++m)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) x[m][n] = load(at[m] + n * kLanes);
   }
 };
 
-// Products of rows [row, row + kMr) with keys from column c on to scores, which plain ones are
-// already; closes what a row does not see.
+// Products of rows [row, row + kSoftmaxRows) with keys from column c on to scores, which plain ones
+// are already; closes what a row does not see.
 template <int N, bool kPlain>
 __attribute__((noinline)) void finish_scores(const ForwardTile& f, Spilled& s, int64_t row,
                                              int64_t c) {
-  for (int m = 0; m < kMr; ++m) {
+  for (int m = 0; m < kSoftmaxRows; ++m) {
     if constexpr (!kPlain) {
       const int64_t r = row + m < f.rows ? row + m : f.rows - 1;
       const ScoreRow score =
@@ -126,7 +135,7 @@ template <class Words, int N>
 __attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& s, int64_t row,
                                            float* weights, int64_t columns) {
   const ForwardScratch& w = f.w;
-  for (int m = 0; m < kMr; ++m) {
+  for (int m = 0; m < kSoftmaxRows; ++m) {
     VecF most = load(s.at[m]);
     for (int n = 1; n < N; ++n) most = vmax(load(s.at[m] + n * kLanes), most);
     const float top = reduce_max(most);
@@ -145,38 +154,31 @@ __attribute__((noinline)) void raise_bases(const ForwardTile& f, const Spilled& 
   }
 }
 
-// The weights of rows [row, row + kMr) for N vectors of keys from column c on: from products to
-// words in registers. `from`: the first column of these rows.
+// The weights of rows [row, row + kSoftmaxRows) for N vectors of keys from column c on: from
+// products x in registers to words in `weights`, a row of which begins with column 0; `from` is the
+// first column of these rows.
 template <class Words, int N, bool kPlain>
-void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
+BK_INLINE void weigh(const ForwardTile& f, VecF (&x)[kSoftmaxRows][N], float* words, int64_t row,
+                     int64_t from, int64_t c) {
   const ForwardScratch& w = f.w;
   const Tiling& t = f.t;
-  VecF x[kMr][N];
   Spilled spilled;
-  const float *q = w.q + row * t.ld_q, *keys = f.keys + c;
-  if (t.depth_q <= kLongestSum) {
-    accumulate<Words, kMr, N, false>(x, q, t.ld_q, keys, t.ld_s, t.depth_q);
-  } else {  // as backward sums
-    multiply<Words, false>(
-        {q, t.ld_q, keys, t.ld_s, spilled.at[0], kNr * kLanes, t.depth_q, Start::kZero}, kMr, N);
-    spilled.restore(x);
-  }
   if constexpr (kPlain) {
     // Rounded here, not once in the exponent, because backward meets the same scores: the
     // probabilities that it gets from lse then add up to 1, however large the scores are.
 #pragma GCC unroll 8
-    for (int m = 0; m < kMr; ++m)
+    for (int m = 0; m < kSoftmaxRows; ++m)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) x[m][n] = rounded(x[m][n] * f.args.scale);
   }
-  if (!kPlain || f.spans.lo[row + kMr - 1] > c || f.spans.hi[row] < c + N * kLanes) {
+  if (!kPlain || f.spans.lo[row + kSoftmaxRows - 1] > c || f.spans.hi[row] < c + N * kLanes) {
     spilled.save(x);
     finish_scores<N, kPlain>(f, spilled, row, c);
     spilled.restore(x);
   }
   bool raise = false;
 #pragma GCC unroll 8
-  for (int m = 0; m < kMr; ++m) {
+  for (int m = 0; m < kSoftmaxRows; ++m) {
     VecF most = x[m][0];
 #pragma GCC unroll 4
     for (int n = 1; n < N; ++n) most = vmax(x[m][n], most);
@@ -184,12 +186,12 @@ void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
   }
   if (__builtin_expect(raise, 0)) {
     spilled.save(x);
-    raise_bases<Words, N>(f, spilled, row, w.weights + from, c - from);
+    raise_bases<Words, N>(f, spilled, row, words + from, c - from);
     spilled.restore(x);
   }
-  float* to = w.weights + c / Words::kPack;
+  float* to = words + c / Words::kPack;
 #pragma GCC unroll 8
-  for (int m = 0; m < kMr; ++m) {
+  for (int m = 0; m < kSoftmaxRows; ++m) {
     weights<Words>(x[m], w.base[row + m]);
     float* sums = w.sums + (row + m) * kLanes;
     VecF total = load(sums);
@@ -217,6 +219,83 @@ void weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
   }
 }
 
+#if defined(BK_ISA_AMX)
+
+// A tile that is loaded soon after vectors were stored to its memory, or the other way round, waits
+// until they have arrived there. So the rows take turns: while those of one group are weighed, the
+// products with keys of the next are under way, and those with values of the one before.
+template <class Words, bool kPlain>
+void forward_tile(const ForwardTile& f) {
+  const Tiling& t = f.t;
+  alignas(64) float products[2][kMr * kBlockK];
+  struct {
+    int64_t row, from, to;  // columns in whole tiles: where nobody looks weights are 0
+  } groups[kBlockQ / kMr];
+  int count = 0;
+  for (int64_t row = 0; row < f.rows; row += kMr) {
+    const int64_t lo = f.spans.lo[row], hi = f.spans.hi[row + kMr - 1];
+    if (lo < hi)
+      groups[count++] = {row, lo / (2 * kLanes) * (2 * kLanes), round_up(hi, 2 * kLanes)};
+  }
+  const auto weights_of = [&](int g) { return f.w.weights + g % 2 * kMr * t.ld_s; };
+  const auto multiply_keys = [&](int g) {
+    const auto [row, from, to] = groups[g];
+    multiply<Words, false>({f.w.q + row * t.ld_q, t.ld_q, f.keys + from, t.ld_s, products[g % 2],
+                            kBlockK, t.words_q, Start::kZero},
+                           kMr, (to - from) / kLanes);
+  };
+  const auto multiply_values = [&](int g) {
+    const auto [row, from, to] = groups[g];
+    const int64_t word = from / Words::kPack;
+    multiply<Words, false>(
+        {weights_of(g) + word, t.ld_s, f.values + word * t.ld_v, t.ld_v, f.w.out + row * t.ld_v,
+         t.ld_v, (to - from) / Words::kPack, Start::kAdd},
+        kMr, t.width_v / kLanes);
+  };
+  if (count > 0) multiply_keys(0);
+  for (int g = 0; g < count; ++g) {
+    if (g + 1 < count) multiply_keys(g + 1);
+    const auto [row, from, to] = groups[g];
+    for (int64_t m = 0; m < kMr; m += kSoftmaxRows) {
+      const float* at = products[g % 2] + m * kBlockK;
+      const auto weigh_vectors = [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        VecF x[kSoftmaxRows][N];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSoftmaxRows; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < N; ++v) x[i][v] = load(at + i * kBlockK + v * kLanes);
+        weigh<Words, N, kPlain>(f, x, weights_of(g) + m * t.ld_s, row + m, from, from);
+      };
+      if (to - from == kBlockK)
+        weigh_vectors(std::integral_constant<int, 4>{});
+      else
+        weigh_vectors(std::integral_constant<int, 2>{});
+    }
+    if (g > 0) multiply_values(g - 1);
+  }
+  if (count > 0) multiply_values(count - 1);
+}
+static_assert(kBlockQ % kMr == 0 && kBlockK == kNr * kLanes);
+
+#else
+
+template <class Words, int N, bool kPlain>
+void multiply_and_weigh(const ForwardTile& f, int64_t row, int64_t from, int64_t c) {
+  const Tiling& t = f.t;
+  VecF x[kMr][N];
+  const float *q = f.w.q + row * t.ld_q, *keys = f.keys + c;
+  if (t.depth_q <= kLongestSum) {
+    accumulate<Words, kMr, N, false>(x, q, t.ld_q, keys, t.ld_s, t.depth_q);
+  } else {  // as backward sums
+    Spilled products;
+    multiply<Words, false>(
+        {q, t.ld_q, keys, t.ld_s, products.at[0], kNr * kLanes, t.depth_q, Start::kZero}, kMr, N);
+    products.restore(x);
+  }
+  weigh<Words, N, kPlain>(f, x, f.w.weights, row, from, c);
+}
+
 template <class Words, bool kPlain>
 void forward_tile(const ForwardTile& f) {
   const Tiling& t = f.t;
@@ -226,8 +305,9 @@ void forward_tile(const ForwardTile& f) {
     const int64_t from = lo / kLanes * kLanes, to = round_up(hi, kLanes);
     if (lo >= hi) continue;
     for (int64_t c = from; c < to; c += kNr * kLanes)
-      with_vectors((to - c) / kLanes,
-                   [&](auto n) { weigh<Words, decltype(n)::value, kPlain>(f, row, from, c); });
+      with_vectors((to - c) / kLanes, [&](auto n) {
+        multiply_and_weigh<Words, decltype(n)::value, kPlain>(f, row, from, c);
+      });
     const int64_t word = lo / Words::kPack;
     micro_row<Words, kMr, false>(
         {f.w.weights + word, t.ld_s, f.values + word * t.ld_v, t.ld_v, f.w.out + row * t.ld_v,
@@ -235,6 +315,8 @@ void forward_tile(const ForwardTile& f) {
         t.width_v / kLanes);
   }
 }
+
+#endif
 
 template <class Words>
 void forward_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
@@ -295,6 +377,7 @@ void forward_block(const AttentionArgs& args, const AttentionBlock& block, float
 }
 
 void attention_fwd_block(const AttentionArgs& args, const AttentionBlock& block, float* memory) {
+  BK_TILES;
   with_words(args.dtype, [&](auto kind) { forward_block<decltype(kind)>(args, block, memory); });
 }
 

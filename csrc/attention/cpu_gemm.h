@@ -8,11 +8,24 @@
 
 namespace bigkernel::BK_ISA {
 
+#if defined(BK_ISA_AMX)
+constexpr int kMr = 16;  // a tile
+constexpr int kSoftmaxRows = 4;
+#else
 constexpr int kMr = 6;
+constexpr int kSoftmaxRows = kMr;  // rows of scores that are in registers at once
+#endif
 #if defined(BK_AVX512)
 constexpr int kNr = 4;
 #else
 constexpr int kNr = 2;
+#endif
+
+// A work item that multiplies begins with this.
+#if defined(BK_ISA_AMX)
+#define BK_TILES const Tiles tiles
+#else
+#define BK_TILES static_cast<void>(0)
 #endif
 
 enum class Start { kZero, kAdd };  // C starts from 0 or from C
@@ -27,6 +40,22 @@ struct Product {
   int64_t k;  // words
   Start start;
 };
+
+// Calls f with min(vectors, kNr) as a constant.
+template <class F>
+BK_INLINE void with_vectors(int64_t vectors, const F& f) {
+  if (vectors >= kNr) return f(std::integral_constant<int, kNr>{});
+  if constexpr (kNr > 2) {
+    if (vectors == 3) return f(std::integral_constant<int, 3>{});
+    if (vectors == 2) return f(std::integral_constant<int, 2>{});
+  }
+  f(std::integral_constant<int, 1>{});
+}
+
+// Longer sums are cut, for the same reason that C joins last.
+constexpr int64_t kLongestSum = 128;
+
+#if !defined(BK_ISA_AMX)
 
 // acc[m][n] = the sum over k words, from 0.
 template <class Words, int M, int N, bool kTransposed>
@@ -70,17 +99,6 @@ void micro_kernel(const Product& product) {
   }
 }
 
-// Calls f with min(vectors, kNr) as a constant.
-template <class F>
-BK_INLINE void with_vectors(int64_t vectors, const F& f) {
-  if (vectors >= kNr) return f(std::integral_constant<int, kNr>{});
-  if constexpr (kNr > 2) {
-    if (vectors == 3) return f(std::integral_constant<int, 3>{});
-    if (vectors == 2) return f(std::integral_constant<int, 2>{});
-  }
-  f(std::integral_constant<int, 1>{});
-}
-
 template <class Words, int M, bool kTransposed>
 void micro_row(Product p, int64_t vectors) {
   for (; vectors > 0; vectors -= kNr) {
@@ -90,9 +108,6 @@ void micro_row(Product p, int64_t vectors) {
     p.c += kNr * kLanes;
   }
 }
-
-// Longer sums are cut, for the same reason that C joins last.
-constexpr int64_t kLongestSum = 128;
 
 // C[rows, vectors * kLanes] from A[rows, k] and B[k, vectors * kLanes].
 template <class Words, bool kTransposed>
@@ -126,5 +141,7 @@ void multiply(Product p, int64_t rows, int64_t vectors) {
     p.c += done * p.ldc;
   }
 }
+
+#endif
 
 }  // namespace bigkernel::BK_ISA

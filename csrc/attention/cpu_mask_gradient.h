@@ -120,6 +120,7 @@ void mask_gradient(const AttentionArgs& args, const AttentionMaskTile& out, floa
 }
 
 void attention_bwd_mask(const AttentionArgs& args, const AttentionMaskTile& tile, float* memory) {
+  BK_TILES;
   with_words(args.dtype, [&](auto kind) { mask_gradient<decltype(kind)>(args, tile, memory); });
 }
 

@@ -3,8 +3,9 @@
 //
 // A word of the left operand is broadcast and multiplied with a vector of words of the right one,
 // whose lanes are columns: in fp32 a fused multiply-add, in bf16 two products a lane, summed in
-// fp32 (vdpbf16ps). Nothing else about a product differs, so words lie in float arrays, with the
-// summed dimension kPack times shorter, and forward and backward are written once.
+// fp32 (vdpbf16ps; AMX multiplies 16 rows of words at once, cpu_amx.h). Nothing else about a
+// product differs, so words lie in float arrays, with the summed dimension kPack times shorter, and
+// forward and backward are written once.
 #pragma once
 
 namespace bigkernel::BK_ISA {
@@ -25,7 +26,7 @@ struct Fp32Words {  // fp16 and, without dot products, bf16 are converted when t
   }
 };
 
-#if defined(BK_ISA_AVX512_BF16)
+#if defined(BK_ISA_AVX512_BF16) || defined(BK_ISA_AMX)
 struct Bf16Words {
   static constexpr int64_t kPack = 2;
   static BK_INLINE VecF dot(VecF a, VecF b, VecF c) {
@@ -51,11 +52,15 @@ struct Bf16Words {
 // Calls f with the kind of words that tensors of this dtype are multiplied in.
 template <class F>
 BK_INLINE void with_words(DType dtype, const F& f) {
+  (void)dtype;
+#if defined(BK_ISA_AMX)  // BK_CALL_PRODUCTS comes here with bf16 alone
+  f(Bf16Words{});
+#else
 #if defined(BK_ISA_AVX512_BF16)
   if (dtype == DType::kBFloat16) return f(Bf16Words{});
 #endif
-  (void)dtype;
   f(Fp32Words{});
+#endif
 }
 
 // How many words hold n elements.

@@ -4,10 +4,33 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bigkernel {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int kIsas = 5;
+
+// Whether the processor multiplies tiles of bf16, and the operating system lets us: Linux gives
+// their registers, 8 KB a thread, to a process that asks.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBf16) == 0)
+    return false;
+  static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 
 // __builtin_cpu_supports asks both CPUID and XGETBV, so a set whose registers the operating system
 // does not save does not count.
@@ -26,6 +49,8 @@ bool supported(Isa isa) {
              __builtin_cpu_supports("avx512vl");
     case Isa::kAvx512Bf16:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmx:
+      return supported(Isa::kAvx512Bf16) && may_use_tiles();
   }
   return false;
 #else
@@ -34,13 +59,14 @@ bool supported(Isa isa) {
 }
 
 Isa widest() {
-  for (int i = 3; i > 0; --i)
+  for (int i = kIsas - 1; i > 0; --i)
     if (supported(Isa(i))) return Isa(i);
   return Isa::kPortable;
 }
 
 // Intel cores with AMX, known by their AVX-512 FP16, take four times as long for a dot product of
-// bf16 pairs as for an FMA, which does half as much: converting to fp32 is twice as fast.
+// bf16 pairs as for an FMA, which does half as much: where AMX is kept from us, converting to fp32
+// is twice as fast.
 bool dot_products_are_slow() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512fp16");
@@ -56,7 +82,7 @@ Isa best() {
 
 Isa parse(const std::string& name, const char* where) {
   std::string known;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kIsas; ++i) {
     if (name == kNames[i]) {
       if (supported(Isa(i))) return Isa(i);
       throw std::invalid_argument(std::string(where) + ": this CPU has no " + name +
@@ -79,7 +105,7 @@ const char* isa_name(Isa isa) { return kNames[int(isa)]; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kIsas; ++i)
     if (supported(Isa(i))) names.push_back(kNames[i]);
   return names;
 }

@@ -6,7 +6,7 @@
 
 namespace bigkernel {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 Isa current_isa();
 const char* isa_name(Isa isa);
@@ -19,6 +19,8 @@ void force_isa(const std::string& name);    // throws std::invalid_argument
 // current one:
 //   BK_DECLARE_PER_ISA(void adam_update(const AdamArgs& args, int64_t begin, int64_t end))
 //   BK_CALL(adam_update)(args, begin, end);
+// AMX multiplies matrices of bf16, and only where that is what is to be done (BK_CALL_PRODUCTS,
+// with whether it is) is there a copy for it: for the rest its processors are those with AVX-512.
 #if defined(__x86_64__)
 #define BK_DECLARE_PER_ISA(...) \
   namespace portable {          \
@@ -32,16 +34,24 @@ void force_isa(const std::string& name);    // throws std::invalid_argument
   }                             \
   namespace avx512_bf16 {       \
   __VA_ARGS__;                  \
+  }                             \
+  namespace amx {               \
+  __VA_ARGS__;                  \
   }
 #define BK_CALL(function)                                                              \
   (::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512Bf16 ? avx512_bf16::function \
    : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx512   ? avx512::function      \
+   : ::bigkernel::current_isa() == ::bigkernel::Isa::kAmx      ? avx512::function      \
    : ::bigkernel::current_isa() == ::bigkernel::Isa::kAvx2     ? avx2::function        \
                                                                : portable::function)
+#define BK_CALL_PRODUCTS(are_bf16, function)                                          \
+  ((are_bf16) && ::bigkernel::current_isa() == ::bigkernel::Isa::kAmx ? amx::function \
+                                                                      : BK_CALL(function))
 #else
 #define BK_DECLARE_PER_ISA(...) \
   namespace portable {          \
   __VA_ARGS__;                  \
   }
 #define BK_CALL(function) portable::function
+#define BK_CALL_PRODUCTS(are_bf16, function) portable::function
 #endif

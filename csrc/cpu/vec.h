@@ -4,7 +4,7 @@
 // namespace. Arithmetic a * b + c becomes one FMA where the set has it (-ffp-contract=fast).
 #pragma once
 
-#if defined(BK_ISA_AVX512) || defined(BK_ISA_AVX512_BF16)
+#if defined(BK_ISA_AVX512) || defined(BK_ISA_AVX512_BF16) || defined(BK_ISA_AMX)
 #define BK_AVX512 1
 #define BK_MM(name) _mm512_##name
 #elif defined(BK_ISA_AVX2)
