@@ -81,8 +81,8 @@ def _unlooked(operator: Any) -> Callable[..., Any]:
 
 
 def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
-    # A native kernel is called past the look for tangents: nothing is followed. In plain PyTorch that
-    # key stays, since it also counts the versions of what is changed in place.
+    # A native kernel is called past the look for tangents: nothing is followed. In plain PyTorch
+    # that key stays, since it also counts the versions of what is changed in place.
     is_native = operator.namespace == "bigkernel"
     if autograd is None:
         return _unlooked(operator) if is_native else operator

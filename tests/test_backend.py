@@ -146,7 +146,7 @@ def test_environment_chooses_the_instruction_set():
 
 
 def test_slow_dot_products_are_left_alone():
-    """The default is the last set that the CPU has, but on Intel cores whose AMX is kept from us."""
+    """The default is the last set that the CPU has, but where AMX is kept from us."""
     cpu = Path("/proc/cpuinfo")
     if _library.native is None or not cpu.exists():
         pytest.skip("needs the native module and /proc/cpuinfo")
