@@ -96,9 +96,9 @@ def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)
 
 
-def adam_step_(*given: Any) -> Tensor:
-    """One step for the whole list; the arguments are explained in ``op.py``."""
-    call = StepArguments(*given)
+def adam_step_(*given: Any, **named: Any) -> Tensor:
+    """One step for the whole list; the arguments, `StepArguments`, are explained in ``op.py``."""
+    call = StepArguments(*given, **named)
     params, grad_scale, max_norm = call.params, call.grad_scale, call.max_norm
     factor: Tensor | None = None
     apply: Tensor | None = None
