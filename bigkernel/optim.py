@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.adam import AdamGroup, op
 from bigkernel.ops.adam.reference import FLOAT8, NARROW
 
@@ -107,23 +107,18 @@ class Adam(Optimizer):
         stochastic_rounding: bool = True,
         rounding_seed: int = 0,
     ) -> None:
-        name = f"optim.{type(self).__name__}"
+        self._name = f"optim.{type(self).__name__}"
+        expect = self._expect
         if max_grad_norm is not None:
-            max_grad_norm = _number(name, "max_grad_norm", max_grad_norm)
+            max_grad_norm = _number(expect, "max_grad_norm", max_grad_norm)
             expected = "above 0, or None for no clipping"
-            check(max_grad_norm > 0, name, "max_grad_norm", expected, max_grad_norm)
-        _check_flag(name, "master_weights", master_weights)
-        _check_flag(name, "stochastic_rounding", stochastic_rounding)
-        check(
-            state_dtype in (None, torch.float32, torch.bfloat16),
-            name,
-            "state_dtype",
-            "None, torch.float32 or torch.bfloat16",
-            state_dtype,
-        )
+            expect(max_grad_norm > 0, "max_grad_norm", expected, max_grad_norm)
+        _check_flag(expect, "master_weights", master_weights)
+        _check_flag(expect, "stochastic_rounding", stochastic_rounding)
+        narrow = state_dtype in (None, torch.float32, torch.bfloat16)
+        expect(narrow, "state_dtype", "None, torch.float32 or torch.bfloat16", state_dtype)
         whole = hasattr(rounding_seed, "__index__") and -(2**63) <= rounding_seed < 2**63
-        check(whole, name, "rounding_seed", "a signed 64-bit integer", repr(rounding_seed))
-        self._name = name
+        expect(whole, "rounding_seed", "a signed 64-bit integer", repr(rounding_seed))
         self.max_grad_norm = max_grad_norm
         self.master_weights = bool(master_weights)
         self.state_dtype = state_dtype
@@ -144,28 +139,27 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        _check_options(name, defaults)
+        _check_options(expect, defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _expect(self) -> Expect:
+        return Expect(self._name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim; may be called at any time."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, expect = self.param_groups[-1], self._expect
         try:
-            _check_options(self._name, group)
+            _check_options(expect, group)
             for key in _OWN_SETTINGS:
                 mend = "Give it to the optimizer: it holds for all groups"
                 given = group.get(key, "none")
-                check(key not in group, self._name, f"{key} of a group", "left out", given, mend)
+                expect(key not in group, f"{key} of a group", "left out", given, mend)
             for i, p in enumerate(group["params"]):
-                check(
-                    p.dtype in _DTYPES,
-                    self._name,
-                    f"params[{i}] of group {len(self.param_groups) - 1}",
-                    "float32, bfloat16, float16, float64, complex or float8 with a sign",
-                    p.dtype,
-                    cls=TypeError,
-                )
+                what = f"params[{i}] of group {len(self.param_groups) - 1}"
+                expected = "float32, bfloat16, float16, float64, complex or float8 with a sign"
+                expect.dtype(what, p, _DTYPES, expected)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -232,7 +226,7 @@ class Adam(Optimizer):
         Parameters, gradients and state may be replaced at any time: nothing is kept from step to
         step.
         """
-        work = _Work(self._name)
+        work = _Work(self._expect)
         for options in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -244,18 +238,15 @@ class Adam(Optimizer):
             lists = (params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps)
             alike = self._init_group(options, *lists)
             if alike and params:
-                work.add(params[0].device, _op_group(self._name, options, lists))
+                work.add(params[0].device, _op_group(self._expect, options, lists))
             elif params:
                 # Without fullgraph this makes torch.compile leave the step to the interpreter.
-                check(
-                    not torch.compiler.is_compiling(),
-                    self._name,
-                    "what a step compiled with fullgraph=True updates",
-                    "dense, real, not sharded, and on one device a group",
-                    "other parameters or gradients",
-                    "Compile without fullgraph, or leave the step out",
-                    cls=RuntimeError,
-                )
+                if torch.compiler.is_compiling():
+                    what = "what a step compiled with fullgraph=True updates"
+                    expected = "dense, real, not sharded, and on one device a group"
+                    got = "other parameters or gradients"
+                    mend = "Compile without fullgraph, or leave the step out"
+                    raise self._expect.error(what, expected, got, mend, RuntimeError)
                 work.add_one_by_one(options, lists)
         return work
 
@@ -342,17 +333,13 @@ class Adam(Optimizer):
                 state_dict = changed
         saved_groups = deepcopy(state_dict["param_groups"])
         for saved in saved_groups:
-            _check_types(self._name, self.defaults | saved)
+            _check_types(self._expect, self.defaults | saved)
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
-        check(
-            sizes == saved_sizes,
-            self._name,
-            "the loaded state_dict",
-            f"for groups of {sizes} parameters",
-            saved_sizes,
-            "build the optimizer with the groups that it was saved with",
-        )
+        expected = f"for groups of {sizes} parameters"
+        mend = "build the optimizer with the groups that it was saved with"
+        fits = sizes == saved_sizes
+        self._expect(fits, "the loaded state_dict", expected, saved_sizes, mend)
         parameter_of = dict(
             zip(
                 chain.from_iterable(group["params"] for group in saved_groups),
@@ -377,14 +364,12 @@ class Adam(Optimizer):
     def _adopt(self, number: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
         """One parameter's loaded state, copied to its device and layout and to our dtypes."""
         adopted: dict[str, Any] = {}
-        check(
-            not saved or {"step", *MOMENTS[:2]} <= saved.keys(),
-            self._name,
-            f"the state of parameter {number} in the loaded state_dict",
-            f"of an Adam, with step, {' and '.join(MOMENTS[:2])}",
-            ", ".join(map(str, saved)),
-            "another kind of optimizer's state cannot be gone on with",
-        )
+        if saved and not {"step", *MOMENTS[:2]} <= saved.keys():
+            what = f"the state of parameter {number} in the loaded state_dict"
+            expected = f"of an Adam, with step, {' and '.join(MOMENTS[:2])}"
+            got = ", ".join(map(str, saved))
+            mend = "another kind of optimizer's state cannot be gone on with"
+            raise self._expect.error(what, expected, got, mend)
         for key, value in saved.items():
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32, device=p.device)
@@ -392,13 +377,8 @@ class Adam(Optimizer):
             elif key in MOMENTS or key == MASTER:
                 if key == MASTER and not (self.master_weights and p.dtype in NARROW):
                     continue  # it would go stale
-                check(
-                    value.shape == p.shape,
-                    self._name,
-                    f"{key!r} of parameter {number} in the loaded state_dict",
-                    f"of the parameter's shape {tuple(p.shape)}",
-                    tuple(value.shape),
-                )
+                what = f"{key!r} of parameter {number} in the loaded state_dict"
+                self._expect.shape(what, value, p.shape, of="the parameter's shape")
                 dtype = torch.float32 if key == MASTER else self._moment_dtype(p)
                 adopted[key] = torch.empty_like(
                     p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
@@ -461,16 +441,16 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-def _op_group(name: str, options: dict[str, Any], lists: Sequence[list[Tensor]]) -> AdamGroup:
-    beta1, beta2 = _two_betas(name, options["betas"])
+def _op_group(expect: Expect, options: dict[str, Any], lists: Sequence[list[Tensor]]) -> AdamGroup:
+    beta1, beta2 = _two_betas(expect, options["betas"])
     params, grads, exp_avgs, exp_avg_sqs, maxima, masters, steps = lists
     lr = options["lr"]
     return AdamGroup(
-        lr=lr if isinstance(lr, Tensor) else _number(name, "lr", lr),
-        beta1=_number(name, "betas[0]", beta1),
-        beta2=_number(name, "betas[1]", beta2),
-        eps=_number(name, "eps", options["eps"]),
-        weight_decay=_number(name, "weight_decay", options["weight_decay"]),
+        lr=lr if isinstance(lr, Tensor) else _number(expect, "lr", lr),
+        beta1=_number(expect, "betas[0]", beta1),
+        beta2=_number(expect, "betas[1]", beta2),
+        eps=_number(expect, "eps", options["eps"]),
+        weight_decay=_number(expect, "weight_decay", options["weight_decay"]),
         amsgrad=bool(options["amsgrad"]),
         maximize=bool(options["maximize"]),
         decoupled=bool(options["decoupled_weight_decay"]),
@@ -487,8 +467,8 @@ def _op_group(name: str, options: dict[str, Any], lists: Sequence[list[Tensor]])
 class _Work:
     """What one step has to do: groups by device, and gradients whose norm spans several ranks."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, expect: Expect) -> None:
+        self.expect = expect
         self.by_device: dict[torch.device, list[AdamGroup]] = {}
         # (mesh, its dimensions over which the gradient is cut) -> this rank's pieces
         self.sharded: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
@@ -513,7 +493,7 @@ class _Work:
             elif p.is_complex():
                 tensors = [torch.view_as_real(t) for t in tensors]
             if p.device not in parts:
-                parts[p.device] = _op_group(self.name, options, [[] for _ in lists])
+                parts[p.device] = _op_group(self.expect, options, [[] for _ in lists])
                 self.add(p.device, parts[p.device])
             here = parts[p.device]
             here.params.append(tensors[0])
@@ -533,15 +513,9 @@ class _Work:
         from torch.distributed.tensor import DTensor
 
         param, grad = tensors[0], tensors[1]
-        check(
-            grad.layout is torch.strided,
-            self.name,
-            f"the gradient of a parameter of shape {tuple(param.shape)}",
-            "dense",
-            grad.layout,
-            "use torch.optim.SparseAdam for it, or Embedding(sparse=False)",
-            cls=RuntimeError,
-        )
+        what = f"the gradient of a parameter of shape {tuple(param.shape)}"
+        mend = "use torch.optim.SparseAdam for it, or Embedding(sparse=False)"
+        self.expect.dense(what, grad, "dense", mend, RuntimeError)
         if isinstance(param, DTensor) and isinstance(grad, DTensor):
             if grad.placements != param.placements:
                 grad = grad.redistribute(param.device_mesh, param.placements)
@@ -580,64 +554,56 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
-def _number(name: str, argument: str, value: Any) -> float:
+def _number(expect: Expect, argument: str, value: Any) -> float:
     """A hyper-parameter's value; TypeError that names it where it is neither number nor tensor."""
     if type(value) is float:
         return value
+    expected = "a number or a tensor of one element"
     if isinstance(value, Tensor):
-        expected = "a number or a tensor of one element"
-        check(value.numel() == 1, name, argument, expected, f"shape {tuple(value.shape)}")
-        check(value.device.type != "meta", name, argument, expected, "a meta tensor, without value")
-    else:
-        check(
-            isinstance(value, Real),
-            name,
-            argument,
-            "a number or a tensor of one element",
-            f"{value!r} ({type(value).__name__})",
-            cls=TypeError,
-        )
+        if value.numel() != 1:
+            raise expect.error(argument, expected, shape_of(value))
+        expect(value.device.type != "meta", argument, expected, "a meta tensor, without value")
+    elif not isinstance(value, Real):
+        raise expect.error(argument, expected, _shown(value), cls=TypeError)
     return float(value)
 
 
-def _two_betas(name: str, betas: Any) -> tuple[Any, Any]:
+def _shown(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _two_betas(expect: Expect, betas: Any) -> tuple[Any, Any]:
     two = hasattr(betas, "__len__") and not isinstance(betas, str)
-    got = f"{betas!r} ({type(betas).__name__})"
-    check(two, name, "betas", "two numbers", got, cls=TypeError)
-    check(len(betas) == 2, name, "betas", "two numbers", betas)
+    expect(two, "betas", "two numbers", _shown(betas), cls=TypeError)
+    expect(len(betas) == 2, "betas", "two numbers", betas)
     return betas[0], betas[1]
 
 
-def _check_flag(name: str, argument: str, value: Any, none: bool = False) -> None:
-    check(
-        isinstance(value, bool | int | np.bool_) or (none and value is None),
-        name,
-        argument,
-        "True, False or None" if none else "True or False",
-        f"{value!r} ({type(value).__name__})",
-        cls=TypeError,
-    )
+def _check_flag(expect: Expect, argument: str, value: Any, none: bool = False) -> None:
+    if not isinstance(value, bool | int | np.bool_) and not (none and value is None):
+        expected = "True, False or None" if none else "True or False"
+        raise expect.error(argument, expected, _shown(value), cls=TypeError)
 
 
-def _check_types(name: str, options: dict[str, Any]) -> None:
+def _check_types(expect: Expect, options: dict[str, Any]) -> None:
     """Whether the hyper-parameters of a group are what a step can read."""
     for key in ("lr", "eps", "weight_decay"):
-        _number(name, key, options[key])
-    for i, beta in enumerate(_two_betas(name, options["betas"])):
-        _number(name, f"betas[{i}]", beta)
+        _number(expect, key, options[key])
+    for i, beta in enumerate(_two_betas(expect, options["betas"])):
+        _number(expect, f"betas[{i}]", beta)
     for key, none in _FLAGS.items():
-        _check_flag(name, key, options[key], none)
+        _check_flag(expect, key, options[key], none)
     mend = "torch.optim's own optimizers can be differentiated through"
-    check(not options["differentiable"], name, "differentiable", "False", True, mend)
+    expect(not options["differentiable"], "differentiable", "False", True, mend)
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
+def _check_options(expect: Expect, options: dict[str, Any]) -> None:
     """Check one group's hyper-parameters; betas become a tuple, tensors stay tensors."""
-    _check_types(name, options)
+    _check_types(expect, options)
     for key in ("lr", "eps", "weight_decay"):
-        value = _number(name, key, options[key])
-        check(value >= 0, name, key, "at least 0", value)
-    options["betas"] = _two_betas(name, options["betas"])
+        value = _number(expect, key, options[key])
+        expect(value >= 0, key, "at least 0", value)
+    options["betas"] = _two_betas(expect, options["betas"])
     for i, beta in enumerate(options["betas"]):
-        value = _number(name, f"betas[{i}]", beta)
-        check(0 <= value < 1, name, f"betas[{i}]", "at least 0 and below 1", value)
+        value = _number(expect, f"betas[{i}]", beta)
+        expect(0 <= value < 1, f"betas[{i}]", "at least 0 and below 1", value)

@@ -7,12 +7,14 @@
 #include <vector>
 
 #include "adam/adam.h"
+#include "common/box.h"
 #include "common/checks.h"
 
 namespace bigkernel {
 
 constexpr const char* kAdamOp = "adam_step_";
 
+// The arguments of adam_step_, in the schema's order.
 struct AdamCall {
   std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps;
   std::vector<int64_t> group_sizes, flags;
@@ -21,6 +23,16 @@ struct AdamCall {
   std::vector<double> beta1s, beta2s, epss, weight_decays;
   std::optional<double> max_norm;
   std::optional<Tensor> total_norm, grad_scale, found_inf, seed;
+
+  const Tensor& first() const {
+    BK_CHECK(!params.empty(), kAdamOp, "params must not be empty");
+    return params[0];
+  }
+  auto fields() {
+    return std::tie(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps,
+                    group_sizes, flags, lrs, lr_tensors, beta1s, beta2s, epss, weight_decays,
+                    max_norm, total_norm, grad_scale, found_inf, seed);
+  }
 };
 
 // Copies of tensors whose memory layout differs from their parameter's (or has gaps), and where
@@ -101,8 +113,8 @@ inline bool shares_memory_within(const Tensor& t) {
 // Checks the lists and returns one entry per tensor.
 inline std::vector<AdamTensor> gather(const AdamCall& call, Staging& staging) {
   const size_t count = call.params.size(), groups = call.group_sizes.size();
-  const bool cuda = count > 0 && call.params[0].is_cuda();
-  const auto device = count > 0 ? call.params[0].get_device_index() : 0;
+  const bool cuda = call.first().is_cuda();
+  const auto device = call.first().get_device_index();
   const std::pair<const char*, size_t> lists[] = {{"grads", call.grads.size()},
                                                   {"exp_avgs", call.exp_avgs.size()},
                                                   {"exp_avg_sqs", call.exp_avg_sqs.size()},
@@ -214,31 +226,6 @@ inline std::vector<AdamTensor> gather(const AdamCall& call, Staging& staging) {
   BK_CHECK(masters == call.masters.size(), kAdamOp, "masters has ", call.masters.size(),
            " tensors, but there are ", masters, " 16-bit parameters");
   return entries;
-}
-
-// The op as the dispatcher calls it, for a device's kRun.
-template <Tensor (*kRun)(const AdamCall&)>
-Tensor adam_step(std::vector<Tensor> params, std::vector<Tensor> grads,
-                 std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                 std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
-                 std::vector<Tensor> steps, std::vector<int64_t> group_sizes,
-                 std::vector<int64_t> flags, std::vector<double> lrs,
-                 std::vector<Tensor> lr_tensors, std::vector<double> beta1s,
-                 std::vector<double> beta2s, std::vector<double> epss,
-                 std::vector<double> weight_decays, std::optional<double> max_norm,
-                 std::optional<Tensor> total_norm, std::optional<Tensor> grad_scale,
-                 std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
-  BK_CHECK(!params.empty(), kAdamOp, "params must not be empty");
-  return kRun({std::move(params),          std::move(grads),
-               std::move(exp_avgs),        std::move(exp_avg_sqs),
-               std::move(max_exp_avg_sqs), std::move(masters),
-               std::move(steps),           std::move(group_sizes),
-               std::move(flags),           std::move(lrs),
-               std::move(lr_tensors),      std::move(beta1s),
-               std::move(beta2s),          std::move(epss),
-               std::move(weight_decays),   max_norm,
-               std::move(total_norm),      std::move(grad_scale),
-               std::move(found_inf),       std::move(seed)});
 }
 
 }  // namespace bigkernel

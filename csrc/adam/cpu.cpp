@@ -225,6 +225,6 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cpu));
-  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cpu>));
+  m.impl("adam_norm", BK_BOX(bigkernel::adam_norm_cpu));
+  m.impl("adam_step_", BK_BOX(bigkernel::adam_step_cpu));
 }

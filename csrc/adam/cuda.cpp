@@ -72,7 +72,7 @@ Tensor adam_norm_cuda(std::vector<Tensor> grads, std::optional<Tensor> grad_scal
 }
 
 Tensor adam_step_cuda(const AdamCall& lists) {
-  const Tensor& first = lists.params[0];
+  const Tensor& first = lists.first();
   const int device = first.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   Staging staging;
@@ -122,6 +122,6 @@ Tensor adam_step_cuda(const AdamCall& lists) {
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
-  m.impl("adam_norm", TORCH_BOX(&bigkernel::adam_norm_cuda));
-  m.impl("adam_step_", TORCH_BOX(&bigkernel::adam_step<bigkernel::adam_step_cuda>));
+  m.impl("adam_norm", BK_BOX(bigkernel::adam_norm_cuda));
+  m.impl("adam_step_", BK_BOX(bigkernel::adam_step_cuda));
 }

@@ -47,7 +47,13 @@ struct AttentionUnit {
   int64_t first_row;   // where its packed query rows start: [group, rows, to even]
 };
 
-struct AttentionArgs {
+// What every device's kernels take of the op's options as they are; their arguments begin with it.
+struct AttentionRule {
+  float scale, softcap;
+  int32_t bottom_right;
+};
+
+struct AttentionArgs : AttentionRule {
   DType dtype;  // of q, k, v, out and their gradients
   AttentionTensor q, k, v, out, lse;
   AttentionTensor dout, dlse, dq, dk, dv;  // backward; dlse.data may be null
@@ -56,8 +62,6 @@ struct AttentionArgs {
   int64_t batch;
   const AttentionUnit* units;
 
-  float scale, softcap;
-  bool bottom_right;
   int64_t left, right;  // -1: unlimited
   const float* slopes;  // [B or 1, Hq] or null
   int64_t slopes_batch;

@@ -8,19 +8,26 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "common/box.h"
 #include "common/checks.h"
 
 namespace bigkernel {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// What Python's Params holds, in the schema's order.
 struct AttentionOptions {
-  const OptionalTensor &mask, &slopes, &seed, &cu_q, &cu_k;
+  OptionalTensor mask, slopes, seed, cu_q, cu_k;
   int64_t max_q, max_k;
   double scale;
   bool causal, bottom_right;
   int64_t left, right;
   double softcap, dropout_p;
+
+  auto fields() {
+    return std::tie(mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right, left,
+                    right, softcap, dropout_p);
+  }
 };
 
 // What is true of a call whatever the device.
@@ -31,6 +38,7 @@ struct AttentionProblem {
   int64_t heads_q, heads_kv, group, dim, dim_v;
   AttentionTensor q, k, v;
   AttentionMask mask;
+  AttentionRule rule;
   int64_t left, right;  // -1: unlimited
   int64_t slopes_batch, slopes_head;
   std::vector<int64_t> out_sizes, lse_sizes;
@@ -196,6 +204,7 @@ inline AttentionProblem check_problem(const char* op, const Tensor& q, const Ten
   p.q = view(q, p.packed);
   p.k = view(k, p.packed);
   p.v = view(v, p.packed);
+  p.rule = {float(o.scale), float(o.softcap), o.bottom_right};
   p.left = o.left;
   p.right = o.causal ? 0 : o.right;
   if (o.mask.has_value())

@@ -112,6 +112,7 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
       call.sequences.push_back({b, 0, 0, q.size(2), k.size(2)});
   }
   AttentionArgs& a = call.args;
+  static_cast<AttentionRule&>(a) = p.rule;
   a.dtype = p.dtype;
   a.heads_q = p.heads_q;
   a.heads_kv = p.heads_kv;
@@ -123,9 +124,6 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   a.k = p.k;
   a.v = p.v;
   a.mask = p.mask;
-  a.scale = float(o.scale);
-  a.softcap = float(o.softcap);
-  a.bottom_right = o.bottom_right;
   // Far beyond any length, but far enough from overflow.
   constexpr int64_t kFar = int64_t{1} << 60;
   a.left = std::min(p.left, kFar);
@@ -199,15 +197,10 @@ std::vector<AttentionBlock> blocks_of(const Call& call, const Round& round, int6
   return blocks;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
-    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const AttentionOptions& options) {
   constexpr const char* op = "attention_fwd";
-  Call call = prepare(op, q, k, v,
-                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
-                       left, right, softcap, dropout_p});
+  Call call = prepare(op, q, k, v, options);
   AttentionArgs& a = call.args;
   Tensor out = empty_like_layout(q, a.dim_v);
   Tensor lse = torch::stable::new_empty(q, in_two(call.lse_sizes), ScalarType::Float);
@@ -277,15 +270,10 @@ Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
-    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionOptions& options,
     bool needs_dmask) {
   constexpr const char* op = "attention_bwd";
-  Call call = prepare(op, q, k, v,
-                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
-                       left, right, softcap, dropout_p});
+  Call call = prepare(op, q, k, v, options);
   AttentionArgs& a = call.args;
   const Tensor dout_rows = check_backward(op, dout, dlse, q, out, lse, call.out_sizes,
                                           call.lse_sizes, a.mask.kind, needs_dmask);
@@ -345,7 +333,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
         BK_ATTENTION(attention_bwd_queries)(a, blocks[size_t(i)], chunks);
     });
   }
-  Tensor dmask = needs_dmask ? mask_gradient(call, *mask, plan) : torch::stable::new_empty(q, {0});
+  Tensor dmask =
+      needs_dmask ? mask_gradient(call, *options.mask, plan) : torch::stable::new_empty(q, {0});
   return {dq, dk, dv, dmask};
 }
 
@@ -353,6 +342,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&bigkernel::attention_fwd_cpu));
-  m.impl("attention_bwd", TORCH_BOX(&bigkernel::attention_bwd_cpu));
+  m.impl("attention_fwd", BK_BOX(bigkernel::attention_fwd_cpu));
+  m.impl("attention_bwd", BK_BOX(bigkernel::attention_bwd_cpu));
 }

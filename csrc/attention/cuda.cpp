@@ -34,6 +34,7 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   Call call{{}, check_problem(op, q, k, v, o), Tensor(), q.get_device_index()};
   const AttentionProblem& p = call.problem;
   AttentionCudaArgs& a = call.args;
+  static_cast<AttentionRule&>(a) = p.rule;
   a.dtype = p.dtype;
   a.q = p.q;
   a.k = p.k;
@@ -56,9 +57,6 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
     a.max_q = narrow(op, "rows", q.size(2));
     a.max_k = narrow(op, "keys", k.size(2));
   }
-  a.scale = float(o.scale);
-  a.softcap = float(o.softcap);
-  a.bottom_right = o.bottom_right;
   a.left = window_side(p.left);
   a.right = window_side(p.right);
   if (o.slopes.has_value()) {
@@ -77,15 +75,10 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   return call;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd_cuda(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
-    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const AttentionOptions& options) {
   constexpr const char* op = "attention_fwd";
-  Call call = prepare(op, q, k, v,
-                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
-                       left, right, softcap, dropout_p});
+  Call call = prepare(op, q, k, v, options);
   torch::stable::accelerator::DeviceGuard guard(call.device);
   const bool packed = call.problem.packed;
   Tensor out = empty_like_layout(q, call.problem.dim_v);
@@ -98,15 +91,10 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-    const OptionalTensor& slopes, const OptionalTensor& seed, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal,
-    bool bottom_right, int64_t left, int64_t right, double softcap, double dropout_p,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionOptions& options,
     bool needs_dmask) {
   constexpr const char* op = "attention_bwd";
-  Call call = prepare(op, q, k, v,
-                      {mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right,
-                       left, right, softcap, dropout_p});
+  Call call = prepare(op, q, k, v, options);
   torch::stable::accelerator::DeviceGuard guard(call.device);
   const AttentionProblem& p = call.problem;
   AttentionCudaArgs& a = call.args;
@@ -132,8 +120,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   a.delta = view_lse(delta, p.packed);
   Tensor dmask = torch::stable::new_empty(q, std::vector<int64_t>{0});
   if (needs_dmask) {
-    const std::vector<int64_t> sizes(mask->sizes().begin(), mask->sizes().end());
-    dmask = torch::stable::new_empty(*mask, sizes);
+    const Tensor& mask = *options.mask;
+    const std::vector<int64_t> sizes(mask.sizes().begin(), mask.sizes().end());
+    dmask = torch::stable::new_empty(mask, sizes);
     a.dmask = view_mask(op, dmask, q, sizes);
   }
   launch_attention_bwd(a, call.device, current_cuda_stream(call.device));
@@ -144,6 +133,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
-  m.impl("attention_fwd", TORCH_BOX(&bigkernel::attention_fwd_cuda));
-  m.impl("attention_bwd", TORCH_BOX(&bigkernel::attention_bwd_cuda));
+  m.impl("attention_fwd", BK_BOX(bigkernel::attention_fwd_cuda));
+  m.impl("attention_bwd", BK_BOX(bigkernel::attention_bwd_cuda));
 }

@@ -10,7 +10,7 @@
 namespace bigkernel {
 
 // Travels by value in the kernels' parameters. Tensors' `first` rows come from cu_q and cu_k.
-struct AttentionCudaArgs {
+struct AttentionCudaArgs : AttentionRule {
   AttentionTensor q, k, v, out, lse;              // lse: 2 floats a row
   AttentionTensor dout, dlse, dq, dk, dv, delta;  // backward; dlse.data may be null; delta:
                                                   // fp32 scratch of three planes, stat_plane
@@ -25,9 +25,8 @@ struct AttentionCudaArgs {
   int32_t max_q, max_k;  // rows and keys of a sequence, at most
   int32_t dim, dim_v;    // at most kAttentionMostDim
   int32_t aligned;       // every row of every tensor starts and ends at a multiple of 16 bytes
-  int32_t bottom_right, left, right;  // -1: unlimited
-  float scale, softcap;
-  float dropout_scale;         // 1 / (1 - p), 0 if p = 1
+  int32_t left, right;   // -1: unlimited
+  float dropout_scale;   // 1 / (1 - p), 0 if p = 1
   uint32_t dropout_threshold;  // floor(p 2^32): smaller words are dropped
 };
 

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "cross_entropy/cross_entropy.h"
@@ -13,10 +14,10 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-struct Options {
-  const OptionalTensor& weight;
+struct Options {  // in the schema's order
   int64_t ignore_index;
   double smoothing, z_loss, softcap;
+  auto fields() { return std::tie(ignore_index, smoothing, z_loss, softcap); }
 };
 
 // What forward and backward have in common, and what keeps its memory alive.
@@ -26,7 +27,8 @@ struct Call {
   Tensor labels, weight;
 };
 
-Call prepare(const char* op, const Tensor& logits, const Tensor& labels, const Options& o) {
+Call prepare(const char* op, const Tensor& logits, const Tensor& labels,
+             const OptionalTensor& weight, const Options& o) {
   BK_CHECK(logits.dim() == 2, op, "logits must be [N, classes]");
   Call call{{}, row_view(logits, op, "logits"), labels, {}};
   CrossEntropyArgs& a = call.args;
@@ -46,11 +48,11 @@ Call prepare(const char* op, const Tensor& logits, const Tensor& labels, const O
              "labels must be 0 to ", a.classes - 1, " or ignore_index, ", o.ignore_index, ", got ",
              a.labels[i], " at row ", i);
   a.weight_sum = float(a.classes);
-  if (o.weight.has_value()) {
-    BK_CHECK(o.weight->is_cpu() && o.weight->dim() == 1 && o.weight->size(0) == a.classes &&
-                 o.weight->scalar_type() == ScalarType::Float,
+  if (weight.has_value()) {
+    BK_CHECK(weight->is_cpu() && weight->dim() == 1 && weight->size(0) == a.classes &&
+                 weight->scalar_type() == ScalarType::Float,
              op, "weight must be float32 [", a.classes, "] on the CPU");
-    call.weight = o.weight->is_contiguous() ? *o.weight : torch::stable::contiguous(*o.weight);
+    call.weight = weight->is_contiguous() ? *weight : torch::stable::contiguous(*weight);
     a.weight = static_cast<const float*>(call.weight.const_data_ptr());
     double sum = 0;
     for (int64_t c = 0; c < a.classes; ++c) sum += a.weight[c];
@@ -65,10 +67,8 @@ Call prepare(const char* op, const Tensor& logits, const Tensor& labels, const O
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, const Tensor& labels,
                                                          const OptionalTensor& weight,
-                                                         int64_t ignore_index, double smoothing,
-                                                         double z_loss, double softcap) {
-  Call call = prepare("cross_entropy_fwd", logits, labels,
-                      {weight, ignore_index, smoothing, z_loss, softcap});
+                                                         const Options& options) {
+  Call call = prepare("cross_entropy_fwd", logits, labels, weight, options);
   CrossEntropyArgs& a = call.args;
   const int64_t n = logits.size(0);
   Tensor losses = torch::stable::new_empty(logits, {n}, ScalarType::Float);
@@ -86,8 +86,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, c
 }
 
 void gradient(const char* op, const Tensor& scale, const Tensor& logits, const Tensor& labels,
-              const Tensor& stats, const Options& o, Tensor* in_place, Tensor* result) {
-  Call call = prepare(op, logits, labels, o);
+              const OptionalTensor& weight, const Tensor& stats, const Options& options,
+              Tensor* in_place, Tensor* result) {
+  Call call = prepare(op, logits, labels, weight, options);
   CrossEntropyArgs& a = call.args;
   const int64_t n = logits.size(0);
   BK_CHECK(scale.is_cpu() && scale.dim() == 1 && scale.size(0) == n && scale.is_contiguous() &&
@@ -115,27 +116,23 @@ void gradient(const char* op, const Tensor& scale, const Tensor& logits, const T
 
 Tensor cross_entropy_bwd_cpu(const Tensor& scale, const Tensor& logits, const Tensor& labels,
                              const OptionalTensor& weight, const Tensor& stats,
-                             int64_t ignore_index, double smoothing, double z_loss,
-                             double softcap) {
+                             const Options& options) {
   Tensor result;
-  gradient("cross_entropy_bwd", scale, logits, labels, stats,
-           {weight, ignore_index, smoothing, z_loss, softcap}, nullptr, &result);
+  gradient("cross_entropy_bwd", scale, logits, labels, weight, stats, options, nullptr, &result);
   return result;
 }
 
 void cross_entropy_bwd_inplace_cpu(const Tensor& scale, Tensor logits, const Tensor& labels,
                                    const OptionalTensor& weight, const Tensor& stats,
-                                   int64_t ignore_index, double smoothing, double z_loss,
-                                   double softcap) {
-  gradient("cross_entropy_bwd_", scale, logits, labels, stats,
-           {weight, ignore_index, smoothing, z_loss, softcap}, &logits, nullptr);
+                                   const Options& options) {
+  gradient("cross_entropy_bwd_", scale, logits, labels, weight, stats, options, &logits, nullptr);
 }
 
 }  // namespace
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&bigkernel::cross_entropy_fwd_cpu));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&bigkernel::cross_entropy_bwd_cpu));
-  m.impl("cross_entropy_bwd_", TORCH_BOX(&bigkernel::cross_entropy_bwd_inplace_cpu));
+  m.impl("cross_entropy_fwd", BK_BOX(bigkernel::cross_entropy_fwd_cpu));
+  m.impl("cross_entropy_bwd", BK_BOX(bigkernel::cross_entropy_bwd_cpu));
+  m.impl("cross_entropy_bwd_", BK_BOX(bigkernel::cross_entropy_bwd_inplace_cpu));
 }

@@ -14,33 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = [(0,), (), (1,), (7,), (15, 3), (512,), (1030,), (33, 131)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.05}
-TYPE_CODES = {F32: 0, BF16: 1, F16: 2}  # DType in csrc/common/dtypes.h
-P, I32, I64, F64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
-
-
-class AdamTensor(ctypes.Structure):
-    _fields_ = (
-        *((name, P) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "largest", "master")),
-        *(("step", P), ("numel", I64), ("param_type", I32), ("grad_type", I32)),
-        *(("moment_type", I32), ("group", I32), ("index", I32)),
-    )
-
-
-class DeviceScalar(ctypes.Structure):
-    _fields_ = (("data", P), ("is_double", I32))
-
-
-class AdamGroup(ctypes.Structure):
-    _fields_ = (("flags", I32), *((n, F64) for n in ("lr", "beta1", "beta2", "eps", "decay")),
-                ("lr_tensor", DeviceScalar))  # fmt: skip
-
-
-class AdamCall(ctypes.Structure):
-    _fields_ = (
-        *((name, DeviceScalar) for name in ("grad_scale", "found_inf", "total_norm")),
-        *(("seed", P), ("max_norm", F64), ("norm", P), ("control", P), ("partials", P)),
-        *(("partial_count", I32), ("scalars", P)),
-    )
+layout = ptx.Structures(ROOT / "csrc", "adam/cuda.h")
+TYPE_CODES = {
+    F32: layout.DType.kFloat32,
+    BF16: layout.DType.kBFloat16,
+    F16: layout.DType.kFloat16,
+}
+I64 = ctypes.c_int64
 
 
 @functools.cache
@@ -50,11 +30,6 @@ def host():
     host = ptx.HostLibrary(sources, flags=["-std=c++20", "-I", str(ROOT / "csrc")])
     host.library.adam_partials.restype = I64
     host.library.adam_run.restype = ctypes.c_char_p
-    sizes = (I64 * 4)()
-    host.library.adam_sizes(sizes)
-    mine = [ctypes.sizeof(s) for s in (AdamTensor, AdamGroup, AdamCall)]
-    assert list(sizes)[:3] == mine, "the structures in csrc/adam have changed"
-    host.scalars_size = sizes[3]
     return host
 
 
@@ -93,46 +68,53 @@ def step(host, lists, groups=None, only_norm=False, **options):
 
     def scalar(value):
         if value is None:
-            return DeviceScalar(None, 0)
+            return layout.DeviceScalar(None, 0)
         kept.append(value)
-        return DeviceScalar(at(value), value.dtype == torch.float64)
+        return layout.DeviceScalar(at(value), value.dtype == torch.float64)
 
     groups = groups or [(len(lists["params"]), HYPER | options)]
     group_of = [k for k, (n, _) in enumerate(groups) for _ in range(n)]
     maxima, masters = iter(lists["max_exp_avg_sqs"]), iter(lists["masters"])
     entries = []
     for i, param in enumerate(lists["params"]):
-        names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
-        arrays = [at(lists[n][i], f"{n}[{i}]") for n in names]
-        amsgrad = groups[group_of[i]][1].get("amsgrad", False)
-        arrays.append(at(next(maxima), f"maxima[{i}]") if amsgrad else None)
-        narrow = lists["masters"] and param.dtype != F32
-        arrays.append(at(next(masters), f"masters[{i}]") if narrow else None)
-        types = [TYPE_CODES[lists[n][i].dtype] for n in ("params", "grads", "exp_avgs")]
-        step_at = at(lists["steps"][i], f"steps[{i}]")
-        entries.append(AdamTensor(*arrays, step_at, param.numel(), *types, group_of[i], i))
-    tensors = (AdamTensor * len(entries))(*entries)
-    device_groups = (AdamGroup * len(groups))(
-        *(
-            AdamGroup(
-                *(flags_of(g), float(g["lr"]), g["beta1"], g["beta2"], g["eps"]),
-                *(g["weight_decay"], scalar(g["lr"] if torch.is_tensor(g["lr"]) else None)),
-            )
-            for _, g in groups
-        )
-    )
+        entry = layout.AdamTensor(numel=param.numel(), group=group_of[i], index=i)
+        for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step"):
+            setattr(entry, name, at(lists[f"{name}s"][i], f"{name}s[{i}]"))
+        if groups[group_of[i]][1].get("amsgrad", False):
+            entry.max_exp_avg_sq = at(next(maxima), f"maxima[{i}]")
+        if lists["masters"] and param.dtype != F32:
+            entry.master = at(next(masters), f"masters[{i}]")
+        entry.param_type = TYPE_CODES[param.dtype]
+        entry.grad_type = TYPE_CODES[lists["grads"][i].dtype]
+        entry.moment_type = TYPE_CODES[lists["exp_avgs"][i].dtype]
+        entries.append(entry)
+    tensors = (layout.AdamTensor * len(entries))(*entries)
+    device_groups = (layout.AdamDeviceGroup * len(groups))()
+    for group, (_, given) in zip(device_groups, groups, strict=True):
+        group.host.flags, group.host.lr = flags_of(given), float(given["lr"])
+        for name in ("beta1", "beta2", "eps", "weight_decay"):
+            setattr(group.host, name, given[name])
+        group.lr = scalar(given["lr"] if torch.is_tensor(given["lr"]) else None)
     measure = options.get("max_norm") is not None and options.get("total_norm") is None
     measure = 2 if only_norm else int(measure)
     partials = host.library.adam_partials(tensors, I64(len(entries))) if measure else 0
     norm = torch.full((), torch.nan)
-    scratch = [
-        np.full(n, 255, np.uint8) for n in (4, 8 * partials, host.scalars_size * len(entries))
-    ]
+    sizes = (
+        ctypes.sizeof(layout.AdamControl),
+        8 * partials,
+        ctypes.sizeof(layout.AdamScalars) * len(entries),
+    )
+    control, partial_sums, scalars = (np.full(n, 255, np.uint8) for n in sizes)
     seed, max_norm = options.get("seed"), options.get("max_norm")
-    call = AdamCall(
-        *(scalar(options.get(n)) for n in ("grad_scale", "found_inf", "total_norm")),
-        *(None if seed is None else at(seed), -1.0 if max_norm is None else max_norm),
-        *(at(norm), at(scratch[0]), at(scratch[1]), partials, at(scratch[2])),
+    call = layout.AdamDeviceCall(
+        **{n: scalar(options.get(n)) for n in ("grad_scale", "found_inf", "total_norm")},
+        seed=None if seed is None else at(seed),
+        max_norm=-1.0 if max_norm is None else max_norm,
+        norm=at(norm),
+        control=at(control),
+        partials=at(partial_sums),
+        partial_count=partials,
+        scalars=at(scalars),
     )
     with host.running(memory) as launches:
         run = host.library.adam_run

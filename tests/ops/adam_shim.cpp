@@ -1,5 +1,4 @@
 // What csrc/adam/cuda.cpp does between its checks and its return, for adam_ptx.py.
-#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -10,12 +9,6 @@ using namespace bigkernel;
 
 extern "C" int64_t adam_partials(const AdamTensor* tensors, int64_t count) {
   return adam_partial_count({tensors, tensors + count});
-}
-
-extern "C" void adam_sizes(int64_t* sizes) {
-  const int64_t all[] = {sizeof(AdamTensor), sizeof(AdamDeviceGroup), sizeof(AdamDeviceCall),
-                         sizeof(AdamScalars)};
-  std::memcpy(sizes, all, sizeof(all));
 }
 
 // measure: 0 only the step, 1 norm and step, 2 only the norm. Returns what was thrown, or "".

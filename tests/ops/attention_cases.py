@@ -23,6 +23,7 @@ from torch import Tensor
 import bigkernel
 from bigkernel import _library, ops
 from bigkernel.ops.attention.reference import (
+    Params,
     Rule,
     attention_reference,
     dropout_keep,
@@ -81,6 +82,10 @@ class Case:
             self.softcap,
             self.dropout,
         )
+
+    def params(self, inputs: "Inputs") -> Params:
+        tensors = (inputs.mask, inputs.slopes, inputs.seed)
+        return Params(*tensors, None, None, *self.lengths, self.rule)
 
     @property
     def keywords(self) -> dict[str, Any]:

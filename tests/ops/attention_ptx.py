@@ -19,55 +19,28 @@ from torch import Tensor
 
 from bigkernel import registry
 from bigkernel.ops.attention.blocks import empty_like_layout
+from bigkernel.ops.attention.reference import Params
 from bigkernel.testing import ptx
 
 op = importlib.import_module("bigkernel.ops.attention.op")  # whose name is also a function
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "bigkernel_ptx"
-P, I32, I64, F32, U32 = (
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    ctypes.c_int64,
-    ctypes.c_float,
-    ctypes.c_uint32,
-)
-TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
-MASK_KINDS = {  # MaskKind
-    torch.bool: 1,
-    torch.float32: 2,
-    torch.bfloat16: 3,
-    torch.float16: 4,
-    torch.float64: 5,
+layout = ptx.Structures(ROOT / "csrc", "attention/cuda.h")
+Args, Plan = layout.AttentionCudaArgs, layout.AttentionLaunch
+TensorView, MaskView = layout.AttentionTensor, layout.AttentionMask
+RULE = [name for name, _ in layout.AttentionRule._fields_]
+TYPE_CODES = {
+    torch.float32: layout.DType.kFloat32,
+    torch.bfloat16: layout.DType.kBFloat16,
+    torch.float16: layout.DType.kFloat16,
 }
-
-
-class TensorView(ctypes.Structure):  # AttentionTensor
-    _fields_ = (("data", P), ("batch", I64), ("head", I64), ("row", I64))
-
-
-class MaskView(ctypes.Structure):  # AttentionMask
-    _fields_ = (("data", P), ("kind", I32), *((n, I64) for n in ("batch", "head", "row", "col")))
-
-
-class Args(ctypes.Structure):  # AttentionCudaArgs
-    _fields_ = (
-        *((n, TensorView) for n in ("q", "k", "v", "out", "lse")),
-        *((n, TensorView) for n in ("dout", "dlse", "dq", "dk", "dv", "delta")),
-        *((n, MaskView) for n in ("mask", "dmask")),
-        *(("slopes", P), ("slopes_batch", I64), ("slopes_head", I64), ("seed", P)),
-        *(("cu_q", P), ("cu_k", P), ("total_q", I64), ("total_k", I64), ("dtype", I32)),
-        *((n, I32) for n in ("batch", "heads_q", "heads_kv", "group", "max_q", "max_k")),
-        *((n, I32) for n in ("dim", "dim_v", "aligned", "bottom_right", "left", "right")),
-        *(("scale", F32), ("softcap", F32), ("dropout_scale", F32), ("dropout_threshold", U32)),
-    )
-
-
-class Plan(ctypes.Structure):  # AttentionLaunch
-    _fields_ = (
-        *(("name", ctypes.c_char_p), ("kernel", P), ("blocks", U32), ("threads", U32)),
-        *(("shared", ctypes.c_size_t), ("tile_rows", I32), ("tile_keys", I32)),
-        *(("tile_dim", I32), ("aligned", I32), ("general", I32)),
-    )
+MASK_KINDS = {
+    torch.bool: layout.MaskKind.kBool,
+    torch.float32: layout.MaskKind.kFloat32,
+    torch.bfloat16: layout.MaskKind.kBFloat16,
+    torch.float16: layout.MaskKind.kFloat16,
+    torch.float64: layout.MaskKind.kFloat64,
+}
 
 
 @functools.cache
@@ -79,15 +52,8 @@ def host() -> ptx.HostLibrary:
     host = ptx.HostLibrary(
         sources, flags=["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
     )
-    host.library.attention_args_size.restype = I64
-    host.library.attention_launch_size.restype = I64
-    host.library.attention_fwd_plan.restype = ctypes.c_char_p
-    host.library.attention_fwd_run.restype = ctypes.c_char_p
-    host.library.attention_bwd_plan.restype = ctypes.c_char_p
-    host.library.attention_bwd_run.restype = ctypes.c_char_p
-    host.library.attention_bwd_plan.restype = ctypes.c_char_p
-    assert host.library.attention_args_size() == ctypes.sizeof(Args), "AttentionCudaArgs changed"
-    assert host.library.attention_launch_size() == ctypes.sizeof(Plan), "AttentionLaunch changed"
+    for name in ("fwd_plan", "fwd_run", "bwd_plan", "bwd_run"):
+        getattr(host.library, f"attention_{name}").restype = ctypes.c_char_p
     return host
 
 
@@ -98,9 +64,8 @@ last: Any = None  # its function and arguments
 class Call:
     """The arguments of one call, and the memory that its tensors are registered in."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
-        (mask, slopes, seed, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right, left, right,
-         softcap, dropout_p) = options  # fmt: skip
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, params: Params) -> None:
+        rule, cu_q, cu_k = params.rule, params.cu_seqlens_q, params.cu_seqlens_k
         self.memory, self.packed = ptx.Memory(), cu_q is not None
         self.kept: list[Tensor] = []
         args = self.args = Args()
@@ -109,26 +74,29 @@ class Call:
         args.heads_q, args.heads_kv = q.shape[1], k.shape[1]
         args.group = q.shape[1] // k.shape[1] if k.shape[1] else 1
         args.dim, args.dim_v = q.shape[-1], v.shape[-1]
-        if self.packed:
+        if cu_q is not None and cu_k is not None:
             args.cu_q, args.cu_k = self.at(cu_q, "cu_seqlens_q"), self.at(cu_k, "cu_seqlens_k")
             args.batch, args.total_q, args.total_k = len(cu_q) - 1, q.shape[0], k.shape[0]
-            args.max_q, args.max_k = min(max_q, q.shape[0]), min(max_k, k.shape[0])
+            args.max_q = min(params.max_seqlen_q, q.shape[0])
+            args.max_k = min(params.max_seqlen_k, k.shape[0])
         else:
             args.batch, args.max_q, args.max_k = q.shape[0], q.shape[2], k.shape[2]
-        args.scale, args.softcap, args.bottom_right = scale, softcap, bottom_right
-        args.left, args.right = (side if side < 1 << 29 else -1 for side in (left, right))
-        if causal:
-            args.right = 0
-        if mask is not None:
-            args.mask = self.mask(mask, "mask")
-        if slopes is not None:
-            slopes = slopes.float()
+        for name in RULE:
+            setattr(args, name, getattr(rule, name))
+        sides = rule.window_left, rule.reach_right()
+        args.left, args.right = (side if side < 1 << 29 else -1 for side in sides)
+        if params.mask is not None:
+            args.mask = self.mask(params.mask, "mask")
+        if params.alibi_slopes is not None:
+            slopes = params.alibi_slopes.float()
             args.slopes = self.at(slopes, "slopes")
             args.slopes_batch = slopes.stride(0) if slopes.dim() == 2 else 0
             args.slopes_head = slopes.stride(-1)
-        if dropout_p > 0:
-            args.seed = self.at(seed, "seed")
-            host().library.attention_set_dropout(ctypes.byref(args), ctypes.c_double(dropout_p))
+        if rule.dropout_p > 0:
+            assert params.seed is not None
+            args.seed = self.at(params.seed, "seed")
+            probability = ctypes.c_double(rule.dropout_p)
+            host().library.attention_set_dropout(ctypes.byref(args), probability)
 
     def at(self, x: Tensor, name: str) -> int:
         self.kept.append(x)
@@ -154,7 +122,7 @@ class Call:
         return plan
 
     def plan_backward(self) -> list[Plan]:
-        plans, count = (Plan * 8)(), I64()
+        plans, count = (Plan * 8)(), ctypes.c_int64()
         arguments = ctypes.byref(self.args), plans, ctypes.byref(count)
         error = host().library.attention_bwd_plan(*arguments)
         assert error == b"", error.decode()
@@ -176,14 +144,14 @@ def tiles() -> list[tuple[int, int]]:
     if function == "attention_fwd_run":
         error = host().library.attention_fwd_plan(ctypes.byref(args), plans)
     else:
-        count = I64()
+        count = ctypes.c_int64()
         error = host().library.attention_bwd_plan(ctypes.byref(args), plans, ctypes.byref(count))
     assert error == b"", error.decode()
     return [(plan.tile_rows, plan.tile_keys) for plan in plans if plan.blocks]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    call = Call(q, k, v, *options)
+    call = Call(q, k, v, Params.of(options))
     out = empty_like_layout(q, v.shape[-1]).fill_(torch.nan)
     shape = (q.shape[1], q.shape[0]) if call.packed else q.shape[:3]
     lse = torch.full((*shape, 2), torch.nan)
@@ -203,8 +171,9 @@ def prepare_backward(
     *options: Any,
 ) -> tuple[Call, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The call, and (dq, dk, dv, dmask) that it will fill."""
-    *options, needs_dmask = options
-    call, mask = Call(q, k, v, *options), options[0]
+    *given, needs_dmask = options
+    params = Params.of(given)
+    call = Call(q, k, v, params)
     args = call.args
     dq, dk, dv = (empty_like_layout(x, x.shape[-1]).fill_(torch.nan) for x in (q, k, v))
     args.out, args.dout = call.view(out, "out"), call.view(dout, "dout")
@@ -216,7 +185,8 @@ def prepare_backward(
     args.delta = call.view_lse(delta[0], "delta", delta)
     dmask = q.new_empty(0)
     if needs_dmask:
-        dmask = torch.full_like(mask, torch.nan, memory_format=torch.contiguous_format)
+        assert params.mask is not None
+        dmask = torch.full_like(params.mask, torch.nan, memory_format=torch.contiguous_format)
         args.dmask = call.mask(dmask, "dmask")
     return call, (dq, dk, dv, dmask)
 

@@ -21,8 +21,6 @@ const char* message_of(F&& f) {
 }
 }  // namespace
 
-extern "C" int64_t attention_args_size() { return sizeof(AttentionCudaArgs); }
-extern "C" int64_t attention_launch_size() { return sizeof(AttentionLaunch); }
 extern "C" void attention_set_dropout(AttentionCudaArgs* args, double p) { set_dropout(*args, p); }
 
 // These return what was thrown, or "".

@@ -19,39 +19,18 @@ from torch import Tensor
 
 from bigkernel import backend
 from bigkernel.ops.augment.op import OUT_DTYPES, augment
+from bigkernel.ops.augment.reference import Arguments
 from bigkernel.testing import ptx
 
 ROOT = Path(__file__).resolve().parents[2]
-P, I32, I64, F32, BOOL = (
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    ctypes.c_int64,
-    ctypes.c_float,
-    ctypes.c_bool,
-)
-TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # DType
-
-
-class Image(ctypes.Structure):  # AugmentImage
-    _fields_ = (
-        *(("data", P), ("height", I64), ("width", I64)),
-        *(("stride_c", I64), ("stride_y", I64), ("stride_x", I64), ("readable", I64)),
-    )
-
-
-class Args(ctypes.Structure):  # AugmentArgs
-    _fields_ = (
-        *(("in_type", I32), ("out_type", I32), ("channels", I64), ("out_h", I64), ("out_w", I64)),
-        *(("nearest", BOOL), ("channels_last_out", BOOL), ("bound", F32)),
-        *(("gain", P), ("offset", P), ("out", P)),
-    )
-
-
-class Input(ctypes.Structure):  # AugmentInput
-    _fields_ = (
-        *(("args", Args), ("images", P), ("geometry", P), ("color", P), ("fill", P)),
-        *(("n", I64), ("k", I64), ("fill_rows", I64), ("antialias", BOOL)),
-    )
+P, I64 = ctypes.c_void_p, ctypes.c_int64
+layout = ptx.Structures(ROOT / "csrc", "augment/cuda.h")
+TYPE_CODES = {
+    torch.float32: layout.DType.kFloat32,
+    torch.bfloat16: layout.DType.kBFloat16,
+    torch.float16: layout.DType.kFloat16,
+    torch.uint8: layout.DType.kUInt8,
+}
 
 
 @functools.cache
@@ -62,8 +41,6 @@ def host() -> ptx.HostLibrary:
     )
     host.library.augment_plan.restype = ctypes.c_char_p
     host.library.augment_run.restype = ctypes.c_char_p
-    assert host.library.augment_input_size() == ctypes.sizeof(Input), "AugmentInput changed"
-    assert host.library.augment_image_size() == ctypes.sizeof(Image), "AugmentImage changed"
     return host
 
 
@@ -73,34 +50,22 @@ launches: list[ptx.Launch] = []  # of the last call
 class Call:
     """The arguments of one call, and the memory that its tensors are registered in."""
 
-    def __init__(
-        self,
-        images: list[Tensor],
-        geometry: Tensor,
-        color: Tensor,
-        fill: Tensor,
-        mean: Tensor | None,
-        std: Tensor | None,
-        out_h: int,
-        out_w: int,
-        channels_last_in: bool,
-        channels_last_out: bool,
-        interpolation: int,
-        antialias: bool,
-        in_scale: float,
-        out_dtype: int,
-    ) -> None:
+    def __init__(self, *given: Any) -> None:
+        call = Arguments(*given)
+        images, geometry, color, fill = call.images, call.geometry, call.color, call.fill
+        out_h, out_w = call.out_h, call.out_w
         self.memory = ptx.Memory()
         n, channels = geometry.shape[0], fill.shape[1]
         dtype = images[0].dtype if images else torch.uint8
         ones, zeros = torch.ones(channels), torch.zeros(channels)
-        std, mean = (ones if std is None else std).double(), (zeros if mean is None else mean)
-        host_tables = [geometry, color, fill, (in_scale / std).float(), (-mean / std).float()]
-        self.kept = [t.contiguous() for t in host_tables]
-        geometry, color, fill, gain, offset = (t.data_ptr() for t in self.kept)
-        shape = (out_h, out_w, channels) if channels_last_out else (channels, out_h, out_w)
+        std = (ones if call.std is None else call.std).double()
+        mean = zeros if call.mean is None else call.mean
+        gain, offset = (call.in_scale / std).float(), (-mean / std).float()
+        self.kept = [t.contiguous() for t in (geometry, color, fill, gain, offset)]
+        tables = [t.data_ptr() for t in self.kept]
+        shape = (out_h, out_w, channels) if call.channels_last_out else (channels, out_h, out_w)
         # Whatever is not written shows: as NaN, or as bytes that differ from what is wanted.
-        self.out = torch.empty((n, *shape), dtype=OUT_DTYPES[out_dtype])
+        self.out = torch.empty((n, *shape), dtype=OUT_DTYPES[call.out_dtype])
         self.out.view(torch.uint8).fill_(255)
         # Each row of a batch is an image; "images" is one array all the same.
         batched = len(images) == 1 and images[0].dim() == 4
@@ -112,19 +77,33 @@ class Call:
             ]
         else:
             views = [(image, self.at(image, f"images[{i}]")) for i, image in enumerate(images)]
-        self.images = (Image * len(views))()
+        self.images = (layout.AugmentImage * len(views))()
         for image, (view, data) in zip(self.images, views, strict=True):
-            planes = view.movedim(-1, 0) if channels_last_in else view
+            planes = view.movedim(-1, 0) if call.channels_last_in else view
             image.data, image.height, image.width = data, *planes.shape[1:]
             image.stride_c, image.stride_y, image.stride_x = planes.stride()
-        args = Args(
-            *(TYPE_CODES[dtype], TYPE_CODES[self.out.dtype], channels, out_h, out_w),
-            *(interpolation == 0, channels_last_out, 255.0 if dtype == torch.uint8 else 1.0),
-            *(gain, offset, self.at(self.out, "out")),
-        )
-        self.input = Input(
-            *(args, ctypes.cast(self.images, P), geometry, color, fill),
-            *(n, self.kept[1].shape[1], self.kept[2].shape[0], antialias),
+        self.input = layout.AugmentInput(
+            args=layout.AugmentArgs(
+                in_type=TYPE_CODES[dtype],
+                out_type=TYPE_CODES[self.out.dtype],
+                channels=channels,
+                out_h=out_h,
+                out_w=out_w,
+                nearest=call.interpolation == 0,
+                channels_last_out=call.channels_last_out,
+                bound=255.0 if dtype == torch.uint8 else 1.0,
+                gain=tables[3],
+                offset=tables[4],
+                out=self.at(self.out, "out"),
+            ),
+            images=ctypes.cast(self.images, P),
+            geometry=tables[0],
+            color=tables[1],
+            fill=tables[2],
+            n=n,
+            k=color.shape[1],
+            fill_rows=fill.shape[0],
+            antialias=call.antialias,
         )
 
     def at(self, x: Any, name: str) -> int:

@@ -1,14 +1,10 @@
 // What csrc/augment/cuda.cpp does between its checks and its return, for augment_ptx.py.
-#include <cstring>
 #include <exception>
 #include <string>
 
 #include "augment/cuda_plan.h"
 
 using namespace bigkernel;
-
-extern "C" int64_t augment_input_size() { return sizeof(AugmentInput); }
-extern "C" int64_t augment_image_size() { return sizeof(AugmentImage); }
 
 // sizes: bytes of the tables and of the scratch memory, launches, blocks an image.
 extern "C" const char* augment_plan(const AugmentInput* input, int64_t* sizes) {

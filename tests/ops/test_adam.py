@@ -609,6 +609,11 @@ def _op_arguments(lists, **options):
     )
 
 
+def test_adam_arguments_are_those_of_the_schema():
+    schema = torch.ops.bigkernel.adam_step_.default._schema
+    assert tuple(a.name for a in schema.arguments) == reference.StepArguments._fields
+
+
 @pytest.mark.parametrize("namespace", ["bigkernel", "bigkernel_torch"])
 @pytest.mark.parametrize("case", ["plain", "everything"])
 def test_adam_opcheck(namespace, case):

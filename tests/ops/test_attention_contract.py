@@ -13,7 +13,7 @@ from test_attention_packed import cumulative
 import bigkernel
 from bigkernel import ops
 from bigkernel.ops.attention import blocks as attention_blocks
-from bigkernel.ops.attention.reference import Rule, attention_reference
+from bigkernel.ops.attention.reference import Params, Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 backend = attention_cases.backend
@@ -43,6 +43,19 @@ def everything(device="cpu", dtype=torch.float32, packed=False, batch=2, rows=9,
     return (q, k, v, mask, slopes, seed, None, None, rows, keys, *scalars)
 
 
+def test_attention_params_are_those_of_the_schema():
+    """By name and in order, forward and backward; the tensors first."""
+    names = [*Params._fields[:-1], *Rule._fields]
+    for op, before, after in (("attention_fwd", 3, 0), ("attention_bwd", 7, 1)):
+        arguments = getattr(torch.ops.bigkernel, op).default._schema.arguments
+        assert [a.name for a in arguments][before : len(arguments) - after] == names
+        kinds = [str(a.type) for a in arguments[before:]]
+        tensors, _ = Params.of(range(len(names))).split()
+        assert kinds[: len(tensors)] == ["Optional[Tensor]"] * len(tensors)
+        assert not any("Tensor" in kind for kind in kinds[len(tensors) :])
+    assert Params.of(range(len(names))).arguments == tuple(range(len(names)))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_attention_opcheck(backend, packed):
     """All four of opcheck's tests: schema, autograd, fake tensors, AOT dispatch."""
@@ -50,10 +63,10 @@ def test_attention_opcheck(backend, packed):
     forward = namespace(backend).attention_fwd.default
     args = everything(device, packed=packed)
     torch.library.opcheck(forward, args)
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    plain[3] = plain[4] = plain[5] = None
-    plain[7 + 3 + 6] = 0.0  # dropout_p
-    torch.library.opcheck(forward, tuple(plain))
+    params = Params.of(args[3:])
+    rule = params.rule._replace(dropout_p=0.0)
+    plain = params._replace(mask=None, alibi_slopes=None, seed=None, rule=rule).arguments
+    torch.library.opcheck(forward, (*(x.detach() for x in args[:3]), *plain))
 
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     out, lse = forward(*args)

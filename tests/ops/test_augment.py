@@ -26,6 +26,7 @@ Feature -> test
   tensor subclasses                              test_augment_refuses_what_is_no_plain_tensor
 """
 
+import inspect
 import itertools
 import math
 
@@ -564,6 +565,12 @@ def op_arguments(images, geometry, color, **changes):
         "out_dtype": 0,
     }
     return tuple((arguments | changes).values())
+
+
+def test_augment_arguments_are_those_of_the_schema():
+    schema = torch.ops.bigkernel.augment.default._schema
+    assert tuple(a.name for a in schema.arguments) == reference.Arguments._fields
+    assert tuple(inspect.signature(reference.augment).parameters) == reference.Arguments._fields
 
 
 @pytest.mark.parametrize("namespace", ["bigkernel", "bigkernel_torch"])

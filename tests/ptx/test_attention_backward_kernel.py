@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bigkernel.ops.attention import blocks as attention_blocks
+from bigkernel.ops.attention.reference import Params, Rule
 from bigkernel.testing import ptx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
@@ -22,10 +23,8 @@ SECTOR = 32
 
 
 def prepare(case):
-    inputs, rule = build(case).map(lambda x: x.detach()), case.rule
-    options = (inputs.mask, inputs.slopes, inputs.seed, None, None, *case.lengths, rule.scale,
-               rule.causal, rule.bottom_right, rule.window_left, rule.window_right, rule.softcap,
-               rule.dropout_p)  # fmt: skip
+    inputs = build(case).map(lambda x: x.detach())
+    options = case.params(inputs).arguments
     out, lse = attention_blocks.attention_fwd(inputs.q, inputs.k, inputs.v, *options)
     needs_dmask = inputs.mask is not None and inputs.mask.is_floating_point()
     return attention_ptx.prepare_backward(
@@ -176,8 +175,8 @@ def test_attention_backward_rows_that_32_bits_do_not_count():
     delta = torch.empty(2, 1, total)
     delta[:, :, :65] = torch.nan
     cu = torch.tensor([0, 0], dtype=torch.int32)
-    rest = (None, None, None, cu, cu, 1, 1, 0.1, False, False, -1, -1, 0.0, 0.0)
-    call = attention_ptx.Call(x, x, x, *rest)
+    params = Params(None, None, None, cu, cu, 1, 1, Rule(0.1))
+    call = attention_ptx.Call(x, x, x, params)
     call.args.out, call.args.dout = call.view(x, "out"), call.view(x, "dout")
     call.args.lse = call.view_lse(lse, "lse")
     call.args.delta = call.view_lse(delta[0], "delta", delta)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkernel.ops.attention.reference import Rule, attention_reference
+from bigkernel.ops.attention.reference import Params, Rule, attention_reference
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 
@@ -23,17 +23,10 @@ SIZE = {"bf16": 2, "f16": 2, "f32": 4}
 SECTOR = 32
 
 
-def options(case, inputs):
-    rule = case.rule
-    return (inputs.mask, inputs.slopes, inputs.seed, None, None, *case.lengths, rule.scale,
-            rule.causal, rule.bottom_right, rule.window_left, rule.window_right, rule.softcap,
-            rule.dropout_p)  # fmt: skip
-
-
 def forward(case):
     """(plan, counters) of a forward launch."""
     inputs = build(case)
-    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     out = torch.empty(*inputs.q.shape[:3], inputs.v.shape[-1], dtype=inputs.q.dtype)
     lse = torch.empty(*inputs.q.shape[:3], 2)
     call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
@@ -139,7 +132,7 @@ def test_attention_kernel_closed_tiles(kind):
 
     def reference(dtype):
         inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        rule = Rule(dim**-0.5, False, False, -1, -1, 0.0, 0.0)
+        rule = Rule(dim**-0.5)
         given = inputs[3] if kind == "float" else mask
         result, _ = attention_reference(*inputs[:3], rule, mask=given)
         return result.detach(), *torch.autograd.grad(result, inputs, dout.to(dtype))
@@ -175,7 +168,7 @@ def test_attention_kernel_closed_tiles(kind):
 )
 def test_attention_kernel_choice(case, dim, general):
     inputs = build(case)
-    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     call.args.out = call.view(inputs.dout, "out")
     plan = call.plan()
     assert (plan.tile_dim, bool(plan.general)) == (dim, general)
@@ -186,7 +179,7 @@ def test_attention_kernel_choice(case, dim, general):
 def test_attention_kernel_grid_that_does_not_exist():
     case = Case(dtype="bf16", dim=64)
     inputs = build(case)
-    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     call.args.batch = call.args.heads_q = 1 << 16
     plan = attention_ptx.Plan()
     library = attention_ptx.host().library
@@ -198,7 +191,7 @@ def test_attention_kernel_failed_launch_is_named():
     """The emulator says what is wrong, the launcher which kernel and grid."""
     case = Case(dtype="bf16", dim=64)
     inputs = build(case)
-    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, *options(case, inputs))
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     short = torch.empty_like(inputs.q)[:, :, :-1]
     call.args.out, call.args.lse = (
         call.view(short, "out"),
@@ -220,8 +213,8 @@ def test_attention_kernel_wrong_cu_seqlens(bounds):
     """Bounds on the device cannot be checked before the launch; they reach no other memory."""
     q, k, v = (torch.randn(20, 2, 64).bfloat16() for _ in range(3))
     cu = torch.tensor(bounds, dtype=torch.int64).clamp(-(2**31), 2**31 - 1).int()
-    rest = (None, None, None, cu, cu, 20, 20, 0.125, True, False, -1, -1, 0.0, 0.0)
-    out, _ = attention_ptx.attention_fwd(q, k, v, *rest)
+    params = Params(None, None, None, cu, cu, 20, 20, Rule(0.125, causal=True))
+    out, _ = attention_ptx.attention_fwd(q, k, v, *params.arguments)
     assert out.dtype == torch.bfloat16
 
 
@@ -233,7 +226,7 @@ def test_attention_kernel_offsets_of_64_bits(dtype):
     room = torch.empty(far * 2 + rows * dim, dtype=DTYPES[dtype])
     x = room.as_strided((1, 2, rows, dim), (0, far, dim, 1))
     x.copy_(torch.randn(1, 2, rows, dim))
-    rest = (None, None, None, None, None, rows, rows, 0.2, False, False, -1, -1, 0.0, 0.0)
+    rest = Params(None, None, None, None, None, rows, rows, Rule(0.2)).arguments
     out, lse = attention_ptx.attention_fwd(x, x, x, *rest)
     near = x.clone(memory_format=torch.contiguous_format)
     same, same_lse = attention_ptx.attention_fwd(near, near, near, *rest)

@@ -17,6 +17,7 @@ combine it over devices or ranks. ``adam_step_`` is the step:
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,45 +25,29 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from bigkernel import _library, backend, registry
-from bigkernel.errors import check, has_tangent
+from bigkernel.errors import BadArgument, has_tangent
+from bigkernel.expect import Expect
 from bigkernel.ops.adam import reference
-from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE
+from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE, StepArguments
 
 __all__ = ["AdamGroup", "adam_groups_step_", "adam_norm", "adam_step_"]
 
-# The lists of a group, in the order of the op's arguments.
+_NORM, _STEP = Expect("adam_norm"), Expect("adam_step_")
+# The lists of a group.
 TENSORS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *reference.FLOAT8)
+_WIDE = (torch.float32, torch.float64)
+_SPARSE = "Adam takes dense gradients: use torch.optim.SparseAdam, or Embedding(sparse=False)"
 
 
 def _norm_fake(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
     return grads[0].new_empty((), dtype=reference.norm_dtype(grads))
 
 
-def _step_fake(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    group_sizes: list[int],
-    flags: list[int],
-    lrs: list[float],
-    lr_tensors: list[Tensor],
-    beta1s: list[float],
-    beta2s: list[float],
-    epss: list[float],
-    weight_decays: list[float],
-    max_norm: float | None,
-    total_norm: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
-    shape = (0,) if max_norm is None else ()
-    return params[0].new_empty(shape, dtype=reference.norm_dtype(grads))
+def _step_fake(*given: Any) -> Tensor:
+    call = StepArguments(*given)
+    shape = (0,) if call.max_norm is None else ()
+    return call.params[0].new_empty(shape, dtype=reference.norm_dtype(call.grads))
 
 
 _OP = registry.register(
@@ -77,7 +62,7 @@ _OP = registry.register(
                 _norm_fake,
             ),
             registry.Function(
-                "adam_step_",
+                "adam_step_",  # StepArguments, in their order
                 "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
                 "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
                 "Tensor(f!)[] steps, int[] group_sizes, int[] flags, float[] lrs, "
@@ -131,7 +116,7 @@ def launch(
     becomes a tensor where a parameter needs it.
     """
     lists = _lists(groups)
-    params, grads = lists[:2]
+    params, grads = lists["params"], lists["grads"]
     if not params:
         return None if max_norm is None else no_norm()
     device = params[0].device
@@ -140,24 +125,23 @@ def launch(
         needed = any(p.dtype is torch.bfloat16 for p in params)
         seed = torch.full((), seed, dtype=torch.int64, device=device) if needed else None
     namespace = backend.select("adam_step_", device, _OP.why_not_native([*params, *grads]))
-    norm: Tensor = _library.call(
-        namespace,
-        "adam_step_",
-        *lists,
-        [len(group.params) for group in groups],
-        list(map(_flags, groups)),
-        lrs,
-        lr_tensors,
-        [group.beta1 for group in groups],
-        [group.beta2 for group in groups],
-        [group.eps for group in groups],
-        [group.weight_decay for group in groups],
-        max_norm,
-        total_norm,
-        grad_scale,
-        found_inf,
-        seed,
+    arguments = StepArguments(
+        **lists,
+        group_sizes=[len(group.params) for group in groups],
+        flags=list(map(_flags, groups)),
+        lrs=lrs,
+        lr_tensors=lr_tensors,
+        beta1s=[group.beta1 for group in groups],
+        beta2s=[group.beta2 for group in groups],
+        epss=[group.eps for group in groups],
+        weight_decays=[group.weight_decay for group in groups],
+        max_norm=max_norm,
+        total_norm=total_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        seed=seed,
     )
+    norm: Tensor = _library.call(namespace, "adam_step_", *arguments)
     if not torch.compiler.is_compiling() and not params[0].is_inference():
         # The dispatcher does not know that the op wrote: without this, a backward through a graph
         # that was recorded before the step would silently use the new values.
@@ -174,11 +158,11 @@ def _flags(group: AdamGroup) -> int:
     return AMSGRAD * group.amsgrad + MAXIMIZE * group.maximize + DECOUPLED * group.decoupled
 
 
-def _lists(groups: Sequence[AdamGroup]) -> list[list[Tensor]]:
-    """The op's first seven arguments, in the order of ``TENSORS``."""
+def _lists(groups: Sequence[AdamGroup]) -> dict[str, list[Tensor]]:
+    """Those of all groups, by the names in ``TENSORS``."""
     if len(groups) == 1:
-        return [getattr(groups[0], name) for name in TENSORS]
-    return [[t for group in groups for t in getattr(group, name)] for name in TENSORS]
+        return {name: getattr(groups[0], name) for name in TENSORS}
+    return {name: [t for group in groups for t in getattr(group, name)] for name in TENSORS}
 
 
 def _learning_rates(
@@ -212,17 +196,16 @@ def adam_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tens
     grads = list(grads)
     if not grads:
         return no_norm()
-    op = "adam_norm"
-    _check_untransformed(op, lambda: grads)
+    expect = _NORM
+    _check_untransformed(expect, lambda: grads)
     for i, grad in enumerate(grads):
-        _check_tensor(op, f"grads[{i}]", grad, grads[0].device)
-    _check_scalar(op, "grad_scale", grad_scale, grads[0].device)
-    differentiated = torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)
-    mend = "Call it under torch.no_grad(), or torch.linalg.vector_norm for its derivative"
-    got = "one that requires a gradient"
-    cls = NotImplementedError
-    check(not differentiated, op, "grads", "tensors without requires_grad", got, mend, cls)
-    namespace = backend.select(op, grads[0].device, _OP.why_not_native(grads))
+        _check_tensor(expect, f"grads[{i}]", grad, grads[0].device)
+    _check_scalar(expect, "grad_scale", grad_scale, grads[0].device)
+    if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+        mend = "Call it under torch.no_grad(), or torch.linalg.vector_norm for its derivative"
+        expected, got = "tensors without requires_grad", "one that requires a gradient"
+        raise expect.error("grads", expected, got, mend, NotImplementedError)
+    namespace = backend.select("adam_norm", grads[0].device, _OP.why_not_native(grads))
     norm: Tensor = namespace.adam_norm(grads, grad_scale)
     return norm
 
@@ -258,31 +241,20 @@ def adam_groups_step_(
 
     Raises ValueError or TypeError, naming the tensor, for anything that does not fit.
     """
-    op = "adam_step_"
-    _check_untransformed(op, lambda: [x for tensors in _lists(groups) for x in tensors])
-    _check_groups(groups)
-    everything = [p for group in groups for p in group.params]
-    if everything:
-        device = everything[0].device
-        _check_scalar(op, "grad_scale", grad_scale, device)
-        _check_scalar(op, "found_inf", found_inf, device)
-        _check_scalar(op, "total_norm", total_norm, device)
-        if seed is not None:
-            check(
-                seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == device,
-                op,
-                "seed",
-                f"one int64 element on {device}",
-                f"{tuple(seed.shape)} {seed.dtype} on {seed.device}",
-            )
-    check(max_norm is None or max_norm >= 0, op, "max_norm", "None or at least 0", max_norm)
-    check(
-        total_norm is None or max_norm is not None,
-        op,
-        "total_norm",
-        "given only with max_norm",
-        "total_norm alone",
-    )
+    expect = _STEP
+    _check_untransformed(expect, lambda: [x for each in _lists(groups).values() for x in each])
+    _check_groups(expect, groups)
+    device = next((p.device for group in groups for p in group.params), None)
+    if device is not None:
+        _check_scalar(expect, "grad_scale", grad_scale, device)
+        _check_scalar(expect, "found_inf", found_inf, device)
+        _check_scalar(expect, "total_norm", total_norm, device)
+        if seed is not None and (seed.numel(), seed.dtype, seed.device) != (1, torch.int64, device):
+            got = f"{tuple(seed.shape)} {seed.dtype} on {seed.device}"
+            raise expect.error("seed", f"one int64 element on {device}", got)
+    expect(max_norm is None or max_norm >= 0, "max_norm", "None or at least 0", max_norm)
+    if total_norm is not None and max_norm is None:
+        raise expect.error("total_norm", "given only with max_norm", "total_norm alone")
     return launch(
         groups,
         max_norm=max_norm,
@@ -324,7 +296,7 @@ def adam_step_(
     """
     params = list(params)
     if not isinstance(steps, Sequence):
-        check(steps >= 1, "adam_step_", "steps", "the number of this step, from 1", steps)
+        _STEP(steps >= 1, "steps", "the number of this step, from 1", steps)
         steps = [torch.full((), steps - 1.0, dtype=torch.float32, device=p.device) for p in params]
     group = AdamGroup(
         lr=lr,
@@ -353,108 +325,93 @@ def adam_step_(
     )
 
 
-def _check_untransformed(op: str, tensors: Callable[[], Iterable[object]]) -> None:
+def _check_untransformed(expect: Expect, tensors: Callable[[], Iterable[object]]) -> None:
     """Neither the norm nor the step has a derivative; a custom op would say so by a silent 0."""
     mend = "torch.linalg.vector_norm has derivatives; torch.optim.Adam takes differentiable=True"
     cls = NotImplementedError
     expected = "outside of torch.func.grad, vjp, jvp and vmap"
-    check(maybe_current_level() is None, op, "the call", expected, "one inside", mend, cls)
+    expect(maybe_current_level() is None, "the call", expected, "one inside", mend, cls)
     if forward_ad._current_level >= 0:
         dual = any(isinstance(x, Tensor) and has_tangent(x) for x in tensors())
-        check(not dual, op, "tensors", "without tangents", "dual ones", mend, cls)
+        expect(not dual, "tensors", "without tangents", "dual ones", mend, cls)
 
 
-def _check_tensor(op: str, name: str, tensor: object, device: torch.device) -> None:
-    check(isinstance(tensor, Tensor), op, name, "a tensor", type(tensor).__name__, cls=TypeError)
-    assert isinstance(tensor, Tensor)
-    mend = "Adam takes dense gradients: use torch.optim.SparseAdam, or Embedding(sparse=False)"
-    check(tensor.layout is torch.strided, op, name, "dense", str(tensor.layout), mend)
-    check(tensor.dtype in _FLOATS, op, name, "of a float dtype", tensor.dtype)
-    check(tensor.device == device, op, name, f"on {device}", tensor.device)
+def _check_tensor(expect: Expect, name: str, x: object, device: torch.device) -> Tensor:
+    x = expect.tensor(name, x)
+    expect.dense(name, x, "dense", _SPARSE, BadArgument)
+    expect.dtype(name, x, _FLOATS, "of a float dtype", cls=BadArgument)
+    expect.device(name, x, device)
+    return x
 
 
-def _check_scalar(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
-    if tensor is None:
+def _check_scalar(expect: Expect, name: str, x: Tensor | None, device: torch.device) -> None:
+    if x is None:
         return
-    check(isinstance(tensor, Tensor), op, name, "a tensor", type(tensor).__name__, cls=TypeError)
-    check(tensor.numel() == 1, op, name, "a tensor of one element", tuple(tensor.shape))
-    check(tensor.dtype in (torch.float32, torch.float64), op, name, "float32", tensor.dtype)
-    check(tensor.device == device, op, name, f"on {device}", tensor.device)
+    x = expect.tensor(name, x)
+    if x.numel() != 1:
+        raise expect.error(name, "a tensor of one element", tuple(x.shape))
+    expect.dtype(name, x, _WIDE, "float32", cls=BadArgument)
+    expect.device(name, x, device)
 
 
-def _check_groups(groups: Sequence[AdamGroup]) -> None:
-    op = "adam_step_"
+def _check_groups(expect: Expect, groups: Sequence[AdamGroup]) -> None:
     device = next((p.device for group in groups for p in group.params), torch.device("cpu"))
     narrow = sum(p.dtype in reference.NARROW for group in groups for p in group.params)
-    masters = [t for group in groups for t in group.masters]
-    check(
-        len(masters) in (0, narrow),
-        op,
-        "masters",
-        f"empty or one for each of the {narrow} parameters of 16 or 8 bits",
-        len(masters),
-    )
+    masters = sum(len(group.masters) for group in groups)
+    expected = f"empty or one for each of the {narrow} parameters of 16 or 8 bits"
+    expect(masters in (0, narrow), "masters", expected, masters)
     for group in groups:
-        _check_hyper_parameters(op, group, device)
+        _check_hyper_parameters(expect, group, device)
         n = len(group.params)
         for name in ("grads", "exp_avgs", "exp_avg_sqs", "steps"):
-            got = len(getattr(group, name))
-            check(got == n, op, name, f"a list of {n} tensors, like params", got)
-        got = len(group.max_exp_avg_sqs)
-        expected = n if group.amsgrad else 0
-        check(got == expected, op, "max_exp_avg_sqs", f"a list of {expected} tensors", got)
+            count = len(getattr(group, name))
+            expect(count == n, name, f"a list of {n} tensors, like params", count)
+        count, wanted = len(group.max_exp_avg_sqs), n if group.amsgrad else 0
+        expect(count == wanted, "max_exp_avg_sqs", f"a list of {wanted} tensors", count)
         copies = iter(group.masters)
         for i, param in enumerate(group.params):
-            _check_tensor(op, f"params[{i}]", param, device)
+            _check_tensor(expect, f"params[{i}]", param, device)
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
             moments = (wide, torch.bfloat16)
-            _check_state(op, f"grads[{i}]", group.grads[i], param, _FLOATS)
-            _check_state(op, f"exp_avgs[{i}]", group.exp_avgs[i], param, moments)
+            _check_state(expect, f"grads[{i}]", group.grads[i], param, _FLOATS)
+            _check_state(expect, f"exp_avgs[{i}]", group.exp_avgs[i], param, moments)
             same = (group.exp_avgs[i].dtype,)
-            _check_state(op, f"exp_avg_sqs[{i}]", group.exp_avg_sqs[i], param, same)
+            _check_state(expect, f"exp_avg_sqs[{i}]", group.exp_avg_sqs[i], param, same)
             if group.amsgrad:
-                _check_state(op, f"max_exp_avg_sqs[{i}]", group.max_exp_avg_sqs[i], param, same)
+                largest = group.max_exp_avg_sqs[i]
+                _check_state(expect, f"max_exp_avg_sqs[{i}]", largest, param, same)
             if group.masters and param.dtype in reference.NARROW:
                 master = next(copies, None)
-                check(master is not None, op, "masters", "one for each narrow parameter", "fewer")
-                assert master is not None
-                _check_state(op, f"the master of params[{i}]", master, param, (torch.float32,))
+                expect(master is not None, "masters", "one for each narrow parameter", "fewer")
+                _check_state(expect, f"the master of params[{i}]", master, param, (torch.float32,))
             step = group.steps[i]
-            check(
-                isinstance(step, Tensor) and step.numel() == 1 and step.dtype == torch.float32,
-                op,
-                f"steps[{i}]",
-                "a float32 tensor of one element",
-                f"{step.dtype} {tuple(step.shape)}" if isinstance(step, Tensor) else step,
-            )
-            check(step.device == device, op, f"steps[{i}]", f"on {device}", step.device)
+            if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.float32:
+                got = f"{step.dtype} {tuple(step.shape)}" if isinstance(step, Tensor) else step
+                raise expect.error(f"steps[{i}]", "a float32 tensor of one element", got)
+            if step.device != device:
+                raise expect.error(f"steps[{i}]", f"on {device}", step.device)
 
 
 def _check_state(
-    op: str, name: str, tensor: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]
+    expect: Expect, name: str, x: object, param: Tensor, dtypes: Sequence[torch.dtype]
 ) -> None:
-    _check_tensor(op, name, tensor, param.device)
-    check(tensor.dtype in dtypes, op, name, " or ".join(map(str, dtypes)), tensor.dtype)
-    shape, expected = tuple(tensor.shape), tuple(param.shape)
-    check(shape == expected, op, name, f"of its parameter's shape {expected}", shape)
+    x = _check_tensor(expect, name, x, param.device)
+    if x.dtype not in dtypes:
+        raise expect.error(name, " or ".join(map(str, dtypes)), x.dtype)
+    expect.shape(name, x, param.shape, of="its parameter's shape")
 
 
-def _check_hyper_parameters(op: str, group: AdamGroup, device: torch.device) -> None:
-    if isinstance(group.lr, Tensor):
-        check(group.lr.numel() == 1, op, "lr", "a tensor of one element", tuple(group.lr.shape))
-        check(
-            group.lr.dtype in (torch.float32, torch.float64),
-            op,
-            "lr",
-            "float32 or float64",
-            group.lr.dtype,
-        )
-        on_host = group.lr.device.type == "cpu"
-        check(on_host or group.lr.device == device, op, "lr", f"on {device}", group.lr.device)
+def _check_hyper_parameters(expect: Expect, group: AdamGroup, device: torch.device) -> None:
+    lr = group.lr
+    if isinstance(lr, Tensor):
+        expect(lr.numel() == 1, "lr", "a tensor of one element", tuple(lr.shape))
+        expect.dtype("lr", lr, _WIDE, "float32 or float64", cls=BadArgument)
+        if lr.device.type != "cpu":
+            expect.device("lr", lr, device)
     else:
-        check(group.lr >= 0, op, "lr", "at least 0", group.lr)
+        expect(lr >= 0, "lr", "at least 0", lr)
     for name in ("beta1", "beta2"):
         value = getattr(group, name)
-        check(0 <= value < 1, op, name, "at least 0 and below 1", value)
-    check(group.eps >= 0, op, "eps", "at least 0", group.eps)
-    check(group.weight_decay >= 0, op, "weight_decay", "at least 0", group.weight_decay)
+        expect(0 <= value < 1, name, "at least 0 and below 1", value)
+    expect(group.eps >= 0, "eps", "at least 0", group.eps)
+    expect(group.weight_decay >= 0, "weight_decay", "at least 0", group.weight_decay)

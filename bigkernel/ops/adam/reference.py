@@ -16,6 +16,8 @@ This is Kingma and Ba (arXiv:1412.6980), Loshchilov and Hutter (arXiv:1711.05101
 fp32 (fp64 for fp64 parameters), scalars in fp64. Nothing is read back to the host.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,31 @@ NARROW = (torch.bfloat16, torch.float16, *FLOAT8)
 AMSGRAD = 1
 MAXIMIZE = 2
 DECOUPLED = 4
+
+
+class StepArguments(NamedTuple):
+    """Of the op `adam_step_`, in the schema's order; they are explained in ``op.py``."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    group_sizes: list[int]
+    flags: list[int]
+    lrs: list[float]
+    lr_tensors: list[Tensor]
+    beta1s: list[float]
+    beta2s: list[float]
+    epss: list[float]
+    weight_decays: list[float]
+    max_norm: float | None
+    total_norm: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    seed: Tensor | None
 
 
 def norm_dtype(grads: list[Tensor]) -> torch.dtype:
@@ -69,41 +96,22 @@ def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)
 
 
-def adam_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    group_sizes: list[int],
-    flags: list[int],
-    lrs: list[float],
-    lr_tensors: list[Tensor],
-    beta1s: list[float],
-    beta2s: list[float],
-    epss: list[float],
-    weight_decays: list[float],
-    max_norm: float | None,
-    total_norm: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
-    """One step for the whole list; the schema is explained in ``ops/adam.py``."""
+def adam_step_(*given: Any, **named: Any) -> Tensor:
+    """One step for the whole list; the arguments, `StepArguments`, are explained in ``op.py``."""
+    call = StepArguments(*given, **named)
+    params, grad_scale, max_norm = call.params, call.grad_scale, call.max_norm
     factor: Tensor | None = None
     apply: Tensor | None = None
-    norm = torch.empty(0, dtype=norm_dtype(grads), device=params[0].device)
+    norm = torch.empty(0, dtype=norm_dtype(call.grads), device=params[0].device)
     if grad_scale is not None:
         factor = grad_scale.double().reshape(()).reciprocal()
-    if found_inf is not None:
-        apply = found_inf.reshape(()) == 0
+    if call.found_inf is not None:
+        apply = call.found_inf.reshape(()) == 0
     if max_norm is not None:
-        if total_norm is None:
-            norm = adam_norm(grads, grad_scale)
+        if call.total_norm is None:
+            norm = adam_norm(call.grads, grad_scale)
         else:
-            norm = total_norm.to(norm.dtype).reshape(()).clone()
+            norm = call.total_norm.to(norm.dtype).reshape(()).clone()
         clip = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
         factor = clip if factor is None else clip * factor
         apply = norm.isfinite() if apply is None else apply & norm.isfinite()
@@ -112,31 +120,34 @@ def adam_step_(
         value = value.to(target.dtype)
         target.copy_(value if apply is None else torch.where(apply, value, target))
 
-    maxima, master_copies = iter(max_exp_avg_sqs), iter(masters)
+    maxima, master_copies = iter(call.max_exp_avg_sqs), iter(call.masters)
     first = 0
-    for i, size in enumerate(group_sizes):
-        lr: float | Tensor = lr_tensors[i].double().reshape(()) if lr_tensors else lrs[i]
-        beta1, beta2, eps, decay = beta1s[i], beta2s[i], epss[i], weight_decays[i]
+    for i, size in enumerate(call.group_sizes):
+        lr: float | Tensor = call.lrs[i]
+        if call.lr_tensors:
+            lr = call.lr_tensors[i].double().reshape(())
+        beta1, beta2, eps = call.beta1s[i], call.beta2s[i], call.epss[i]
+        decay, flags = call.weight_decays[i], call.flags[i]
         for j in range(first, first + size):
-            param, step = params[j], steps[j]
+            param, step = params[j], call.steps[j]
             compute = torch.float64 if param.dtype == torch.float64 else torch.float32
             narrow = param.dtype in NARROW
-            master = next(master_copies) if masters and narrow else None
+            master = next(master_copies) if call.masters and narrow else None
             x = (param if master is None else master).to(compute)
-            g = grads[j].to(compute)
+            g = call.grads[j].to(compute)
             if factor is not None:
                 g = g * factor.to(compute)
-            if flags[i] & MAXIMIZE:
+            if flags & MAXIMIZE:
                 g = -g
-            if decay and not flags[i] & DECOUPLED:
+            if decay and not flags & DECOUPLED:
                 g = g + decay * x
-            m, v = exp_avgs[j].to(compute), exp_avg_sqs[j].to(compute)
+            m, v = call.exp_avgs[j].to(compute), call.exp_avg_sqs[j].to(compute)
             m = m + (1 - beta1) * (g - m)
             # v - (1 - beta2) v keeps more of 1 - beta2 than beta2 * v; not for an infinite v.
             v = torch.where(v.isinf(), v, v - (1 - beta2) * v) + (1 - beta2) * g * g
-            write(exp_avgs[j], m)
-            write(exp_avg_sqs[j], v)
-            if flags[i] & AMSGRAD:
+            write(call.exp_avgs[j], m)
+            write(call.exp_avg_sqs[j], v)
+            if flags & AMSGRAD:
                 largest = next(maxima)
                 v = torch.maximum(largest.to(compute), v)
                 write(largest, v)
@@ -145,7 +156,7 @@ def adam_step_(
             root = (1 - torch.pow(beta2, t)).sqrt()
             step_size = (lr * root / (1 - torch.pow(beta1, t))).to(compute)
             update = step_size * m / (v.sqrt() + (eps * root).to(compute))
-            if decay and flags[i] & DECOUPLED:
+            if decay and flags & DECOUPLED:
                 rate = lr * decay
                 rate = rate.to(compute) if isinstance(rate, Tensor) else rate
                 # An infinite x decays to itself, not to inf - inf.
@@ -153,8 +164,8 @@ def adam_step_(
             x = x - update
             if master is not None:
                 write(master, x)
-            elif seed is not None and param.dtype == torch.bfloat16:
-                x = round_stochastically(x, stochastic_noise(seed, param, j, t))
+            elif call.seed is not None and param.dtype == torch.bfloat16:
+                x = round_stochastically(x, stochastic_noise(call.seed, param, j, t))
             write(param, x)
             write(step, new_step)
         first += size

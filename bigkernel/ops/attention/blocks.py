@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigkernel.errors import check
-from bigkernel.ops.attention.reference import Rule, allowed_keys, distances, dropout_keep
+from bigkernel.expect import Expect
+from bigkernel.ops.attention.reference import Params, Rule, allowed_keys, distances, dropout_keep
 
 # Scores held at once. On the CPU a block should stay in cache; a GPU wants fewer, larger launches.
 SCORE_BUDGET = {"cpu": 1 << 21}
 DEFAULT_SCORE_BUDGET = 1 << 25
+_EXPECT = Expect("attention_varlen")
 
 
 def empty_like_layout(like: Tensor, last: int) -> Tensor:
@@ -41,14 +42,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Options(NamedTuple):
-    """The tensors, besides q, k and v, that a dense call or one packed sequence depends on."""
-
-    rule: Rule
-    mask: Tensor | None  # [1 or B, 1 or Hq, 1 or Sq, 1 or Sk]
-    alibi_slopes: Tensor | None  # [Hq] or [B, Hq]
-    seed: Tensor | None
-    batch: Tensor  # [B], the number of each sequence
+def empty_results(q: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """(out, lse) of forward, to be filled."""
+    packed = params.cu_seqlens_q is not None
+    lse_shape = (q.shape[1], q.shape[0], 2) if packed else (*q.shape[:3], 2)
+    lse = q.new_empty(lse_shape, dtype=accumulate_dtype(q.dtype))
+    return empty_like_layout(q, v.shape[-1]), lse
 
 
 class Block(NamedTuple):
@@ -110,10 +109,10 @@ def _scores(
     k: Tensor,  # [B, Hkv, Sk, D]
     block: Block,
     off: int,
-    opts: Options,
+    params: Params,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, Hq, rows, cols] of a block, and tanh(s / softcap) for the backward pass."""
-    rule = opts.rule
+    rule = params.rule
     b, kv_heads, _, _ = k.shape
     r, c = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
     s = q @ k[:, :, block.cols[0] : block.cols[1]].transpose(-1, -2)
@@ -122,11 +121,11 @@ def _scores(
     if rule.softcap > 0:
         tanh = s.div_(rule.softcap).tanh_()
         s = tanh * rule.softcap
-    if opts.alibi_slopes is not None:
-        slopes = opts.alibi_slopes.to(s.dtype)[..., None, None]
+    if params.alibi_slopes is not None:
+        slopes = params.alibi_slopes.to(s.dtype)[..., None, None]
         s = s.sub_(slopes * distances(block.rows, block.cols, off, s))
-    if opts.mask is not None:
-        part = _part(opts.mask, block)
+    if params.mask is not None:
+        part = _part(params.mask, block)
         s = s.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else s.add_(part)
     allowed = allowed_keys(block.rows, block.cols, off, rule, s.device)
     if allowed is not None:
@@ -141,14 +140,23 @@ def _drop(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     return x * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
 
 
-def _keep(opts: Options, heads: int, block: Block) -> Tensor | None:
-    if opts.rule.dropout_p <= 0:
+def _keep(params: Params, batch: Tensor, heads: int, block: Block) -> Tensor | None:
+    dropout_p = params.rule.dropout_p
+    if dropout_p <= 0:
         return None
-    assert opts.seed is not None
-    return dropout_keep(opts.seed, opts.batch, heads, block.rows, block.cols, opts.rule.dropout_p)
+    assert params.seed is not None
+    return dropout_keep(params.seed, batch, heads, block.rows, block.cols, dropout_p)
 
 
-def dense_fwd(q: Tensor, k: Tensor, v: Tensor, opts: Options, out: Tensor, lse: Tensor) -> None:
+def dense_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: Params,
+    numbers: Tensor,  # [B], of the sequences, for dropout
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     """Fill out [B, Hq, Sq, Dv] and lse [B, Hq, Sq, 2]."""
     out.zero_()
     lse[..., 0] = -torch.inf
@@ -157,17 +165,18 @@ def dense_fwd(q: Tensor, k: Tensor, v: Tensor, opts: Options, out: Tensor, lse: 
     kv_heads, seqlen_k = k.shape[1], k.shape[2]
     if out.numel() == 0 or seqlen_k == 0:
         return
-    off, dtype = opts.rule.offset(seqlen_q, seqlen_k), lse.dtype
+    rule, dtype = params.rule, lse.dtype
+    off = rule.offset(seqlen_q, seqlen_k)
     k, v = (x.to(dtype).contiguous() for x in (k, v))
-    for block in row_blocks(batch * heads, seqlen_q, seqlen_k, opts.rule, _budget(q.device)):
+    for block in row_blocks(batch * heads, seqlen_q, seqlen_k, rule, _budget(q.device)):
         rows, cols = block
-        s, _ = _scores(_fold(q, rows, kv_heads, dtype), k, block, off, opts)
+        s, _ = _scores(_fold(q, rows, kv_heads, dtype), k, block, off, params)
         top = s.amax(-1, keepdim=True)
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
         total = p.sum(-1, keepdim=True)
         total.masked_fill_(total == 0, 1.0)
         lse[:, :, rows[0] : rows[1]] = torch.cat((top, total.log()), -1)
-        p = _drop(p, _keep(opts, heads, block), opts.rule.dropout_p)
+        p = _drop(p, _keep(params, numbers, heads, block), rule.dropout_p)
         part = p.view(batch, kv_heads, -1, p.shape[-1]) @ v[:, :, cols[0] : cols[1]]
         part = part.view(batch, heads, -1, v.shape[-1])
         out[:, :, rows[0] : rows[1]] = part / total
@@ -180,7 +189,8 @@ def dense_bwd(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    opts: Options,
+    params: Params,
+    numbers: Tensor,  # as forward's
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -193,7 +203,7 @@ def dense_bwd(
         grad.zero_()
     if q.numel() == 0 or k.numel() == 0:
         return
-    rule, dtype = opts.rule, lse.dtype
+    rule, dtype = params.rule, lse.dtype
     off = rule.offset(seqlen_q, seqlen_k)
     k, v = (x.to(dtype).contiguous() for x in (k, v))
     dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
@@ -202,13 +212,13 @@ def dense_bwd(
         part_q = _fold(q, rows, kv_heads, dtype)
         part_dout = _fold(dout, rows, kv_heads, dtype)
         part_k, part_v = (x[:, :, cols[0] : cols[1]] for x in (k, v))
-        s, tanh = _scores(part_q, k, block, off, opts)
+        s, tanh = _scores(part_q, k, block, off, params)
         top, log_total = lse[:, :, rows[0] : rows[1]].split(1, -1)
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_().mul_(log_total.neg().exp_())
         # A key that a row does not see has no part in it, also where the others make it NaN.
         seen = allowed_keys(rows, cols, off, rule, q.device)
         p = p if seen is None else p.masked_fill_(~seen, 0.0)
-        keep = _keep(opts, heads, block)
+        keep = _keep(params, numbers, heads, block)
         dropped = _drop(p, keep, rule.dropout_p).view(batch, kv_heads, -1, p.shape[-1])
         dv_sum[:, :, cols[0] : cols[1]] += dropped.transpose(-1, -2) @ part_dout
         dp = (part_dout @ part_v.transpose(-1, -2)).view_as(p)
@@ -236,29 +246,27 @@ def sequence_cuts(name: str, cu_seqlens: Tensor, total: int, longest: int) -> li
     bounds: list[int] = cu_seqlens.tolist()
     cuts = [slice(a, b) for a, b in pairwise(bounds)]
     lengths = [cut.stop - cut.start for cut in cuts]
-    check(
-        bounds[0] == 0 and bounds[-1] == total and min(lengths, default=0) >= 0,
-        "attention_varlen",
-        name,
-        f"non-decreasing from 0 to the number of packed tokens, {total}",
-        bounds if len(bounds) <= 16 else f"[{', '.join(map(str, bounds[:16]))}, ...]",
-        "It holds the running total of the sequence lengths, after a 0",
-    )
-    check(
-        max(lengths, default=0) <= longest,
-        "attention_varlen",
-        f"max_seqlen_{name[-1]}",
-        f"at least the longest sequence, {max(lengths, default=0)}",
-        longest,
-        "Leave it out, or pass the real maximum",
-    )
+    fits = bounds[0] == 0 and bounds[-1] == total and min(lengths, default=0) >= 0
+    if not fits:
+        expected = f"non-decreasing from 0 to the number of packed tokens, {total}"
+        got = bounds if len(bounds) <= 16 else f"[{', '.join(map(str, bounds[:16]))}, ...]"
+        mend = "It holds the running total of the sequence lengths, after a 0"
+        raise _EXPECT.error(name, expected, got, mend)
+    most = max(lengths, default=0)
+    if most > longest:
+        expected, mend = (
+            f"at least the longest sequence, {most}",
+            "Leave it out, or pass the real maximum",
+        )
+        raise _EXPECT.error(f"max_seqlen_{name[-1]}", expected, longest, mend)
     return cuts
 
 
 class Piece(NamedTuple):
     """Some batch entries of a dense call, or one sequence of a packed one, seen as dense."""
 
-    opts: Options
+    params: Params
+    numbers: Tensor  # [B], of the sequences
     packed: bool
     queries: slice
     keys: slice
@@ -279,55 +287,46 @@ class Piece(NamedTuple):
         return x[part].transpose(0, 1)[None] if self.packed else x[part]
 
 
-def _pieces(
-    q: Tensor,
-    k: Tensor,
-    rule: Rule,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Iterator[Piece]:
-    def options(first: int, last: int) -> Options:
-        slopes = alibi_slopes
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[first:last]
-        part = mask if mask is None or mask.shape[0] == 1 else mask[first:last]
-        batch = torch.arange(first, last, device=q.device)
-        return Options(rule, part, slopes, seed, batch)
+def _pieces(q: Tensor, k: Tensor, params: Params) -> Iterator[Piece]:
+    mask, slopes = params.mask, params.alibi_slopes
+    cu_q, cu_k = params.cu_seqlens_q, params.cu_seqlens_k
 
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        cuts_q = sequence_cuts("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        cuts_k = sequence_cuts("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    def piece(first: int, last: int, queries: slice, keys: slice) -> Piece:
+        own = params._replace(
+            mask=mask if mask is None or mask.shape[0] == 1 else mask[first:last],
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[first:last],
+        )
+        numbers = torch.arange(first, last, device=q.device)
+        return Piece(own, numbers, cu_q is not None, queries, keys)
+
+    if cu_q is not None and cu_k is not None:
+        cuts_q = sequence_cuts("cu_seqlens_q", cu_q, q.shape[0], params.max_seqlen_q)
+        cuts_k = sequence_cuts("cu_seqlens_k", cu_k, k.shape[0], params.max_seqlen_k)
         for b, (queries, keys) in enumerate(zip(cuts_q, cuts_k, strict=True)):
-            yield Piece(options(b, b + 1), True, queries, keys)
+            yield piece(b, b + 1, queries, keys)
         return
     # So many batch entries at once that the budget still leaves room for 64 rows of each.
-    height, width = _reach(q.shape[2], k.shape[2], rule)
+    height, width = _reach(q.shape[2], k.shape[2], params.rule)
     entry = q.shape[1] * width * min(height, 64)
     step = max(1, _budget(q.device) // max(1, entry))
     for first in range(0, q.shape[0], step):
         last = min(first + step, q.shape[0])
-        yield Piece(options(first, last), False, slice(first, last), slice(first, last))
+        yield piece(first, last, slice(first, last), slice(first, last))
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The op `attention_fwd`; ``options`` are its arguments from mask to dropout_p."""
-    rule = Rule(*options[7:])
-    out = empty_like_layout(q, v.shape[-1])
-    lse_shape = (q.shape[1], q.shape[0]) if options[3] is not None else q.shape[:3]
-    lse = q.new_empty((*lse_shape, 2), dtype=accumulate_dtype(q.dtype))
+    """The op `attention_fwd`; ``options`` are those of `Params`."""
+    params = Params.of(options)
+    out, lse = empty_results(q, v, params)
     # Autocast would lower the float32 products inside.
     with torch.autocast(q.device.type, enabled=False):
-        for piece in _pieces(q, k, rule, *options[:7]):
+        for piece in _pieces(q, k, params):
             dense_fwd(
                 piece.of_queries(q),
                 piece.of_keys(k),
                 piece.of_keys(v),
-                piece.opts,
+                piece.params,
+                piece.numbers,
                 piece.of_queries(out),
                 piece.of_lse(lse),
             )
@@ -344,13 +343,16 @@ def attention_bwd(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op `attention_bwd`; ``options`` are its arguments from mask to needs_dmask."""
-    rule = Rule(*options[7:-1])
-    mask, needs_dmask = options[0], options[-1]
+    """The op `attention_bwd`; ``options`` are those of `Params`, and needs_dmask."""
+    *given, needs_dmask = options
+    params = Params.of(given)
     dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (q, k, v))
-    dmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if needs_dmask else None
+    mask, dmask = params.mask, None
+    if needs_dmask:
+        assert mask is not None
+        dmask = mask.new_zeros(mask.shape, dtype=lse.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        for piece in _pieces(q, k, rule, *options[:7]):
+        for piece in _pieces(q, k, params):
             dense_bwd(
                 piece.of_queries(dout),
                 piece.of_lse(dlse) if dlse is not None else None,
@@ -358,10 +360,13 @@ def attention_bwd(
                 piece.of_keys(k),
                 piece.of_keys(v),
                 piece.of_lse(lse),
-                piece.opts,
+                piece.params,
+                piece.numbers,
                 piece.of_queries(dq),
                 piece.of_keys(dk),
                 piece.of_keys(dv),
                 piece.of_mask(dmask) if dmask is not None else None,
             )
-    return dq, dk, dv, q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
+    if mask is None or dmask is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, dmask.to(mask.dtype)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 
+_MAKE = "torch.distributed.tensor.distribute_tensor makes one"
 _Side = Literal["batch", "heads"] | None  # what a dimension of the mesh splits
 
 # Where batch and heads are, counted from the last dimension (packed tensors have no batch).
@@ -44,46 +45,30 @@ _PLACES: dict[str, dict[str, tuple[int | None, int | None]]] = {
 
 def on_shards(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Call ``function`` on the ranks' parts, and make DTensors of its results."""
-    op = function.__name__
-    places = _PLACES[op]
+    expect, places = Expect(function.__name__), _PLACES[function.__name__]
     first = next(iter(places))
     q = arguments[first]
-    check(
-        isinstance(q, DTensor),
-        op,
-        first,
-        "a DTensor where another argument is one",
-        type(q).__name__,
-        "torch.distributed.tensor.distribute_tensor makes one",
-        TypeError,
-    )
+    if not isinstance(q, DTensor):
+        expected, got = "a DTensor where another argument is one", type(q).__name__
+        raise expect.error(first, expected, got, _MAKE, TypeError)
     batch, heads = places[first]
     rank = 3 if batch is None else 4
     assert heads is not None
-    check(q.dim() == rank, op, first, f"{rank}-dimensional as a DTensor", f"{q.dim()} dimensions")
-    check(
-        not arguments.get("dropout_p"),
-        op,
-        "dropout_p",
-        "0 with DTensors, whose ranks would all drop the same weights",
-        arguments.get("dropout_p"),
-        "Call it on .to_local() with a seed for each rank",
-    )
+    expect(q.dim() == rank, first, f"{rank}-dimensional as a DTensor", f"{q.dim()} dimensions")
+    dropout_p = arguments.get("dropout_p")
+    expected = "0 with DTensors, whose ranks would all drop the same weights"
+    mend = "Call it on .to_local() with a seed for each rank"
+    expect(not dropout_p, "dropout_p", expected, dropout_p, mend)
     allowed: dict[Placement, _Side] = {Replicate(): None, Shard(rank + heads): "heads"}
     if batch is not None:
         allowed[Shard(0)] = "batch"
-    for placement in q.placements:
-        check(
-            placement in allowed,
-            op,
-            first,
-            "replicated, or split over " + ("heads" if batch is None else "batch or heads"),
-            f"placed {q.placements}",
-            f"Redistribute it: {first}.redistribute(placements=[Shard({rank + heads})])",
-        )
+    if any(placement not in allowed for placement in q.placements):
+        expected = "replicated, or split over " + ("heads" if batch is None else "batch or heads")
+        mend = f"Redistribute it: {first}.redistribute(placements=[Shard({rank + heads})])"
+        raise expect.error(first, expected, f"placed {q.placements}", mend)
     sides = [allowed[placement] for placement in q.placements]
     local = {
-        name: _local(op, name, x, places[name], q, sides) if name in places else x
+        name: _local(expect, name, x, places[name], q, sides) if name in places else x
         for name, x in arguments.items()
     }
     results = function(**local)
@@ -98,7 +83,7 @@ def on_shards(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 
 def _local(
-    op: str,
+    expect: Expect,
     name: str,
     x: Any,
     places: tuple[int | None, int | None],
@@ -110,15 +95,9 @@ def _local(
         return None
     if not isinstance(x, DTensor) and places == (None, None):
         return x  # lengths, the same on every rank
-    check(
-        isinstance(x, DTensor) and x.device_mesh == q.device_mesh,
-        op,
-        name,
-        "a DTensor on the same mesh as the others",
-        f"one on {x.device_mesh}" if isinstance(x, DTensor) else type(x).__name__,
-        "torch.distributed.tensor.distribute_tensor makes one",
-        TypeError,
-    )
+    if not isinstance(x, DTensor) or x.device_mesh != q.device_mesh:
+        got = f"one on {x.device_mesh}" if isinstance(x, DTensor) else type(x).__name__
+        raise expect.error(name, "a DTensor on the same mesh as the others", got, _MAKE, TypeError)
     expected: list[Placement] = []
     gradient: list[Placement] = []
     pieces = 1
@@ -136,21 +115,12 @@ def _local(
             gradient.append(Shard(at))
             if side == "heads":
                 pieces *= q.device_mesh.size(i)
-                check(
-                    x.shape[at] % pieces == 0,
-                    op,
-                    f"{name}'s number of heads",
-                    f"a multiple of the {pieces} parts that heads are split into",
-                    x.shape[at],
-                )
-    check(
-        tuple(x.placements) == tuple(expected),
-        op,
-        name,
-        f"placed {tuple(expected)}, to fit the first argument",
-        tuple(x.placements),
-        f"Redistribute it: {name}.redistribute(placements=...)",
-    )
+                whole = f"a multiple of the {pieces} parts that heads are split into"
+                fits = x.shape[at] % pieces == 0
+                expect(fits, f"{name}'s number of heads", whole, x.shape[at])
+    placed, wanted = tuple(x.placements), f"placed {tuple(expected)}, to fit the first argument"
+    mend = f"Redistribute it: {name}.redistribute(placements=...)"
+    expect(placed == tuple(expected), name, wanted, placed, mend)
     return x.to_local(grad_placements=gradient)
 
 

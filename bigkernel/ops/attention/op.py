@@ -15,9 +15,9 @@ from torch import Tensor
 from bigkernel import registry
 from bigkernel._library import call
 from bigkernel.backend import select
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.ops.attention import blocks
-from bigkernel.ops.attention.blocks import accumulate_dtype, empty_like_layout
+from bigkernel.ops.attention.blocks import empty_like_layout, empty_results
 from bigkernel.ops.attention.checks import (
     Align,
     Window,
@@ -26,12 +26,14 @@ from bigkernel.ops.attention.checks import (
     check_mask,
     check_plain,
     check_qkv,
-    check_scalars,
+    check_rule,
     check_tensors,
 )
+from bigkernel.ops.attention.reference import Params
 from bigkernel.ops.attention.tensors import understands_tensors
 
 MAX_NATIVE_HEAD_DIM = 256
+_DENSE, _PACKED = Expect("attention"), Expect("attention_varlen")
 
 
 class _Options(TypedDict, total=False):
@@ -47,6 +49,7 @@ class _Options(TypedDict, total=False):
     scale: float | None
 
 
+# `Params`, in its order.
 _OPTIONS = (
     "Tensor? mask, Tensor? alibi_slopes, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, bool bottom_right, "
@@ -70,11 +73,12 @@ _SCHEMA_BWD = (
 )
 
 
+# Where the mask stands among forward's arguments: the only one of them that may need a gradient.
+_MASK = 3 + Params._fields.index("mask")
+
+
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    packed = options[3] is not None
-    lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    lse = q.new_empty((*lse_shape, 2), dtype=accumulate_dtype(q.dtype))
-    return empty_like_layout(q, v.shape[-1]), lse
+    return empty_results(q, v, Params.of(options))
 
 
 def _fake_bwd(
@@ -87,33 +91,37 @@ def _fake_bwd(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, needs_dmask = options
     dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (q, k, v))
-    mask, needs_dmask = options[0], options[-1]
-    return dq, dk, dv, mask.new_empty(mask.shape) if needs_dmask else q.new_empty(0)
+    mask = Params.of(given).mask
+    if mask is None or not needs_dmask:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, mask.new_empty(mask.shape)
 
 
 def _autograd(ops: Any) -> tuple[Any, Any]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:8], *output)
-        ctx.scalars = inputs[8:]
+        q, k, v, *options = inputs
+        tensors, ctx.numbers = Params.of(options).split()
+        ctx.save_for_backward(q, k, v, *tensors, *output)
         # So that a gradient of lse that nobody asked for is None, and not zeros to be added.
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, *options, out, lse = ctx.saved_tensors
+        q, k, v, *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         if dlse is not None:
             dlse = dlse[..., 0]  # the public functions return the sum: both have one gradient
-        needs_dmask = ctx.needs_input_grad[3]
+        needs_dmask = ctx.needs_input_grad[_MASK]
         dout = _contiguous_rows(dout)
-        saved = (dout, dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dmask)
+        options = Params(*tensors, *ctx.numbers).arguments
+        saved = (dout, dlse, q, k, v, out, lse, *options, needs_dmask)
         *dqkv, dmask = call(ops, "attention_bwd", *saved)
-        return (
-            *dqkv,
-            dmask if needs_dmask else None,
-            *[None] * (len(options) - 1 + len(ctx.scalars)),
-        )
+        gradients = [*dqkv, *[None] * len(options)]
+        if needs_dmask:
+            gradients[_MASK] = dmask
+        return tuple(gradients)
 
     return backward, setup_context
 
@@ -232,23 +240,20 @@ def attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
-    op = "attention"
-    check_plain(op, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
+    expect = _DENSE
+    check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     q, k, v, mask = autocast(q, k, v, mask)
-    check_qkv(op, q, k, v, 4, "[B, H, S, D]")
-    check(
-        k.shape[0] == q.shape[0],
-        op,
-        "k and v",
-        f"of q's batch size, {q.shape[0]}",
-        k.shape[0],
-        "Expand the one whose batch size is 1",
-    )
+    check_qkv(expect, q, k, v, 4, "a tensor [B, H, S, D]")
+    batch = q.shape[0]
+    if k.shape[0] != batch:
+        mend = "Expand the one whose batch size is 1"
+        raise expect.error("k and v", f"of q's batch size, {batch}", k.shape[0], mend)
     if mask is not None:
-        mask = check_mask(op, mask, q, k)
-    tensors = (mask, *check_tensors(op, q, alibi_slopes, q.shape[0], dropout_p, seed), None, None)
-    scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
-    out, lse = _run(q, k, v, *tensors, q.shape[2], k.shape[2], *scalars)
+        mask = check_mask(expect, mask, q, k)
+    slopes, seed = check_tensors(expect, q, alibi_slopes, batch, dropout_p, seed)
+    rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
+    params = Params(mask, slopes, seed, None, None, q.shape[2], k.shape[2], rule)
+    out, lse = _run(q, k, v, params)
     return (out, lse.sum(-1)) if return_lse else out
 
 
@@ -323,46 +328,37 @@ def attention_varlen(
     Raises:
         ValueError, TypeError: as `attention`, and if cu_seqlens do not fit the packed tensors.
     """
-    op = "attention_varlen"
-    check_plain(op, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
-    check_plain(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    expect = _PACKED
+    check_plain(expect, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+    check_plain(expect, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     q, k, v, _ = autocast(q, k, v, None)
-    check_qkv(op, q, k, v, 3, "[T, H, D]")
-    check(
-        (max_seqlen_q is not None and max_seqlen_k is not None) or not torch.jit.is_tracing(),  # type: ignore[attr-defined]
-        op,
-        "max_seqlen_q and max_seqlen_k",
-        "given in torch.jit.trace, which would keep those of the example",
-        (max_seqlen_q, max_seqlen_k),
-        "Pass upper bounds of all lengths to come",
-    )
+    check_qkv(expect, q, k, v, 3, "a tensor [T, H, D]")
+    lengths = (max_seqlen_q, max_seqlen_k)
+    if None in lengths and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        expected = "given in torch.jit.trace, which would keep those of the example"
+        mend = "Pass upper bounds of all lengths to come"
+        raise expect.error("max_seqlen_q and max_seqlen_k", expected, lengths, mend)
     max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
-    check(
-        cu_seqlens_q.shape == cu_seqlens_k.shape,
-        op,
-        "cu_seqlens_k",
-        f"as long as cu_seqlens_q, {cu_seqlens_q.shape[0]}",
-        cu_seqlens_k.shape[0],
-        "Both have one more element than there are sequences",
-    )
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    batch = cu_seqlens_q.shape[0] - 1
-    tensors = (None, *check_tensors(op, q, alibi_slopes, batch, dropout_p, seed))
-    scalars = check_scalars(op, q, causal, align, window, softcap, dropout_p, scale)
-    out, lse = _run(
-        q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scalars
-    )
+    check_cu_seqlens(expect, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+    check_cu_seqlens(expect, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+    size, size_k = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
+    if size != size_k:
+        mend = "Both have one more element than there are sequences"
+        raise expect.error("cu_seqlens_k", f"as long as cu_seqlens_q, {size}", size_k, mend)
+    slopes, seed = check_tensors(expect, q, alibi_slopes, size - 1, dropout_p, seed)
+    rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
+    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    params = Params(None, slopes, seed, cu_q, cu_k, max_seqlen_q, max_seqlen_k, rule)
+    out, lse = _run(q, k, v, params)
     return (out, lse.sum(-1)) if return_lse else out
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _run(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """Pick the backend and call its op."""
     ops = select("attention_fwd", q.device, _OP.why_not_native((q, k, v)))
     qkv = map(_contiguous_rows, (q, k, v))
-    out: tuple[Tensor, Tensor] = call(ops, "attention_fwd", *qkv, *options)
+    out: tuple[Tensor, Tensor] = call(ops, "attention_fwd", *qkv, *params.arguments)
     return out
 
 

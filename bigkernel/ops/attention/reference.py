@@ -16,10 +16,11 @@ A row in which every key is masked has out 0 and lse -inf, and sends no gradient
 sees a score of +inf or NaN has out and lse NaN.
 
 `attention_reference` writes this down with the whole score matrix and leaves the gradient to
-autograd. What users get without native code works in blocks of rows: `attention_blocks.py`.
+autograd. What users get without native code works in blocks of rows: `blocks.py`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,37 @@ class Rule(NamedTuple):
     def reach_right(self) -> int:
         """How far to the right of the diagonal a row sees; -1: without limit."""
         return 0 if self.causal else self.window_right
+
+
+class Params(NamedTuple):
+    """What the ops take besides q, k and v (and what backward is given), in the schema's order."""
+
+    mask: Tensor | None  # [1 or B, 1 or Hq, 1 or Sq, 1 or Sk]
+    alibi_slopes: Tensor | None  # [Hq] or [B, Hq]
+    seed: Tensor | None
+    cu_seqlens_q: Tensor | None  # [B + 1]; None: a dense batch
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    rule: Rule
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "Params":
+        """From an op's arguments, where the numbers of the rule come last."""
+        numbers = len(cls._fields) - 1
+        return cls._make((*arguments[:numbers], Rule(*arguments[numbers:])))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the op."""
+        return (*self[:-1], *self.rule)
+
+    def split(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The tensors, which come first, and the others."""
+        return self[:_TENSORS], self[_TENSORS:]
+
+
+_TENSORS = list(Params.__annotations__.values()).count(Tensor | None)
 
 
 def dropout_keep(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.attention.checks import Align, autocast, check_plain
 from bigkernel.ops.attention.op import attention
 from bigkernel.ops.attention.tensors import is_causal_bias, understands_tensors
 
-_OP = "scaled_dot_product_attention"
+_EXPECT = Expect("scaled_dot_product_attention")
 
 
 @understands_tensors
@@ -54,21 +54,16 @@ def scaled_dot_product_attention(
     """
     align: Align = "top_left"
     if is_causal_bias(type(attn_mask)):
-        check(not is_causal, _OP, "is_causal", "False with a causal attn_mask", True)
+        _EXPECT(not is_causal, "is_causal", "False with a causal attn_mask", True)
         align, is_causal, attn_mask = _causal(attn_mask, query, key), True, None
-    check_plain(_OP, query=query, key=key, value=value, attn_mask=attn_mask)
+    check_plain(_EXPECT, query=query, key=key, value=value, attn_mask=attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check(x.dim() >= 2, _OP, name, "at least 2-dimensional", f"shape {tuple(x.shape)}")
-    check(
-        attn_mask is None or not is_causal,
-        _OP,
-        "attn_mask",
-        "None when is_causal=True",
-        "both",
-        "Put the causal part into the mask",
-        RuntimeError,
-    )
+        if x.dim() < 2:
+            raise _EXPECT.error(name, "at least 2-dimensional", shape_of(x))
+    if is_causal and attn_mask is not None:
+        mend = "Put the causal part into the mask"
+        raise _EXPECT.error("attn_mask", "None when is_causal=True", "both", mend, RuntimeError)
     rank = max(query.dim(), key.dim(), value.dim())
     q, k, v = (_lift(x, max(rank, 4)) for x in (query, key, value))
     q, k, v = _heads(q, k, v, enable_gqa)
@@ -76,16 +71,7 @@ def scaled_dot_product_attention(
     mask = attn_mask
     if mask is not None:
         full = (*lead, *q.shape[-3:-1], k.shape[-2])
-        fits = mask.dim() <= rank and all(
-            size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False)
-        )
-        check(
-            fits,
-            _OP,
-            "attn_mask",
-            f"broadcastable to {full[-rank:]}",
-            f"shape {tuple(mask.shape)}",
-        )
+        _EXPECT.broadcastable("attn_mask", mask, full[-rank:])
         mask = _lift(mask, max(rank, 4))
         mask = mask.flatten(0, -4) if mask.shape[:-3].numel() == 1 else _one_batch(mask, lead)
     q, k, v = (_one_batch(x, lead) for x in (q, k, v))
@@ -105,7 +91,7 @@ def scaled_dot_product_attention(
 def _causal(bias: Any, query: Tensor, key: Tensor) -> Align:
     """Where the diagonal of a causal bias lies."""
     sizes, lengths = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
-    check(sizes == lengths, _OP, "a causal attn_mask", f"of the lengths {lengths}", sizes)
+    _EXPECT(sizes == lengths, "a causal attn_mask", f"of the lengths {lengths}", sizes)
     return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
@@ -116,10 +102,9 @@ def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) ->
         return shapes[0]  # broadcast_shapes takes as long as a small kernel
     try:
         return torch.broadcast_shapes(*shapes)
-    except RuntimeError:
+    except RuntimeError as error:
         got = "{}, {} and {}".format(*(tuple(x.shape) for x in given))
-        check(False, _OP, "batch dimensions", "the same or 1", got)
-        raise
+        raise _EXPECT.error("batch dimensions", "the same or 1", got) from error
 
 
 def _lift(x: Tensor, rank: int) -> Tensor:
@@ -139,26 +124,17 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, T
     hq, hk, hv = (x.shape[-3] for x in (q, k, v))
     if enable_gqa:
         for name, heads in (("key", hk), ("value", hv)):
-            check(
-                hq % heads == 0 if heads else hq == 0,
-                _OP,
-                "query's number of heads",
-                f"a multiple of {name}'s, {heads}",
-                hq,
-            )
+            fits = hq % heads == 0 if heads else hq == 0
+            _EXPECT(fits, "query's number of heads", f"a multiple of {name}'s, {heads}", hq)
         if hk != hv:
             k, v = k.repeat_interleave(hq // hk, -3), v.repeat_interleave(hq // hv, -3)
         return q, k, v
     if hk == hv and hk in (1, hq):
         return q, k, v  # one head of keys for all is multi-query attention: nothing to expand
-    heads = max(hq, hk, hv)
-    check(
-        all(h in (1, heads) for h in (hq, hk, hv)),
-        _OP,
-        "the numbers of heads of query, key and value",
-        "the same or 1",
-        (hq, hk, hv),
-        "enable_gqa=True lets several query heads share one of key and value",
-    )
+    counts, heads = (hq, hk, hv), max(hq, hk, hv)
+    if any(h not in (1, heads) for h in counts):
+        what = "the numbers of heads of query, key and value"
+        mend = "enable_gqa=True lets several query heads share one of key and value"
+        raise _EXPECT.error(what, "the same or 1", counts, mend)
     q, k, v = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (q, k, v))
     return q, k, v

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigkernel.errors import check_meaning
+from bigkernel.expect import Expect
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,7 +70,7 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
         if x.is_nested or (is_causal_bias(kind) and name == "attn_mask"):
             continue  # which the function itself refuses, or knows
         mend = "Pass causal=True and align in place of a causal mask"
-        check_meaning(function.__name__, name, x, mend if is_causal_bias(kind) else "")
+        Expect(function.__name__).meaning(name, x, mend if is_causal_bias(kind) else "")
     if distributed:
         from bigkernel.ops.attention.dtensor import on_shards
 

@@ -71,10 +71,13 @@ from torch._guards import detect_fake_mode
 
 from bigkernel import _library, registry
 from bigkernel.backend import select
-from bigkernel.errors import check, has_tangent
+from bigkernel.errors import has_tangent
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.augment import reference
+from bigkernel.ops.augment.reference import Arguments
 
-SCHEMA = (
+_EXPECT = Expect("augment")
+SCHEMA = (  # `Arguments`, in their order
     "(Tensor[] images, Tensor geometry, Tensor color, Tensor fill, Tensor? mean, Tensor? std, "
     "SymInt out_h, SymInt out_w, bool channels_last_in, bool channels_last_out, "
     "int interpolation, bool antialias, float in_scale, int out_dtype) -> Tensor"
@@ -85,26 +88,13 @@ INTERPOLATIONS = ("nearest", "bilinear")
 Numbers = Tensor | Sequence[float] | float
 
 
-def _fake(
-    images: list[Tensor],
-    geometry: Tensor,
-    color: Tensor,
-    fill: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    out_h: int,
-    out_w: int,
-    channels_last_in: bool,
-    channels_last_out: bool,
-    interpolation: int,
-    antialias: bool,
-    in_scale: float,
-    out_dtype: int,
-) -> Tensor:
-    n, channels = geometry.shape[0], fill.shape[1]
-    shape = (n, out_h, out_w, channels) if channels_last_out else (n, channels, out_h, out_w)
-    like = images[0] if images else geometry
-    return like.new_empty(shape, dtype=OUT_DTYPES[out_dtype])
+def _fake(*given: Any) -> Tensor:
+    call = Arguments(*given)
+    n, channels = call.geometry.shape[0], call.fill.shape[1]
+    size = (call.out_h, call.out_w)
+    shape = (n, *size, channels) if call.channels_last_out else (n, channels, *size)
+    like = call.images[0] if call.images else call.geometry
+    return like.new_empty(shape, dtype=OUT_DTYPES[call.out_dtype])
 
 
 _TABLES = ("geometry", "color", "fill", "mean", "std")
@@ -117,20 +107,17 @@ def _with_derivatives(op: Any) -> Any:
     """
 
     def augment(keyset: Any, images: list[Tensor], *rest: Any) -> Any:
-        for name, table in zip(_TABLES, rest, strict=False):
+        call = Arguments(images, *rest)
+        for name in _TABLES:
+            table = getattr(call, name)
             tangent = isinstance(table, Tensor) and has_tangent(table)
             _check_constant(name, table, tangent)
         if not any(asks_derivative(image) or has_tangent(image) for image in images):
             return op.redispatch(keyset & torch._C._after_autograd_keyset, images, *rest)
-        check(
-            detect_fake_mode() is None,
-            "augment",
-            "images",
-            "without gradient or tangent inside of a compiled torch.func transform",
-            "images with one",
-            "Compile the function inside of the transform, or neither",
-            NotImplementedError,
-        )
+        if detect_fake_mode() is not None:
+            expected = "without gradient or tangent inside of a compiled torch.func transform"
+            mend = "Compile the function inside of the transform, or neither"
+            raise _EXPECT.error("images", expected, "images with one", mend, NotImplementedError)
         return reference.augment(images, *rest)
 
     return augment
@@ -152,14 +139,9 @@ def asks_derivative(x: Tensor) -> bool:
 
 
 def _check_constant(name: str, x: Any, tangent: bool = False) -> None:
-    check(
-        not isinstance(x, Tensor) or not (tangent or asks_derivative(x)),
-        "augment",
-        name,
-        "without gradient or tangent",
-        "a tensor with one",
-        "Only images have derivatives: pass a detached tensor",
-    )
+    if isinstance(x, Tensor) and (tangent or asks_derivative(x)):
+        mend = "Only images have derivatives: pass a detached tensor"
+        raise _EXPECT.error(name, "without gradient or tangent", "a tensor with one", mend)
 
 
 def _followed(tensors: Sequence[Tensor]) -> str | None:
@@ -229,6 +211,7 @@ def augment(
         ValueError, TypeError: an argument does not fit; the message says which.
         NotImplementedError: inside of torch.vmap.
     """
+    expect = _EXPECT
     batch, n, channels = _check_images(images, channels_last_in)
     device = batch[0].device if batch else geometry.device
     source = batch[0].dtype if batch else torch.uint8
@@ -237,36 +220,17 @@ def augment(
         color = torch.zeros(n, 0, 2, dtype=torch.float32, device="cpu")
     k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0
     _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
-    if batch:
-        check(
-            k == 0 or channels in (1, 3),
-            "augment",
-            "images",
-            "of 1 or 3 channels for colour",
-            f"{channels} channels",
-            "Leave color out, or select channels",
-        )
+    if batch and k > 0 and channels not in (1, 3):
+        mend = "Leave color out, or select channels"
+        raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", mend)
     wide = torch.float32 if source in _OP.dtypes else torch.float64
     fill_table = _fill(fill, n, channels if batch else None, wide)
     if not batch:
         channels = fill_table.shape[1]
     height, width = _check_size(size)
-    check(
-        interpolation in INTERPOLATIONS,
-        "augment",
-        "interpolation",
-        "'nearest' or 'bilinear'",
-        repr(interpolation),
-    )
+    expect.one_of("interpolation", interpolation, *INTERPOLATIONS)
     dtype = source if dtype is None else dtype
-    check(
-        dtype in OUT_DTYPES,
-        "augment",
-        "dtype",
-        _DTYPES,
-        dtype,
-        cls=TypeError,
-    )
+    expect(dtype in OUT_DTYPES, "dtype", _DTYPES, dtype, cls=TypeError)
     if in_scale is None:
         in_scale = 1.0 if dtype == source else reference.bound(dtype) / reference.bound(source)
     reason = _OP.why_not_dtype(dtype) or _OP.why_not_native(batch)
@@ -276,143 +240,90 @@ def augment(
     # The op is opaque to autograd, which goes through its definition instead.
     followed = any(map(asks_derivative, batch)) and device.type != "meta"
     run = reference.augment if followed else namespace.augment
-    return run(  # type: ignore[no-any-return]
-        batch,
-        geometry,
-        color,
-        fill_table,
-        _per_channel("mean", mean, channels, wide),
-        _per_channel("std", std, channels, wide),
-        height,
-        width,
-        channels_last_in,
-        channels_last_out,
-        INTERPOLATIONS.index(interpolation),
-        antialias,
-        in_scale,
-        OUT_DTYPES.index(dtype),
+    arguments = Arguments(
+        images=batch,
+        geometry=geometry,
+        color=color,
+        fill=fill_table,
+        mean=_per_channel("mean", mean, channels, wide),
+        std=_per_channel("std", std, channels, wide),
+        out_h=height,
+        out_w=width,
+        channels_last_in=channels_last_in,
+        channels_last_out=channels_last_out,
+        interpolation=INTERPOLATIONS.index(interpolation),
+        antialias=antialias,
+        in_scale=in_scale,
+        out_dtype=OUT_DTYPES.index(dtype),
     )
+    return run(*arguments)  # type: ignore[no-any-return]
 
 
 def _check_images(
     images: Tensor | Sequence[Tensor], channels_last: bool
 ) -> tuple[list[Tensor], int, int]:
     """(the op's list, N, C) after checking that the images can form one batch."""
+    expect = _EXPECT
     if isinstance(images, Tensor):
         check_plain("augment", "images", images)
-        batch = [images]
+        batch, names = [images], ["images"]
         layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
-        check(
-            images.dim() == 4,
-            "augment",
-            "images",
+        expected, mend = (
             f"a batch {layout} or a list of images",
-            f"shape {tuple(images.shape)}",
             "Add a batch dimension with images[None]",
         )
+        expect.rank("images", images, 4, expected, mend)
         n = images.shape[0]
     else:
         batch = list(images)
-        n = len(batch)
+        n, names = len(batch), [f"images[{i}]" for i in range(len(batch))]
         layout = "[H, W, C]" if channels_last else "[C, H, W]"
-        for i, image in enumerate(batch):
-            check(
-                isinstance(image, Tensor),
-                "augment",
-                f"images[{i}]",
-                "a tensor",
-                type(image).__name__,
-                "Convert PIL images and arrays first",
-                TypeError,
-            )
-            check_plain("augment", f"images[{i}]", image)
-            check(
-                image.dim() == 3,
-                "augment",
-                f"images[{i}]",
-                f"of shape {layout}",
-                f"shape {tuple(image.shape)}",
-            )
+        for name, image in zip(names, batch, strict=True):
+            expect.tensor(name, image, "Convert PIL images and arrays first")
+            check_plain("augment", name, image)
+            expect.rank(name, image, 3, f"of shape {layout}")
     axis = -1 if channels_last else -3
-    for i, image in enumerate(batch):
-        name = "images" if isinstance(images, Tensor) else f"images[{i}]"
-        check(
-            image.dtype in OUT_DTYPES,
-            "augment",
-            name,
-            f"of {_DTYPES}",
-            image.dtype,
-            "Convert with .to(torch.uint8) or .float()",
-            TypeError,
+    for name, image in zip(names, batch, strict=True):
+        first, channels = batch[0], batch[0].shape[axis]
+        expect.dtype(
+            name, image, OUT_DTYPES, f"of {_DTYPES}", "Convert with .to(torch.uint8) or .float()"
         )
-        check(
-            image.dtype == batch[0].dtype,
-            "augment",
-            name,
-            f"{batch[0].dtype} like the first image",
-            image.dtype,
-            cls=TypeError,
-        )
-        check(
-            image.device == batch[0].device,
-            "augment",
-            name,
-            f"on {batch[0].device} like the first image",
-            image.device,
-        )
-        check(
-            image.shape[axis] == batch[0].shape[axis],
-            "augment",
-            name,
-            f"of {batch[0].shape[axis]} channels like the first image",
-            f"{image.shape[axis]} (shape {tuple(image.shape)})",
-            "channels_last_in says which dimension holds the channels",
-        )
+        if image.dtype != first.dtype:
+            expected = f"{first.dtype} like the first image"
+            raise expect.error(name, expected, image.dtype, cls=TypeError)
+        if image.device != first.device:
+            raise expect.error(name, f"on {first.device} like the first image", image.device)
+        if image.shape[axis] != channels:
+            expected = f"of {channels} channels like the first image"
+            got = f"{image.shape[axis]} ({shape_of(image)})"
+            mend = "channels_last_in says which dimension holds the channels"
+            raise expect.error(name, expected, got, mend)
     return batch, n, batch[0].shape[axis] if batch else 0
 
 
 def check_plain(owner: str, name: str, x: Tensor) -> None:
     """``x`` is a dense tensor whose own data are the values, or is known to stand for one."""
-    check(
-        not x.is_nested,
-        owner,
-        name,
-        "plain tensors",
-        "a nested one",
-        "Pass the list of its images, from .unbind()",
-        TypeError,
-    )
-    check(
-        x.layout is torch.strided,
-        owner,
-        name,
-        "dense",
-        x.layout,
-        "Convert with .to_dense()",
-        TypeError,
-    )
+    expect = _EXPECT if owner == "augment" else Expect(owner)
+    if x.is_nested:
+        mend = "Pass the list of its images, from .unbind()"
+        raise expect.error(name, "plain tensors", "a nested one", mend, TypeError)
+    expect.dense(name, x, "dense", "Convert with .to_dense()")
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter:
-        check(
-            torch.compiler.is_compiling() or not is_batchedtensor(x),
-            owner,
-            name,
-            "outside of torch.vmap",
-            "a tensor inside",
-            "A batch is one call already: pass [N, C, H, W]",
-            NotImplementedError,
-        )
+        if not torch.compiler.is_compiling() and is_batchedtensor(x):
+            expected, mend = (
+                "outside of torch.vmap",
+                "A batch is one call already: pass [N, C, H, W]",
+            )
+            raise expect.error(name, expected, "a tensor inside", mend, NotImplementedError)
         return
     if kind.__module__.startswith("torch._subclasses."):  # fake and functional tensors, of tracing
-        check(
-            kind.__name__ != "FakeTensor" or detect_fake_mode() is not None,
-            owner,
-            name,
-            "within its FakeTensorMode",
-            "a FakeTensor outside",
-            "Call it inside `with fake_tensor.fake_mode:`",
-            TypeError,
-        )
+        if kind.__name__ == "FakeTensor" and detect_fake_mode() is None:
+            expected, mend = (
+                "within its FakeTensorMode",
+                "Call it inside `with fake_tensor.fake_mode:`",
+            )
+            raise expect.error(name, expected, "a FakeTensor outside", mend, TypeError)
         return
     # A subclass that says itself what operations mean may hold anything in the place of its data.
     usual = getattr(Tensor.__torch_function__, "__func__", None)
@@ -420,16 +331,11 @@ def check_plain(owner: str, name: str, x: Tensor) -> None:
         getattr(kind.__torch_function__, "__func__", None) is usual
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
-    check(
-        ours,
-        owner,
-        name,
-        "a plain tensor",
-        f"a {kind.__name__}",
+    mend = (
         "If its data are the values, pass x.as_subclass(torch.Tensor); a DTensor's part on this "
-        "rank is x.to_local()",
-        TypeError,
+        "rank is x.to_local()"
     )
+    expect(ours, name, "a plain tensor", f"a {kind.__name__}", mend, TypeError)
 
 
 def _check_table(
@@ -440,53 +346,32 @@ def _check_table(
     wanted: str,
     device: torch.device,
 ) -> None:
-    check(
-        isinstance(table, Tensor), "augment", name, "a tensor", type(table).__name__, "", TypeError
-    )
+    expect = _EXPECT
+    expect.tensor(name, table)
     check_plain("augment", name, table)
     _check_constant(name, table)
-    check(
-        table.dtype == dtype,
-        "augment",
-        name,
-        f"a {dtype} tensor",
-        table.dtype,
-        f"Convert it with .to({dtype})",
-        TypeError,
-    )
-    check(
-        tuple(table.shape) == shape,
-        "augment",
-        name,
-        f"of shape {wanted} with N = {shape[0]} images",
-        f"shape {tuple(table.shape)}",
-    )
-    check(
-        table.device.type in ("cpu", device.type),
-        "augment",
-        name,
-        f"on the CPU or on {device}",
-        table.device,
-    )
+    if table.dtype != dtype:
+        mend = f"Convert it with .to({dtype})"
+        raise expect.error(name, f"a {dtype} tensor", table.dtype, mend, TypeError)
+    if tuple(table.shape) != shape:
+        expected = f"of shape {wanted} with N = {shape[0]} images"
+        raise expect.error(name, expected, shape_of(table))
+    if table.device.type not in ("cpu", device.type):
+        raise expect.error(name, f"on the CPU or on {device}", table.device)
 
 
 def _check_size(size: Sequence[int]) -> tuple[int, int]:
     whole = isinstance(size, Sequence) and not any(isinstance(s, (float, str)) for s in size)
-    check(whole, "augment", "size", "two whole numbers (height, width)", repr(size), cls=TypeError)
-    check(
-        len(size) == 2 and all(side >= 0 for side in size),
-        "augment",
-        "size",
-        "(height, width), neither negative",
-        tuple(size),
-    )
+    _EXPECT(whole, "size", "two whole numbers (height, width)", repr(size), cls=TypeError)
+    fits = len(size) == 2 and all(side >= 0 for side in size)
+    _EXPECT(fits, "size", "(height, width), neither negative", tuple(size))
     return size[0], size[1]
 
 
 def _numbers(name: str, numbers: Numbers, dtype: torch.dtype) -> Tensor:
     if isinstance(numbers, Tensor):
         check_plain("augment", name, numbers)
-        check(numbers.dtype in OUT_DTYPES, "augment", name, "real", numbers.dtype, cls=TypeError)
+        _EXPECT.dtype(name, numbers, OUT_DTYPES, "real")
         _check_constant(name, numbers)
         return numbers.to(dtype)
     return torch.as_tensor(numbers, dtype=dtype, device="cpu")
@@ -510,15 +395,10 @@ def _fill(fill: Numbers, n: int, channels: int | None, dtype: torch.dtype) -> Te
         table = table.expand(1, 1 if channels is None else channels)
     elif table.dim() == 1:
         table = table.view(1, -1)
-    check(
-        table.dim() == 2
-        and table.shape[0] in (1, n)
-        and (channels is None or table.shape[1] == channels),
-        "augment",
-        "fill",
-        f"a number, {channels} numbers or a tensor [N, C] = [{n}, {channels}]",
-        f"shape {tuple(table.shape)}",
-    )
+    rows = table.dim() == 2 and table.shape[0] in (1, n)
+    if not rows or channels not in (None, table.shape[1]):
+        expected = f"a number, {channels} numbers or a tensor [N, C] = [{n}, {channels}]"
+        raise _EXPECT.error("fill", expected, shape_of(table))
     return table
 
 
@@ -528,13 +408,9 @@ def _per_channel(
     if numbers is None:
         return None
     row = _numbers(name, numbers, dtype)
-    check(
-        row.dim() == 0 or tuple(row.shape) in ((1,), (channels,)),
-        "augment",
-        name,
-        f"a number or {channels} numbers, one a channel",
-        f"shape {tuple(row.shape)}",
-    )
+    if row.dim() != 0 and tuple(row.shape) not in ((1,), (channels,)):
+        expected = f"a number or {channels} numbers, one a channel"
+        raise _EXPECT.error(name, expected, shape_of(row))
     if name == "std" and (not isinstance(numbers, Tensor) or _is_readable(numbers)):
-        check(bool((row != 0).all()), "augment", "std", "without a zero", numbers)
+        _EXPECT((row != 0).all(), "std", "without a zero", numbers)
     return row.expand(channels)

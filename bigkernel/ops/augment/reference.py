@@ -10,6 +10,7 @@ torch.nn.functional.interpolate, which it calls to resize.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,25 @@ def bound(dtype: torch.dtype) -> float:
     return float(torch.iinfo(dtype).max) if whole else 1.0
 
 
+class Arguments(NamedTuple):
+    """Of the op, in the schema's order; they are explained in ``op.py``."""
+
+    images: list[Tensor]
+    geometry: Tensor
+    color: Tensor
+    fill: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    out_h: int
+    out_w: int
+    channels_last_in: bool
+    channels_last_out: bool
+    interpolation: int  # an index into INTERPOLATIONS
+    antialias: bool
+    in_scale: float
+    out_dtype: int  # an index into OUT_DTYPES
+
+
 def augment(
     images: list[Tensor],
     geometry: Tensor,
@@ -53,7 +73,7 @@ def augment(
     in_scale: float,
     out_dtype: int,
 ) -> Tensor:
-    """The op; arguments as in its schema. See ``bigkernel.ops.augment`` for what they mean."""
+    """The op; the arguments are `Arguments`."""
     device = images[0].device if images else geometry.device
     source_dtype = images[0].dtype if images else torch.uint8
     target_dtype = OUT_DTYPES[out_dtype]

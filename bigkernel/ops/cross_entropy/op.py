@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bigkernel import _library, registry
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating, check_meaning
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.cross_entropy import reference
 
+_EXPECT = Expect("cross_entropy")
 # logits [N, V]; labels [N] int64; weight [V] float32; losses [N] and total [] and stats [2, N]
 # float32 (float64 for float64 logits); scale [N], of their dtype: the gradient of each loss.
 _OPTIONS = "SymInt ignore_index, float smoothing, float z_loss, float softcap"
@@ -171,8 +172,7 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
     _check(logits, labels, weight)
-    if reduction not in ("mean", "sum", "none"):
-        check(False, "cross_entropy", "reduction", "'mean', 'sum' or 'none'", repr(reduction))
+    _EXPECT.one_of("reduction", reduction, "mean", "sum", "none")
     softcap = 0.0 if softcap is None else softcap
     numbers = (
         ("label_smoothing", label_smoothing, 1.0, "a number from 0 to 1"),
@@ -180,8 +180,8 @@ def cross_entropy(
         ("softcap", softcap, 1e30, "0 (off), None or a positive number"),
     )
     for name, value, most, expected in numbers:
-        if not isinstance(value, (int, float)) or not 0 <= value <= most:
-            check(False, "cross_entropy", name, expected, value)
+        fits = isinstance(value, (int, float)) and 0 <= value <= most
+        _EXPECT(fits, name, expected, value)
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
         _check_labels(labels, ignore_index, logits.shape[1])
     if weight is not None:
@@ -217,24 +217,22 @@ def _can_overwrite(logits: Tensor) -> bool:
 
 
 def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
-    op = "cross_entropy"
-    check_floating(op, {"logits": logits, "weight": weight}, ("weight",))
+    expect = _EXPECT
+    expect.floating({"logits": logits, "weight": weight}, ("weight",))
     if logits.dim() != 2 or logits.shape[1] < 1:
         mend = "Flatten batch and length: logits.view(-1, V), labels.view(-1)"
-        check(False, op, "logits", "[N, V]", f"shape {tuple(logits.shape)}", mend)
+        raise expect.error("logits", "[N, V]", shape_of(logits), mend)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        check(False, op, "labels", "an int64 tensor", got, "Convert it with .long()", TypeError)
-    check_meaning(op, "labels", labels)
-    if labels.shape != logits.shape[:1]:
-        check(False, op, "labels", f"of shape ({logits.shape[0]},)", tuple(labels.shape))
-    if labels.device != logits.device:
-        check(False, op, "labels", f"on logits's device, {logits.device}", labels.device)
+        mend = "Convert it with .long()"
+        raise expect.error("labels", "an int64 tensor", got, mend, TypeError)
+    expect.meaning("labels", labels)
+    expect.shape("labels", labels, logits.shape[:1])
+    expect.device("labels", labels, logits.device, "logits")
     if weight is not None:
-        if weight.shape != logits.shape[1:]:
-            check(False, op, "weight", f"of shape ({logits.shape[1]},)", tuple(weight.shape))
-        if weight.dtype not in (torch.float32, logits.dtype):
-            check(False, op, "weight", "float32 or of logits's dtype", weight.dtype, "", TypeError)
+        expect.shape("weight", weight, logits.shape[1:])
+        allowed = (torch.float32, logits.dtype)
+        expect.dtype("weight", weight, allowed, "float32 or of logits's dtype")
 
 
 def _check_labels(labels: Tensor, ignore_index: int, classes: int) -> None:
@@ -242,4 +240,4 @@ def _check_labels(labels: Tensor, ignore_index: int, classes: int) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         expected = f"0 to {classes - 1} or ignore_index, {ignore_index}"
-        check(False, "cross_entropy", "labels", expected, f"{int(labels[row])} at row {row}")
+        raise _EXPECT.error("labels", expected, f"{int(labels[row])} at row {row}")

@@ -8,10 +8,11 @@ from torch import Tensor
 from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.glu import reference
 from bigkernel.ops.glu.reference import ACTIVATIONS
 
+_EXPECT = Expect("glu")
 # gate and up [.., I], or gate [.., 2 I] with up as its second half; activation: see ACTIVATIONS.
 # dgate has gate's shape; dup has up's, or is empty [0].
 _SCHEMA_FWD = "(Tensor gate, Tensor? up, int activation) -> Tensor"
@@ -85,18 +86,17 @@ def glu(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Ten
     """
     number = _NUMBERS.get(activation) if isinstance(activation, str) else None
     if number is None:
-        check(False, "glu", "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-        raise AssertionError
-    check_floating("glu", {"gate": gate, "up": up}, ("up",))
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        raise _EXPECT.error("activation", expected, repr(activation))
+    _EXPECT.floating({"gate": gate, "up": up}, ("up",))
     if up is None:
         if gate.dim() < 1 or gate.shape[-1] % 2 != 0:
-            shape = tuple(gate.shape)
-            check(False, "glu", "gate", "[.., 2 I], gate and up, as up is left out", shape)
+            expected = "[.., 2 I], gate and up, as up is left out"
+            raise _EXPECT.error("gate", expected, tuple(gate.shape))
     else:
-        if gate.shape != up.shape:
-            check(False, "glu", "up", f"of gate's shape {tuple(gate.shape)}", tuple(up.shape))
+        _EXPECT.shape("up", up, gate.shape, of="gate's shape")
         if gate.dim() < 1:
-            check(False, "glu", "gate", "[.., I]", f"shape {tuple(gate.shape)}")
+            raise _EXPECT.error("gate", "[.., I]", shape_of(gate))
         if gate.dtype != up.dtype:
             dtype = torch.promote_types(gate.dtype, up.dtype)
             gate, up = gate.to(dtype), up.to(dtype)

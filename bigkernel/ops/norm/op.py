@@ -11,9 +11,11 @@ from torch import Tensor
 from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.norm import reference
 
+_RMS, _LAYER = Expect("rms_norm"), Expect("layer_norm")
+_OPTIONAL = ("residual", "weight", "bias")
 # x and residual [.., D]; weight and bias [D]. The sum is empty [0] where there is no residual;
 # stats [1, ..] float32 (float64 for float64 inputs), rstd, or [2, ..], rstd and mean, with center.
 _SCHEMA_FWD = (
@@ -170,9 +172,8 @@ def rms_norm(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
-    if casting != "llama" and casting != "gemma":
-        check(False, "rms_norm", "casting", "'llama' or 'gemma'", repr(casting))
-    y, total = _norm("rms_norm", x, residual, weight, None, eps, offset, False, casting == "llama")
+    _RMS.one_of("casting", casting, "llama", "gemma")
+    y, total = _norm(_RMS, x, residual, weight, None, eps, offset, False, casting == "llama")
     return y if residual is None else (y, total)
 
 
@@ -215,12 +216,12 @@ def layer_norm(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
-    y, total = _norm("layer_norm", x, residual, weight, bias, eps, 0.0, True, False)
+    y, total = _norm(_LAYER, x, residual, weight, bias, eps, 0.0, True, False)
     return y if residual is None else (y, total)
 
 
 def _norm(
-    op: str,
+    expect: Expect,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -231,9 +232,9 @@ def _norm(
     round_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments, pick the backend and call its op: (y, sum)."""
-    _check(op, x, residual, weight, bias)
-    if not isinstance(eps, (int, float)) or not eps >= 0 or eps == float("inf"):
-        check(False, op, "eps", "a finite number of at least 0", eps)
+    _check(expect, x, residual, weight, bias)
+    fits = isinstance(eps, (int, float)) and 0 <= eps < float("inf")
+    expect(fits, "eps", "a finite number of at least 0", eps)
     # Two dtypes that the kernels don't mix themselves; a float32 residual they do.
     if residual is not None and residual.dtype not in (x.dtype, torch.float32):
         x, residual = _promoted(x, residual)
@@ -249,18 +250,14 @@ def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    expect: Expect, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     named = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-    check_floating(op, named, ("residual", "weight", "bias"))
+    expect.floating(named, _OPTIONAL)
     if x.dim() < 1 or x.shape[-1] < 1:
-        check(False, op, "x", "[.., D] with D of at least 1", f"shape {tuple(x.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        check(False, op, "residual", f"of x's shape {tuple(x.shape)}", tuple(residual.shape))
+        raise expect.error("x", "[.., D] with D of at least 1", shape_of(x))
+    if residual is not None:
+        expect.shape("residual", residual, x.shape, of="x's shape")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != x.shape[-1:]:
-            check(False, op, name, f"of shape ({x.shape[-1]},), as x's rows", tuple(t.shape))
+            raise expect.error(name, f"of shape ({x.shape[-1]},), as x's rows", tuple(t.shape))

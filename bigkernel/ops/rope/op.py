@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bigkernel import _library, registry
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.attention.blocks import empty_like_layout
 from bigkernel.ops.rope import reference
 
+_ROPE, _IN_PLACE = Expect("rope"), Expect("rope_")
 # q [B, Hq, S, D] and k [B, Hkv, S, D], any strides; cos and sin [B or 1, S, R], R even, at most D.
 # Results are in memory as `empty_like_layout` says; that of a k that is None is empty [0].
 _SCHEMA_FWD = (
@@ -123,7 +124,7 @@ def rope(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
-    cos, sin = _check("rope", q, k, cos, sin)
+    cos, sin = _check(_ROPE, q, k, cos, sin)
     ops = select("rope_fwd", q.device, _OP.why_not_native((q, cos)))
     q, k = _library.run(ops, "rope_fwd", q, k, cos, sin, interleaved, False)
     return q, k
@@ -142,16 +143,17 @@ def rope_(
         ValueError, TypeError: as `rope`, and where q or k is expanded, or k is q.
         RuntimeError: autograd forbids the change.
     """
-    cos, sin = _check("rope_", q, k, cos, sin)
+    cos, sin = _check(_IN_PLACE, q, k, cos, sin)
     for name, x in (("q", q), ("k", k)):
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             mend = "Make it contiguous first, or use rope"
-            check(False, "rope_", name, "without expanded dimensions", "an expanded one", mend)
+            expected = "without expanded dimensions"
+            raise _IN_PLACE.error(name, expected, "an expanded one", mend)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         q_out, k_out = rope(q, k, cos, sin, interleaved=interleaved)
         return q.copy_(q_out), k.copy_(k_out)
     if q.data_ptr() == k.data_ptr() and q.numel() > 0 and k.numel() > 0:
-        check(False, "rope_", "k", "in other memory than q", "the same")
+        raise _IN_PLACE.error("k", "in other memory than q", "the same")
     ops = select("rope_", q.device, _OP.why_not_native((q, cos)))
     return _in_place(q, cos, sin, interleaved, ops), _in_place(k, cos, sin, interleaved, ops)
 
@@ -167,16 +169,14 @@ def _in_place(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, ops: Any) 
     return x
 
 
-def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _check(expect: Expect, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin as [B or 1, S, R]."""
-    check_floating(op, {"q": q, "k": k, "cos": cos, "sin": sin})
-    if q.dim() != 4:
-        check(False, op, "q", "[B, H, S, D]", f"shape {tuple(q.shape)}")
+    expect.floating({"q": q, "k": k, "cos": cos, "sin": sin})
+    expect.rank("q", q, 4, "[B, H, S, D]")
     b, _, s, d = q.shape
     if k.dim() != 4 or k.shape[0] != b or k.shape[2] != s or k.shape[3] != d:
-        check(False, op, "k", f"[{b}, H, {s}, {d}], as q", tuple(k.shape))
-    if k.dtype != q.dtype:
-        check(False, op, "k", f"of q's dtype, {q.dtype}", k.dtype, "", TypeError)
+        raise expect.error("k", f"[{b}, H, {s}, {d}], as q", tuple(k.shape))
+    expect.like("k", k, "q", q)
     if cos.dim() == 2:
         cos = cos.unsqueeze(0)
     if sin.dim() == 2:
@@ -191,14 +191,14 @@ def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
             or rotary % 2 != 0
         ):
             expected = f"[{b} or 1, {s}, R] with R even and at most {d}"
-            check(False, op, name, expected, f"shape {tuple(x.shape)}")
+            raise expect.error(name, expected, shape_of(x))
         if x.dtype not in (q.dtype, torch.float32):
-            expected = f"of q's dtype, {q.dtype}, or float32"
-            check(False, op, name, expected, x.dtype, "Convert it with .to(q.dtype)", TypeError)
+            expected, mend = f"of q's dtype, {q.dtype}, or float32", "Convert it with .to(q.dtype)"
+            raise expect.error(name, expected, x.dtype, mend, TypeError)
         if x.requires_grad and torch.is_grad_enabled():
             mend = "Detach it: angles are not learned here"
-            check(False, op, name, "without requires_grad", "a tensor that requires one", mend)
+            raise expect.error(name, "without requires_grad", "a tensor that requires one", mend)
     if sin.shape != cos.shape or sin.dtype != cos.dtype:
-        got = f"{tuple(sin.shape)}, {sin.dtype}"
-        check(False, op, "sin", f"of cos's shape and dtype, {tuple(cos.shape)}, {cos.dtype}", got)
+        expected = f"of cos's shape and dtype, {tuple(cos.shape)}, {cos.dtype}"
+        raise expect.error("sin", expected, f"{tuple(sin.shape)}, {sin.dtype}")
     return cos, sin

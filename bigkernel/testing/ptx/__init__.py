@@ -18,6 +18,7 @@ from bigkernel.testing.ptx.errors import (
 from bigkernel.testing.ptx.host import HostLibrary, Launch
 from bigkernel.testing.ptx.launch import Kernel, Module, compile, load
 from bigkernel.testing.ptx.memory import Memory
+from bigkernel.testing.ptx.structures import Structures
 
 __all__ = [
     "BarrierError",
@@ -34,6 +35,7 @@ __all__ = [
     "OutOfBounds",
     "PtxError",
     "SharedRace",
+    "Structures",
     "Traffic",
     "Trap",
     "UninitializedRead",

@@ -8,9 +8,11 @@ from torch import Tensor
 from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
-from bigkernel.errors import check, check_floating
+from bigkernel.expect import Expect
 
 __all__ = ["scale_add"]
+
+_EXPECT = Expect("scale_add")
 
 
 def _impl(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -52,9 +54,9 @@ def scale_add(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which.
     """
-    check_floating("scale_add", {"x": x, "y": y})
-    check(x.shape == y.shape, "scale_add", "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
-    check(x.dtype == y.dtype, "scale_add", "y", f"of x's dtype, {x.dtype}", y.dtype, cls=TypeError)
+    _EXPECT.floating({"x": x, "y": y})
+    _EXPECT.shape("y", y, x.shape, of="x's shape")
+    _EXPECT.like("y", y, "x", x)
     ops = select("scale_add", x.device, _OP.why_not_native((x,)))
     result: Tensor = run(ops, "scale_add", x, y, scale)
     return result
