@@ -25,6 +25,11 @@ CHOSEN = {
     "optim": re.compile(r"(?<![A-Za-z])Adam(W)?(?![a-z])|adamw?(?![a-z])"),
     "sdpa": re.compile(r"sdp|scaled_dot|attn_bias|causal", re.IGNORECASE),
     "flash": re.compile(r"test_flash_attn_(output|varlen_output|causal|varlen_causal)\["),
+    "transforms": re.compile(
+        # The classes that we have, and not torchvision's own functions.
+        r"^Test(Resize|ResizedCrop|(Horizontal|Vertical)Flip|Affine|Rotate|ToDtype|Crop|CenterCrop|Pad"
+        r"|Normalize|ColorJitter|RgbToGrayscale|ToImage|ContainerTransforms)::(?!test_(kernel|functional))"
+    ),
 }
 
 
