@@ -169,11 +169,11 @@ def swap_flash() -> None:
     from bigkernel.ops import attention, attention_varlen
 
     def attend(q: Any, k: Any, v: Any, **given: Any) -> Any:
-        with use_backend("torch" if SIDE == "theirs" else "auto"):
+        with use_backend("torch" if SIDE == "theirs" else None):
             return attention(q, k, v, align="bottom_right", **given)
 
     def attend_packed(q: Any, k: Any, v: Any, offsets: Any, lengths: Any, given: Any) -> Any:
-        with use_backend("torch" if SIDE == "theirs" else "auto"):
+        with use_backend("torch" if SIDE == "theirs" else None):
             return attention_varlen(
                 q,
                 k,
