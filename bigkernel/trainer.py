@@ -148,7 +148,8 @@ class Trainer(transformers.Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """As transformers', with :class:`bigkernel.optim.AdamW` for ``torch.optim.AdamW``."""
-        cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        # Not by its name in transformers, which a script may have made ours.
+        cls, kwargs = super(Trainer, Trainer).get_optimizer_cls_and_kwargs(args, model)
         if (
             cls is not torch.optim.AdamW
             or not getattr(args, "use_bigkernel_optimizer", True)

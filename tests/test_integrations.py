@@ -630,6 +630,23 @@ def test_a_compiled_model_is_one_graph():
     actual.sum().backward()
 
 
+@pytest.mark.parametrize("hidden_by", ["nothing", "mask", "cache"])
+def test_compiled_packed_documents_do_not_see_each_other(hidden_by):
+    """Where an attention mask of ones or a cache keeps them from compiled code, it fails."""
+    ours = accelerate(build("llama"), quiet=True)
+    given = {"attention_mask": torch.ones(1, 11)} if hidden_by == "mask" else {}
+    given["use_cache"] = hidden_by == "cache"
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]])
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for positions in (torch.arange(11)[None], torch.arange(11)[None] * 3, packed):
+        expected = ours(tokens(1), position_ids=positions, **given).logits
+        if positions is packed and hidden_by != "nothing":
+            with pytest.raises(RuntimeError, match=r"packed documents.* Leave attention_mask out"):
+                compiled(tokens(1), position_ids=positions, **given)
+        else:
+            close(compiled(tokens(1), position_ids=positions, **given).logits, expected)
+
+
 # Dropout
 
 

@@ -344,6 +344,13 @@ def test_other_optimizers_are_left_alone(tmp_path, kind):
     assert min(norms) > 0
 
 
+def test_a_script_may_put_ours_in_the_place_of_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "Trainer", Trainer)
+    trainer = text_trainer(tmp_path, max_steps=1)
+    trainer.create_optimizer()
+    assert isinstance(trainer.optimizer, bigkernel.optim.AdamW)
+
+
 class Gradients(transformers.TrainerCallback):
     """The norm of the gradients beside each step."""
 

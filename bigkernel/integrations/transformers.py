@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
+from bigkernel.data.text import document_starts
 from bigkernel.integrations.eager import asks_for_weights, eager_function, eager_mask
 from bigkernel.integrations.masks import (
     compact_mask,
@@ -114,13 +115,11 @@ def attention_forward(
     offsets = _document_offsets(
         query, key, attention_mask, position_ids, position_bias, cu_seq_lens_q, cu_seq_lens_k
     )
-    if (
-        offsets is None
-        and attention_mask is not None
-        and position_ids is not None
-        and _may_be_packed(query, key, position_ids)
-    ):
-        attention_mask = with_documents(attention_mask, position_ids)
+    if offsets is None and position_ids is not None and _may_be_packed(query, key, position_ids):
+        if is_tracing(position_ids):
+            _refuse_packing_unseen(position_ids, attention_mask)
+        elif attention_mask is not None:
+            attention_mask = with_documents(attention_mask, position_ids)
 
     if asks_for_weights(module, kwargs):
         eager = eager_function(module)
@@ -196,8 +195,12 @@ def _document_offsets(
         )
     elif packed and mask is not None:
         offsets = mask[0], mask[0]
-    elif mask is None and _may_be_packed(query, key, position_ids):
-        assert position_ids is not None
+    elif (
+        mask is None
+        and position_ids is not None
+        and _may_be_packed(query, key, position_ids)
+        and not is_tracing(position_ids)
+    ):
         found = packed_offsets(position_ids, query.shape[0])
         if found is None:
             return None
@@ -213,18 +216,34 @@ def _document_offsets(
     return q_offsets, k_offsets
 
 
-def _may_be_packed(query: Tensor, key: Tensor, position_ids: Tensor | None) -> bool:
+def _may_be_packed(query: Tensor, key: Tensor, position_ids: Tensor) -> bool:
     """Whether positions that return to 0 would mean packed documents.
 
     transformers looks for them itself, but not where a cache or an attention mask of ones is there,
     and then documents would see each other.
     """
     return (
-        position_ids is not None
-        and position_ids.ndim == 2
+        position_ids.ndim == 2
         and query.shape[2] == key.shape[2] == position_ids.shape[1] > 1
         and position_ids.shape[0] in (1, query.shape[0])
-        and not is_tracing(position_ids)
+    )
+
+
+def _refuse_packing_unseen(position_ids: Tensor, mask: Tensor | None) -> None:
+    """Compiled code cannot go another way where positions return to 0: it fails there instead.
+
+    Of a complete mask nobody knows here whether it was made by the user.
+    """
+    if mask is not None and mask.ndim != 2:
+        return
+    packed = document_starts(position_ids)[:, 1:].any()
+    if mask is not None:
+        packed = packed & (mask != 0).all()
+    torch._assert_async(
+        ~packed,
+        "bigkernel attention: position_ids return to 0 within a row, which marks packed documents, "
+        "but an attention_mask of ones or a cache hides them from compiled code, where they would "
+        "see each other. Leave attention_mask out and pass use_cache=False, or do not compile.",
     )
 
 

@@ -151,6 +151,17 @@ def test_attention_masks(backend, kind, dims):
     assert ("dmask" in actual) == (kind == "float")
 
 
+@pytest.mark.parametrize("dims", ["BHQ1", "1HQ1", "Q1", "BH11", "1"])
+def test_attention_masks_along_the_keys_and_the_gradient_of_lse(backend, dims):
+    """A number common to all keys of a row moves its lse alone: each row has a gradient of its own.
+
+    Rows of one tile, a single one, and rows of several.
+    """
+    for rows in part_of([19, 1, 150], backend, 3):
+        case = Case(mask=f"f32:{dims}", dim=8, lengths=(rows, 9), dlse=True)
+        compare(case, device_of(backend))
+
+
 @pytest.mark.parametrize("mask", ["bool:K", "float:QK", "f32:HQK", "float:1", "f32:B11K"])
 def test_attention_masks_of_lower_rank(backend, mask):
     compare(Case(dtype="f16", mask=mask, dim=8), device_of(backend))

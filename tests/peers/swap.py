@@ -25,6 +25,11 @@ CHOSEN = {
     "optim": re.compile(r"(?<![A-Za-z])Adam(W)?(?![a-z])|adamw?(?![a-z])"),
     "sdpa": re.compile(r"sdp|scaled_dot|attn_bias|causal", re.IGNORECASE),
     "flash": re.compile(r"test_flash_attn_(output|varlen_output|causal|varlen_causal)\["),
+    "transforms": re.compile(
+        # The classes that we have, and not torchvision's own functions.
+        r"^Test(Resize|ResizedCrop|(Horizontal|Vertical)Flip|Affine|Rotate|ToDtype|Crop|CenterCrop|Pad"
+        r"|Normalize|ColorJitter|RgbToGrayscale|ToImage|ContainerTransforms)::(?!test_(kernel|functional))"
+    ),
 }
 
 
@@ -164,11 +169,11 @@ def swap_flash() -> None:
     from bigkernel.ops import attention, attention_varlen
 
     def attend(q: Any, k: Any, v: Any, **given: Any) -> Any:
-        with use_backend("torch" if SIDE == "theirs" else "auto"):
+        with use_backend("torch" if SIDE == "theirs" else None):
             return attention(q, k, v, align="bottom_right", **given)
 
     def attend_packed(q: Any, k: Any, v: Any, offsets: Any, lengths: Any, given: Any) -> Any:
-        with use_backend("torch" if SIDE == "theirs" else "auto"):
+        with use_backend("torch" if SIDE == "theirs" else None):
             return attention_varlen(
                 q,
                 k,
@@ -212,9 +217,45 @@ def swap_flash() -> None:
     _OnTheCpu().__enter__()
 
 
+def _leave_out_differentiable() -> None:
+    """Many tests loop over every option; the one that we refuse would hide the others.
+
+    Read only now, since the table holds the classes that it finds when it is imported.
+    """
+    from torch.testing._internal.common_optimizers import optim_db
+
+    for info in optim_db:
+        info.supported_impls = tuple(x for x in info.supported_impls if x != "differentiable")
+
+
+class _Thinned:
+    """``pytest.mark`` with a grid that can be collected: flash-attention's has 200,000 points."""
+
+    _LENGTHS = 2**17  # the largest product of two lengths
+
+    def __init__(self, mark: Any) -> None:
+        self._mark = mark
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mark, name)
+
+    def parametrize(self, names: str, values: Any, **keywords: Any) -> Any:
+        if names in ("dropout_p", "deterministic"):  # draws are not shared; ours always is
+            values = values[:1]
+        elif names == "d":
+            values = [32, 59, 128]
+        elif names == "seqlen_q,seqlen_k":
+            values = [pair for pair in values if pair[0] * pair[1] <= self._LENGTHS]
+        return self._mark.parametrize(names, values, **keywords)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if SIDE == "ours" or SUITE == "flash":
         globals()[f"swap_{SUITE}"]()
+    if SUITE == "optim":
+        _leave_out_differentiable()
+    if SUITE == "flash":
+        pytest.mark = _Thinned(pytest.mark)  # type: ignore[assignment]
 
 
 def _id(node: str) -> str:
