@@ -45,14 +45,16 @@ class Stage(Transform):
     def sizes(self, height: Ints, width: Ints) -> None:
         return None
 
+    def _label(self) -> str:
+        return _name_of(self._function)
+
     def _name(self) -> str:
-        return f"Stage({_name_of(self._function)})"
+        return f"Stage({self._label()})"
 
 
 class _Foreign(Transform):
     """A callable that a chain holds and that is no Transform, as a tensor stage."""
 
-    _is_stage: ClassVar[bool] = True
     _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], place: str) -> None:
@@ -63,8 +65,11 @@ class _Foreign(Transform):
     def sizes(self, height: Ints, width: Ints) -> None:
         return None
 
+    def _label(self) -> str:
+        return _name_of(self._function)
+
     def _name(self) -> str:
-        return f"{self._place} ({_name_of(self._function)})"
+        return f"{self._place} ({self._label()})"
 
     def _call(self, given: Given) -> list[Part]:
         return call_foreign(self._name(), self._function, given)
@@ -129,6 +134,14 @@ class _Container(Transform):
 
 class Compose(_Container):
     """Transforms one after another, folded into one ``augment`` call where that is right.
+
+    Beside those of this package and subclasses of :class:`Transform`, ``transforms`` may hold any
+    callable that takes a batch [N, C, H, W] and returns one, such as a module or a transform of
+    torchvision's. It is a tensor stage: what comes before and after it is folded. If it draws from
+    a global generator of torch, NumPy or Python, it is called for one sample after another, with
+    those generators seeded by (seed, id, place in the chain), and leaves them as they were. One
+    with the arguments ``generator`` and ``ids`` is called with those, once. What it draws from
+    generators of its own is not seen. ``explain()`` shows the stages.
 
     One call resamples each image once, then recolours and normalises it. Folding changes nothing
     but this:

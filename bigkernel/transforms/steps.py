@@ -123,20 +123,24 @@ class Crop(Step):
     width: Ints
     arrays: ClassVar[Mapping[str, Entry]] = {"top": INT, "left": INT, "height": INT, "width": INT}
 
+    def check(self, height: Ints, width: Ints) -> None:
+        bottom, right = self.top + self.height, self.left + self.width
+        outside = (self.top < 0) | (self.left < 0) | (bottom > height) | (right > width)
+        outside &= self.active
+        if not outside.any():
+            return
+        i = int(np.flatnonzero(outside)[0])
+        box = tuple(int(side[i]) for side in (self.top, self.left, self.height, self.width))
+        check(
+            False,
+            "transforms.steps.Crop",
+            "the box (top, left, height, width)",
+            f"inside the image of {(int(height[i]), int(width[i]))} (height, width)",
+            f"{box} for image {i}",
+            "Put a steps.Pad before it",
+        )
+
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
-        room = np.minimum(height - self.height - self.top, width - self.width - self.left)
-        outside = np.minimum(np.minimum(self.top, self.left), room) < 0
-        if (self.active & outside).any():
-            i = int(np.flatnonzero(self.active & outside)[0])
-            box = tuple(int(side[i]) for side in (self.top, self.left, self.height, self.width))
-            check(
-                False,
-                "transforms.steps.Crop",
-                "the box (top, left, height, width)",
-                f"inside the image of {(int(height[i]), int(width[i]))} (height, width)",
-                f"{box} for image {i}",
-                "Put a steps.Pad before it",
-            )
         return np.where(self.active, self.height, height), np.where(self.active, self.width, width)
 
     def fits(self, table: Table) -> Bools:
@@ -165,15 +169,12 @@ class Pad(Step):
         super().__post_init__()
         self.fill = _fill(self)
 
+    def check(self, height: Ints, width: Ints) -> None:
+        if (self.sides < 0).any():
+            least, how = self.sides.min(), "Cut pixels off with steps.Crop"
+            check(False, "transforms.steps.Pad", "sides", "0 or more", least, how)
+
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
-        check(
-            self.sides.min(initial=0) >= 0,
-            "transforms.steps.Pad",
-            "sides",
-            "0 or more",
-            self.sides.min(initial=0),
-            "Cut pixels off with steps.Crop",
-        )
         grown_height, grown_width = self._grown(height, width)
         return np.where(self.active, grown_height, height), np.where(
             self.active, grown_width, width
@@ -229,6 +230,8 @@ class Affine(Step):
         super().__post_init__()
         self.interpolation = _interpolation(self)
         self.fill = _fill(self)
+
+    def check(self, height: Ints, width: Ints) -> None:
         a, b, _, d, e, _ = self.matrix.T
         check(
             bool(np.isfinite(self.matrix).all() and (a * e != b * d).all()),
@@ -367,13 +370,10 @@ class Color(Step):
             f"of shape {list(self.codes.shape)}, as codes",
             f"shape {list(self.factors.shape)}",
         )
-        check(
-            self.codes.min(initial=0) >= 0 and self.codes.max(initial=0) <= GREYSCALE,
-            "transforms.steps.Color",
-            "codes",
-            "BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE or 0",
-            f"numbers from {self.codes.min(initial=0)} to {self.codes.max(initial=0)}",
-        )
+        if ((self.codes < 0) | (self.codes > GREYSCALE)).any():
+            wanted = "BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE or 0"
+            got = sorted(set(self.codes.ravel().tolist()))
+            check(False, "transforms.steps.Color", "codes", wanted, got)
 
     def of_pictures(self, modes: frozenset[str]) -> Step:
         check(

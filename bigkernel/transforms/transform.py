@@ -17,7 +17,7 @@ from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.images import Images, gather
 from bigkernel.transforms.engine.passes import Part
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints
-from bigkernel.transforms.engine.stages import Given, check_result
+from bigkernel.transforms.engine.stages import Given, call_keyed
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
 
@@ -101,7 +101,12 @@ class Transform(nn.Module):
     torch.fx.symbolic_trace keeps a transform as one call. TorchScript, tracing and export do not
     know them: they refuse with a sentence.
 
-    ``t.sample(sizes, generator, ids)`` returns the parameters alone.
+    ``t.sample(sizes, generator, ids)`` returns the parameters alone, and ``t.explain()`` the stages
+    of a call.
+
+    A subclass defines one of two methods: ``draw(u, images)``, which returns steps that a chain
+    folds, or ``transform(images, u)``, which is given tensors and returns tensors. Its attribute
+    ``blocks`` says how many times four random numbers it takes for each image.
     """
 
     blocks: int = 0  # of four random numbers, for each image
@@ -114,7 +119,7 @@ class Transform(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         drawn = cls.draw is not Transform.draw
-        cls._is_stage = cls.transform is not Transform.transform
+        cls._is_stage = (cls.transform, cls._call) != (Transform.transform, Transform._call)
         check(
             not (drawn and cls._is_stage),
             "transforms.Transform",
@@ -158,6 +163,10 @@ class Transform(nn.Module):
 
         Returns:
             [M, C', H', W']; another size must be that of :meth:`sizes`.
+
+        One that draws from a global generator of torch, NumPy or Python besides, such as by
+        ``torch.randn_like``, is called for one sample after another, with those generators seeded
+        by (seed, id, place in the chain).
         """
         raise NotImplementedError  # _is_stage is not set
 
@@ -243,7 +252,10 @@ class Transform(nn.Module):
 
     def _leaves(self) -> Iterator[tuple[str, Transform]]:
         """The transforms that do something, with what they are called in ``explain``."""
-        yield type(self).__name__, self
+        yield self._label(), self
+
+    def _label(self) -> str:
+        return type(self).__name__
 
     def _chain(self) -> Iterator[Transform]:
         """The transforms by their numbers: depth first, without Compose, which draws nothing."""
@@ -277,7 +289,11 @@ class Transform(nn.Module):
             walk.params.append(Params(active))
             walk.stage(self._name(), self.sizes, self._call, active)
             return
-        drawn = self.draw(u, ImageInfo(active, walk))
+        try:
+            drawn = self.draw(u, ImageInfo(active, walk))
+        except IndexError as error:
+            error.add_note(_about_blocks(name, len(u)))
+            raise
         if not (
             isinstance(drawn, tuple)
             and len(drawn) == 2
@@ -315,9 +331,17 @@ class Transform(nn.Module):
 
     def _call(self, given: Given) -> list[Part]:
         """A tensor stage, for images of one size."""
-        result = self.transform(given.images, given.numbers())
-        everyone = np.arange(len(given.images))
-        return [(everyone, check_result(self._name(), result, given.images))]
+        u = given.numbers()
+
+        def function(images: Tensor, places: Ints) -> Tensor:
+            numbers = u if len(places) == u.shape[1] else u[:, places.tolist()]
+            try:
+                return self.transform(images, numbers)
+            except IndexError as error:
+                error.add_note(_about_blocks(self._name(), len(u)))
+                raise
+
+        return call_keyed(self._name(), function, given)
 
     def _empty(self, batch: Images) -> Any:
         """The result for no images: what one more image would have had, without it."""
@@ -367,3 +391,10 @@ class Transform(nn.Module):
             for name, value in own
             if not name.startswith("_") and isinstance(value, shown)
         )
+
+
+def _about_blocks(name: str, blocks: int) -> str:
+    return (
+        f"bigkernel: {name} was given u [{blocks}, N, 4]. The attribute blocks of its class says "
+        "how many times four random numbers it takes for each image."
+    )

@@ -35,6 +35,7 @@ from bigkernel.ops.augment.table import (
     SATURATION,
     SOURCE,
     WHOLE_NUMBERS,
+    Color,
 )
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
@@ -340,7 +341,8 @@ def recolor(value: Tensor, color: Tensor, source: torch.dtype) -> Tensor:
         for code in set(codes) - {0.0}:
             if code not in CODES:
                 raise ValueError(
-                    f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}."
+                    f"bigkernel.augment: color codes must be 0 to {len(Color)}, or "
+                    f"{WHOLE_NUMBERS + 1} to {WHOLE_NUMBERS + len(Color)}, got {code}."
                 )
             rows = [i for i, c in enumerate(codes) if c == code]
             numbers = [table[i][k][1] for i in rows]

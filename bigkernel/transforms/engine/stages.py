@@ -70,7 +70,12 @@ def run_stage(
         places, others = np.flatnonzero(alike & active), np.flatnonzero(alike & ~active)
         if len(places) > 0:
             given = Given(_select(tensors, places), places // batch.frames, draws, place)
-            parts += [(places[some], result) for some, result in call(given)]
+            try:
+                parts += [(places[some], result) for some, result in call(given)]
+            except Exception as error:
+                shape, dtype = list(given.images.shape), given.images.dtype
+                error.add_note(f"bigkernel: in {name}, for images {shape} of {dtype}")
+                raise
         if len(others) > 0:
             parts.append((others, _select(tensors, others)))
     _check_alike(name, batch, parts, bool(active.all()), bool(modes))
@@ -150,26 +155,17 @@ def check_result(name: str, result: Any, images: Tensor) -> Tensor:
     return result
 
 
-# What comes from elsewhere
+def call_keyed(name: str, function: Callable[[Tensor, Ints], Any], given: Given) -> list[Part]:
+    """``function(images, places)``, so that its draws depend on neither the batch nor its order.
 
-
-def call_foreign(name: str, function: Callable[..., Any], given: Given) -> list[Part]:
-    """A callable that knows nothing of keys, for images of one size.
-
-    One with the arguments ``generator`` and ``ids`` gets those. Any other is called with the whole
-    batch. If it has drawn from a global generator, that result is dropped, and it is called again,
-    for one sample after another, with those generators seeded by (seed, id, place): its draws then
-    depend on neither the batch nor its order. The generators are left as they were.
+    It is called for all images. If it has drawn from a global generator, that result is dropped,
+    and it is called again, for one sample after another, with those generators seeded by (seed, id,
+    place). The generators are left as they were.
     """
     images, everyone = given.images, np.arange(len(given.images))
-    if takes_ids(function):
-        generator = torch.Generator().manual_seed(given.draws.seed(given.place))
-        ids = torch.from_numpy(given.draws.key.ids[given.samples])
-        result = function(images, generator=generator, ids=ids)
-        return [(everyone, check_result(name, result, images))]
-    kept = images.clone()  # from a function that works in place and has to be called again
+    kept = images.clone()  # it may work in place, and have to be called again
     with _generators(images.device) as has_drawn:
-        result = function(images)
+        result = function(images, everyone)
         drew = has_drawn()
     if not drew:
         return [(everyone, check_result(name, result, images))]
@@ -179,10 +175,20 @@ def call_foreign(name: str, function: Callable[..., Any], given: Given) -> list[
             places = np.flatnonzero(given.samples == sample)
             frames = kept[int(places[0]) : int(places[-1]) + 1]
             _seed(seeds[sample], images.device)
-            parts.append((places, check_result(name, function(frames), frames)))
+            parts.append((places, check_result(name, function(frames, places), frames)))
     if len({part.shape[1:] for _, part in parts}) == 1:
         return [(everyone, torch.cat([part for _, part in parts]))]
     return parts
+
+
+def call_foreign(name: str, function: Callable[..., Any], given: Given) -> list[Part]:
+    """A callable from elsewhere; one with the arguments ``generator`` and ``ids`` gets those."""
+    if not takes_ids(function):
+        return call_keyed(name, lambda images, places: function(images), given)
+    generator = torch.Generator().manual_seed(given.draws.seed(given.place))
+    ids = torch.from_numpy(given.draws.key.ids[given.samples])
+    result = function(given.images, generator=generator, ids=ids)
+    return [(np.arange(len(given.images)), check_result(name, result, given.images))]
 
 
 def takes_ids(function: Callable[..., Any]) -> bool:

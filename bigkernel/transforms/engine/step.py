@@ -74,6 +74,9 @@ class Step(Samples):
         )
         setattr(self, name, array.astype(dtype))
 
+    def check(self, height: Ints, width: Ints) -> None:
+        """Raises where the step cannot be done to images of these sizes."""
+
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         """The images' sizes after the step, from those before it."""
         return height, width

@@ -68,18 +68,22 @@ class Walk:
             if self.pil:
                 step = step.of_pictures(self.modes)
             if self._sizes is not None:
-                height, width = step.sizes(*self._sizes)
-                if height.min(initial=1) < 1 or width.min(initial=1) < 1:
-                    i = int(np.argmin(np.minimum(height, width)))
-                    check(
-                        False,
-                        name,
-                        f"images after its {type(step).__name__}",
-                        "at least one pixel high and wide",
-                        f"{(int(height[i]), int(width[i]))} (height, width) for image {i}",
-                    )
-                self._sizes = height, width
+                step.check(*self._sizes)
+                after = step.sizes(*self._sizes)
+                if after[0] is not self._sizes[0] and ((after[0] < 1) | (after[1] < 1)).any():
+                    self._refuse_sizes(name, step, after)
+                self._sizes = after
             self.steps.append(step)
+
+    def _refuse_sizes(self, name: str, step: Step, after: Sizes) -> None:
+        i = int(np.argmin(np.minimum(*after)))
+        check(
+            False,
+            name,
+            f"images after its {type(step).__name__}",
+            "at least one pixel high and wide",
+            f"{(int(after[0][i]), int(after[1][i]))} (height, width) for image {i}",
+        )
 
     def stage(
         self,
