@@ -454,15 +454,15 @@ def test_frames_of_a_clip_share_their_draws() -> None:
 @pytest.mark.filterwarnings("ignore:bigkernel.augment runs in plain PyTorch")
 @pytest.mark.parametrize("name", ["module", "torch-random", "GaussianBlur", "Stage"])
 def test_gradients_flow_through_stages(name: str) -> None:
-    given = torch.rand(3, 3, 10, 11, dtype=torch.float64, requires_grad=True)
-    chain = bk.Compose([bk.RandomCrop(8), bk.RandomApply([stage(name)], 1.0), FLIP])
+    given = torch.rand(2, 3, 7, 8, dtype=torch.float64, requires_grad=True)
+    chain = bk.Compose([bk.RandomCrop(6), bk.RandomApply([stage(name)], 1.0), FLIP])
 
     def loss(x: Tensor) -> Tensor:
-        return (chain(x, seeded(), range(3)) ** 2).sum()
+        return (chain(x, seeded(), range(2)) ** 2).sum()
 
-    assert torch.autograd.gradcheck(loss, given)
+    assert torch.autograd.gradcheck(loss, given, fast_mode=True)
     layer = nn.Conv2d(3, 4, 3).double()
-    bk.Compose([FLIP, layer])(given, seeded(), range(3)).sum().backward()
+    bk.Compose([FLIP, layer])(given, seeded(), range(2)).sum().backward()
     assert layer.weight.grad is not None
     assert given.grad is not None
 

@@ -113,14 +113,18 @@ class Done:
 
     def __str__(self) -> str:
         if not self.calls:
-            return f"{self.images} images"
+            return _counted(self.images, "image")
         by_count: dict[int, int] = {}
         for images, calls in self.calls:
             by_count[calls] = by_count.get(calls, 0) + images
         return ", ".join(
-            f"{images} images in {calls} {'call' if calls == 1 else 'calls'}"
+            f"{_counted(images, 'image')} in {_counted(calls, 'call')}"
             for calls, images in sorted(by_count.items())
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class Run(Walk):
