@@ -405,10 +405,10 @@ class Normalize(Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = "transforms.steps.Normalize"
-        self.mean, self.std = (
-            arguments.channel_values(owner, name, getattr(self, name)) for name in ("mean", "std")
-        )
-        check(all(s != 0 for s in self.std), owner, "std", "without a zero", self.std)
+        if not (type(self.mean) is tuple and type(self.std) is tuple):
+            self.mean = arguments.channel_values(owner, "mean", self.mean)
+            self.std = arguments.channel_values(owner, "std", self.std)
+        check(0.0 not in self.std, owner, "std", "without a zero", self.std)
 
     def fits(self, table: Table) -> Bools:
         return np.full(len(self.active), not table.rounded)

@@ -266,13 +266,9 @@ class Transform(nn.Module):
 
     def _block_count(self) -> int:
         count = self.blocks
-        check(
-            isinstance(count, int) and not isinstance(count, bool) and count >= 0,
-            type(self).__name__,
-            "blocks",
-            "how many blocks of four random numbers it takes an image, a whole number",
-            repr(count),
-        )
+        if type(count) is not int or count < 0:
+            what = "how many blocks of four random numbers it takes an image, a whole number"
+            check(False, type(self).__name__, "blocks", what, repr(count))
         return count
 
     def _walk(self, walk: Walk) -> Walk:

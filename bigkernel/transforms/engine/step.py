@@ -45,15 +45,16 @@ class Step(Samples):
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self._spell("active", BOOL)
+        """Makes the fields arrays [N, ...], or says what is wrong with them."""
+        self._spell("active", BOOL, np.size(self.active))
+        n = len(self.active)
         for name, entry in self.arrays.items():
-            self._spell(name, entry)
+            self._spell(name, entry, n)
 
-    def _spell(self, name: str, entry: Entry) -> None:
-        """Makes the field an array [N, ...], or says what is wrong with it."""
+    def _spell(self, name: str, entry: Entry, n: int) -> None:
         dtype, value = entry[0], getattr(self, name)
-        shape = (np.size(self.active), *entry[1])
-        if type(value) is np.ndarray and value.dtype == dtype and _agree(value.shape, shape):
+        shape = (n, *entry[1])
+        if type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
             return  # as most transforms of this package make them
         array = np.asarray(value)
         if -1 not in shape and array.size == 1:
