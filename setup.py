@@ -127,6 +127,12 @@ def isa_sources() -> list[str]:
     return sources
 
 
+def write_headers() -> None:
+    """Headers of csrc that are written from Python, which says the same things once for both."""
+    table = runpy.run_path(str(ROOT / "bigkernel" / "ops" / "augment" / "table.py"))
+    write_if_changed(ROOT / "csrc" / "augment" / "codes.h", table["header"]())
+
+
 def names_of_archs(flags: list[str]) -> str:
     """What nvcc is told to compile for: "sm_80, sm_90, PTX for sm_90"."""
     codes = [re.fullmatch(r"-gencode=arch=\w+,code=(sm|compute)_(\w+)", f) for f in flags]
@@ -158,6 +164,7 @@ def extension() -> Extension:
         relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp") + relative("csrc/python/*.cpp")
     )
     sources += isa_sources()
+    write_headers()
     include = [
         str(ROOT / "csrc"),
         str(ROOT / "build" / "generated"),

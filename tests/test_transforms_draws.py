@@ -231,14 +231,14 @@ class Outcomes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[np.ndarray] = []
-        draw = bk.Transform._draw
+        go = bk.Transform._walk
 
-        def record(transform: bk.Transform, *args: Any, **kwargs: Any) -> Any:
-            sampling = draw(transform, *args, **kwargs)
-            self.seen += [half(p) for p in sampling.params if not isinstance(p, bk.ResizeParams)]
-            return sampling
+        def record(transform: bk.Transform, walk: Any) -> Any:
+            go(transform, walk)
+            self.seen += [half(p) for p in walk.params if not isinstance(p, bk.ResizeParams)]
+            return walk
 
-        monkeypatch.setattr(bk.Transform, "_draw", record)
+        monkeypatch.setattr(bk.Transform, "_walk", record)
 
     def of(self, call: Any) -> list[np.ndarray]:
         self.seen.clear()

@@ -16,9 +16,11 @@ from torch import Tensor
 
 import bigkernel
 from bigkernel import transforms as bk
-from bigkernel.transforms._fold import fold
-from bigkernel.transforms._images import gather
-from bigkernel.transforms._transform import Sampling, _run
+from bigkernel.transforms.engine.draws import Draws, Key
+from bigkernel.transforms.engine.fold import fold
+from bigkernel.transforms.engine.images import gather
+from bigkernel.transforms.engine.passes import run_pass
+from bigkernel.transforms.engine.walk import Walk
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +40,17 @@ def scene(n: int = 8, height: int = 33, width: int = 41, seed: int = 2) -> Tenso
     return (0.7 * soft + 0.3 * edges).clamp(0, 1)
 
 
-def draw(chain: bk.Transform, images: Tensor, seed: int = 7) -> Sampling:
+def draw(chain: bk.Transform, images: Tensor, seed: int = 7) -> Walk:
     n, _, height, width = images.shape
-    generator = torch.Generator().manual_seed(seed)
-    return chain._draw(np.full(n, height), np.full(n, width), generator, np.arange(n), pil=False)
+    key = Key(torch.Generator().manual_seed(seed), np.arange(n), n)
+    draws = Draws(key, [t.blocks for t in chain._chain()])
+    return chain._walk(Walk(draws, np.full(n, height), np.full(n, width)))
 
 
 def one_after_another(chain: bk.Transform, images: Tensor) -> Tensor:
     result: Any = images
     for step in draw(chain, images).steps:
-        result, _ = _run(gather(result, "channels_first"), [step], channels_first=True)
+        result, _ = run_pass(gather(result, "channels_first"), [step], channels_last=False)
     return result
 
 

@@ -646,9 +646,12 @@ def test_bad_arguments_of_our_own(make: Any, words: str) -> None:
         make()
 
 
-def test_foreign_transforms_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"transforms\[1\]"):
-        bk.Compose([bk.Pad(1), lambda x: x])
+@pytest.mark.parametrize("container", [bk.Compose, bk.RandomApply])
+def test_what_is_no_transform_is_refused(container: Any) -> None:
+    with pytest.raises(TypeError, match=r"transforms\[1\] must be a transform or .*got 'x'"):
+        container([bk.Pad(1), "x"])
+    with pytest.raises(TypeError, match=r"got the class Pad\. Make one: Pad\(\.\.\.\)"):
+        container([bk.Pad])
 
 
 def test_interpolation_spellings() -> None:

@@ -5,10 +5,10 @@ Every image of a batch gets parameters of its own, drawn from a ``torch.Generato
 :class:`Transform` for what a call takes and returns, and :class:`Compose` for what folding means.
 """
 
-from bigkernel.transforms._arguments import InterpolationMode
-from bigkernel.transforms._transform import Params, Transform
+from bigkernel.transforms import steps
+from bigkernel.transforms.arguments import InterpolationMode
 from bigkernel.transforms.color import ColorJitter, ColorJitterParams, RandomGrayscale
-from bigkernel.transforms.container import Compose, RandomApply
+from bigkernel.transforms.container import Compose, RandomApply, Stage
 from bigkernel.transforms.convert import Normalize, ToDtype, ToImage
 from bigkernel.transforms.geometry import (
     CenterCrop,
@@ -22,6 +22,7 @@ from bigkernel.transforms.geometry import (
     ResizedCropParams,
     ResizeParams,
 )
+from bigkernel.transforms.transform import ImageInfo, Params, Transform
 from bigkernel.transforms.warp import AffineParams, RandomAffine, RandomRotation, RotationParams
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ColorJitterParams",
     "Compose",
     "CropParams",
+    "ImageInfo",
     "InterpolationMode",
     "Normalize",
     "Pad",
@@ -47,7 +49,9 @@ __all__ = [
     "ResizeParams",
     "ResizedCropParams",
     "RotationParams",
+    "Stage",
     "ToDtype",
     "ToImage",
     "Transform",
+    "steps",
 ]

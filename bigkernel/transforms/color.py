@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from bigkernel.errors import check
-from bigkernel.ops.augment.reference import BRIGHTNESS, CONTRAST, GREYSCALE, HUE, SATURATION
-from bigkernel.transforms import _arguments as arguments
-from bigkernel.transforms import _steps as steps
-from bigkernel.transforms._draws import Bools, Floats, Ints, integers, uniform
-from bigkernel.transforms._transform import Params, Sampling, Transform
+from bigkernel.transforms import arguments, steps
+from bigkernel.transforms.engine.draws import integers, uniform
+from bigkernel.transforms.engine.samples import Floats, Ints
+from bigkernel.transforms.steps import BRIGHTNESS, CONTRAST, GREYSCALE, HUE, SATURATION
+from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 _ORDERS = np.asarray(list(itertools.permutations(range(4))), dtype=np.int64)
 _CODES = np.asarray([BRIGHTNESS, CONTRAST, SATURATION, HUE], dtype=np.int64)
@@ -42,7 +41,7 @@ class ColorJitter(Transform):
     colour circle, b up to 0.5). Images need 1 or 3 channels; saturation and hue leave those of 1.
     """
 
-    blocks: ClassVar[int] = 2
+    blocks = 2
 
     def __init__(
         self,
@@ -58,9 +57,8 @@ class ColorJitter(Transform):
         self.saturation = _factor_range("saturation", saturation, 1.0, unbounded)
         self.hue = _factor_range("hue", hue, 0.0, (-0.5, 0.5))
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        u = sampling.numbers()
-        n = len(active)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        n = len(images.active)
         ranges = [getattr(self, name) for name in _OPERATIONS]
         factors = [None if r is None else _factors(u[0, :, i], *r) for i, r in enumerate(ranges)]
         order = _ORDERS[integers(u[1, :, 0], np.full(n, len(_ORDERS)))]
@@ -73,7 +71,8 @@ class ColorJitter(Transform):
             kept = np.argsort(codes == 0, axis=1, kind="stable")[:, : int(used.sum())]
             codes = np.take_along_axis(codes, kept, axis=1)
             values = np.take_along_axis(values, kept, axis=1)
-        sampling.add(ColorJitterParams(active, order, *factors), steps.Color(active, codes, values))
+        params = ColorJitterParams(images.active, order, *factors)
+        return params, [steps.Color(images.active, codes, values)]
 
 
 def _factors(u: Floats, low: float, high: float) -> Floats:
@@ -114,14 +113,13 @@ def _factor_range(
 class RandomGrayscale(Transform):
     """Makes images grey with probability ``p``; the number of channels stays."""
 
-    blocks: ClassVar[int] = 1
+    blocks = 1
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
         self.p = arguments.probability("RandomGrayscale", p)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        active = active & (sampling.numbers()[0, :, 0] < self.p)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active & (u[0, :, 0] < self.p)
         codes = np.full((len(active), 1), GREYSCALE)
-        step = steps.Color(active, codes, np.ones((len(active), 1)))
-        sampling.add(Params(active), step)
+        return Params(active), [steps.Color(active, codes, np.ones((len(active), 1)))]

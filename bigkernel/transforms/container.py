@@ -1,22 +1,86 @@
-"""Chains of transforms."""
+"""Chains of transforms, and what comes into them from elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigkernel.errors import check
-from bigkernel.transforms import _arguments as arguments
-from bigkernel.transforms._draws import Bools
-from bigkernel.transforms._transform import Params, Sampling, Transform
+from bigkernel.transforms import arguments
+from bigkernel.transforms.engine.passes import Part
+from bigkernel.transforms.engine.samples import Bools, Ints
+from bigkernel.transforms.engine.stages import Given, call_foreign
+from bigkernel.transforms.engine.walk import Walk
+from bigkernel.transforms.transform import Params, Transform
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+class Stage(Transform):
+    """A tensor stage made of a function: ``function(images, u)``.
+
+    It is given images [M, C, H, W] of one size and, float32 [blocks, M, 4], numbers in [0, 1) that
+    are keyed by (seed, id, place in the chain), and returns as many images, of any size: see
+    :meth:`Transform.transform`. A class of its own, with arguments that are printed, is a subclass
+    of Transform. To be pickled, ``function`` must be one that has a name in its module.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], blocks: int = 1) -> None:
+        super().__init__()
+        check(callable(function), "Stage", "function", "callable", repr(function), cls=TypeError)
+        self._function = function
+        self.blocks = blocks
+        self._block_count()
+
+    def extra_repr(self) -> str:
+        return f"{_name_of(self._function)}, blocks={self.blocks}"
+
+    def transform(self, images: Tensor, u: Tensor) -> Tensor:
+        return self._function(images, u)
+
+    def sizes(self, height: Ints, width: Ints) -> None:
+        return None
+
+    def _label(self) -> str:
+        return _name_of(self._function)
+
+    def _name(self) -> str:
+        return f"Stage({self._label()})"
+
+
+class _Foreign(Transform):
+    """A callable that a chain holds and that is no Transform, as a tensor stage."""
+
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any], place: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "_function", function)  # not a module of this one's
+        self._place = place
+
+    def sizes(self, height: Ints, width: Ints) -> None:
+        return None
+
+    def _label(self) -> str:
+        return _name_of(self._function)
+
+    def _name(self) -> str:
+        return f"{self._place} ({self._label()})"
+
+    def _call(self, given: Given) -> list[Part]:
+        return call_foreign(self._name(), self._function, given)
 
 
 class _Container(Transform):
-    is_chain: ClassVar[bool] = True
+    _is_chain: ClassVar[bool] = True
 
-    def __init__(self, transforms: Sequence[Transform] | nn.ModuleList) -> None:
+    def __init__(
+        self, transforms: Sequence[Transform | Callable[..., Any]] | nn.ModuleList
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         check(
@@ -28,26 +92,39 @@ class _Container(Transform):
             cls=TypeError,
         )
         check(len(transforms) > 0, name, "transforms", "at least one transform", "none")
-        for i, transform in enumerate(transforms):
-            check(
-                isinstance(transform, Transform),
-                name,
-                f"transforms[{i}]",
-                "a transform of bigkernel.transforms",
-                type(transform).__name__,
-                "Apply other callables to the images before or after",
-                TypeError,
-            )
         self.transforms = transforms
+        list(self._inner())
 
     def _inner(self) -> Iterator[Transform]:
-        for transform in self.transforms:
-            assert isinstance(transform, Transform)
-            yield transform
+        transforms: Iterable[Any] = self.transforms
+        for i, transform in enumerate(transforms):
+            if isinstance(transform, Transform):
+                yield transform
+                continue
+            is_class = isinstance(transform, type)
+            if is_class or not callable(transform):
+                check(
+                    False,
+                    type(self).__name__,
+                    f"transforms[{i}]",
+                    "a transform or another callable, from images to images",
+                    f"the class {transform.__name__}" if is_class else repr(transform),
+                    f"Make one: {transform.__name__}(...)" if is_class else "",
+                    TypeError,
+                )
+            yield _Foreign(transform, f"transforms[{i}]")
 
-    def chain(self) -> Iterator[Transform]:
+    def _chain(self) -> Iterator[Transform]:
         for transform in self._inner():
-            yield from transform.chain()
+            yield from transform._chain()
+
+    def _leaves(self) -> Iterator[tuple[str, Transform]]:
+        for transform in self._inner():
+            yield from transform._leaves()
+
+    def _visit(self, walk: Walk, active: Bools) -> None:
+        for transform in self._inner():
+            transform._visit(walk, active)
 
     def extra_repr(self) -> str:
         if isinstance(self.transforms, nn.ModuleList):
@@ -57,6 +134,14 @@ class _Container(Transform):
 
 class Compose(_Container):
     """Transforms one after another, folded into one ``augment`` call where that is right.
+
+    Beside those of this package and subclasses of :class:`Transform`, ``transforms`` may hold any
+    callable that takes a batch [N, C, H, W] and returns one, such as a module or a transform of
+    torchvision's. It is a tensor stage: what comes before and after it is folded. If it draws from
+    a global generator of torch, NumPy or Python, it is called for one sample after another, with
+    those generators seeded by (seed, id, place in the chain), and leaves them as they were. One
+    with the arguments ``generator`` and ``ids`` is called with those, once. What it draws from
+    generators of its own is not seen. ``explain()`` shows the stages.
 
     One call resamples each image once, then recolours and normalises it. Folding changes nothing
     but this:
@@ -84,29 +169,32 @@ class Compose(_Container):
     affine map, a resize or another fill after padding, colour after ``Normalize``.
     """
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        for transform in self._inner():
-            transform.walk(sampling, active)
-
 
 class RandomApply(_Container):
     """Applies all of ``transforms`` with probability ``p``, or none of them."""
 
-    blocks: ClassVar[int] = 1
+    blocks = 1
 
-    def __init__(self, transforms: Sequence[Transform] | nn.ModuleList, p: float = 0.5) -> None:
+    def __init__(
+        self,
+        transforms: Sequence[Transform | Callable[..., Any]] | nn.ModuleList,
+        p: float = 0.5,
+    ) -> None:
         super().__init__(transforms)
         self.p = arguments.probability("RandomApply", p)
 
     def extra_repr(self) -> str:
         return "\n".join(filter(None, [super().extra_repr(), f"p={self.p}"]))
 
-    def chain(self) -> Iterator[Transform]:
+    def _chain(self) -> Iterator[Transform]:
         yield self  # its own draw comes first
-        yield from super().chain()
+        yield from super()._chain()
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        active = active & (sampling.numbers()[0, :, 0] < self.p)
-        sampling.add(Params(active))
-        for transform in self._inner():
-            transform.walk(sampling, active)
+    def _leaves(self) -> Iterator[tuple[str, Transform]]:
+        for name, transform in super()._leaves():
+            yield f"{name} (p={self.p})", transform
+
+    def _visit(self, walk: Walk, active: Bools) -> None:
+        active = active & (walk.numbers()[0, :, 0] < self.p)
+        walk.params.append(Params(active))
+        super()._visit(walk, active)

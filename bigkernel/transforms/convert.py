@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from bigkernel.errors import check
-from bigkernel.transforms import _arguments as arguments
-from bigkernel.transforms import _steps as steps
-from bigkernel.transforms._draws import Bools
-from bigkernel.transforms._transform import Params, Sampling, Transform
+from bigkernel.transforms import arguments, steps
+from bigkernel.transforms.engine.samples import Floats
+from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
 class ToImage(Transform):
@@ -22,12 +21,10 @@ class ToImage(Transform):
     or what it was given.
     """
 
-    makes_tensor: ClassVar[bool] = True
+    _makes_tensor: ClassVar[bool] = True
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
-        sampling.pil = False
-        sampling.add(Params(active))
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        return Params(images.active), []
 
 
 class ToDtype(Transform):
@@ -52,13 +49,11 @@ class ToDtype(Transform):
     def extra_repr(self) -> str:
         return f"dtype={self.dtype}, scale={self.scale}"
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
-        _check_tensors("ToDtype", sampling)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        _check_tensors("ToDtype", images)
         if self._dtype is None:
-            sampling.add(Params(active))
-        else:
-            sampling.add(Params(active), steps.ToDtype(active, self._dtype, self.scale))
+            return Params(images.active), []
+        return Params(images.active), [steps.ToDtype(images.active, self._dtype, self.scale)]
 
 
 class Normalize(Transform):
@@ -69,27 +64,20 @@ class Normalize(Transform):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
         super().__init__()
-        self.mean = _numbers("mean", mean)
-        self.std = _numbers("std", std)
+        self.mean = list(arguments.channel_values("Normalize", "mean", mean))
+        self.std = list(arguments.channel_values("Normalize", "std", std))
         check(all(s != 0 for s in self.std), "Normalize", "std", "without a zero", repr(std))
         self.inplace = inplace
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
-        _check_tensors("Normalize", sampling)
-        step = steps.Normalize(active, tuple(self.mean), tuple(self.std))
-        sampling.add(Params(active), step)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        _check_tensors("Normalize", images)
+        step = steps.Normalize(images.active, tuple(self.mean), tuple(self.std))
+        return Params(images.active), [step]
 
 
-def _numbers(name: str, value: Any) -> list[float]:
-    values = [value] if arguments.is_number(value) else list(value)
-    check(len(values) > 0, "Normalize", name, "at least one number", repr(value))
-    return [float(v) for v in values]
-
-
-def _check_tensors(owner: str, sampling: Sampling) -> None:
+def _check_tensors(owner: str, images: ImageInfo) -> None:
     check(
-        not sampling.pil,
+        not images.pil,
         owner,
         "images",
         "tensors",

@@ -11,24 +11,24 @@ from typing import ClassVar
 import numpy as np
 
 from bigkernel.errors import BadArgument, check
-from bigkernel.transforms import _arguments as arguments
-from bigkernel.transforms import _steps as steps
-from bigkernel.transforms._arguments import Fill, InterpolationMode
-from bigkernel.transforms._draws import Bools, Floats, Ints, integers, uniform
-from bigkernel.transforms._transform import Params, Sampling, Transform
+from bigkernel.transforms import arguments, steps
+from bigkernel.transforms.arguments import Fill, InterpolationMode
+from bigkernel.transforms.engine.draws import integers, uniform
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
 class _RandomFlip(Transform):
-    blocks: ClassVar[int] = 1
+    blocks = 1
     horizontal: ClassVar[bool]
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         self.p = arguments.probability(type(self).__name__, p)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        active = active & (sampling.numbers()[0, :, 0] < self.p)
-        sampling.add(Params(active), steps.Flip(active, self.horizontal))
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active & (u[0, :, 0] < self.p)
+        return Params(active), [steps.Flip(active, self.horizontal)]
 
 
 class RandomHorizontalFlip(_RandomFlip):
@@ -61,16 +61,16 @@ class CenterCrop(Transform):
         super().__init__()
         self.size = arguments.crop_size("CenterCrop", size)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
-        size = np.stack([sampling.width, sampling.height], axis=1)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        size = np.stack([images.width, images.height], axis=1)
         crop = np.broadcast_to(np.asarray(self.size[::-1]), size.shape)
         short = np.maximum(crop - size, 0)
         padding = np.concatenate([short // 2, (short + 1) // 2], axis=1)
         # Halves go to the even side, as in torchvision, which uses Python's round().
         corner = np.rint((np.maximum(size, crop) - crop) / 2.0).astype(np.int64)
-        params = CropParams(active, padding, corner[:, 1], corner[:, 0], crop[:, 1], crop[:, 0])
-        sampling.add(params, *_pad_and_crop(params, None, edge=False))
+        box = corner[:, 1], corner[:, 0], crop[:, 1], crop[:, 0]
+        params = CropParams(images.active, padding, *box)
+        return params, _pad_and_crop(params, None, edge=False)
 
 
 class RandomCrop(Transform):
@@ -80,7 +80,7 @@ class RandomCrop(Transform):
     is "constant" or "edge" (torchvision's mirrored modes have no kernel here).
     """
 
-    blocks: ClassVar[int] = 1
+    blocks = 1
 
     def __init__(
         self,
@@ -98,11 +98,11 @@ class RandomCrop(Transform):
         self._fill = arguments.fill_values("RandomCrop", fill)
         self.padding_mode = arguments.padding_mode("RandomCrop", padding_mode)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        u = sampling.numbers()
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active
         sides = np.asarray(self.padding or (0, 0, 0, 0), dtype=np.int64)
         padding = np.broadcast_to(sides, (len(active), 4))
-        size = np.stack([sampling.width, sampling.height], axis=1) + padding[:, :2] + padding[:, 2:]
+        size = np.stack([images.width, images.height], axis=1) + padding[:, :2] + padding[:, 2:]
         crop = np.broadcast_to(np.asarray(self.size[::-1]), size.shape)
         short = np.maximum(crop - size, 0)
         if self.pad_if_needed:
@@ -119,20 +119,19 @@ class RandomCrop(Transform):
         room = np.maximum(size - crop, 0) + 1
         top, left = integers(u[0, :, 0], room[:, 1]), integers(u[0, :, 1], room[:, 0])
         params = CropParams(active, padding, top, left, crop[:, 1], crop[:, 0])
-        todo = _pad_and_crop(params, self._fill, edge=self.padding_mode == "edge")
-        sampling.add(params, *todo)
+        return params, _pad_and_crop(params, self._fill, edge=self.padding_mode == "edge")
 
 
 def _pad_and_crop(
     params: CropParams, fill: tuple[float, ...] | None, edge: bool
-) -> tuple[steps.Step, ...]:
+) -> list[steps.Step]:
     """The padding, then the box in the padded image; negative sides of the padding crop."""
     sides = params.padding
     cut = np.maximum(-sides, 0)[:, :2]
     crop = steps.Crop(
         params.active, params.top + cut[:, 1], params.left + cut[:, 0], params.height, params.width
     )
-    return steps.Pad(params.active, np.maximum(sides, 0), fill, edge), crop
+    return [steps.Pad(params.active, np.maximum(sides, 0), fill, edge), crop]
 
 
 class Pad(Transform):
@@ -152,25 +151,25 @@ class Pad(Transform):
         self._fill = arguments.fill_values("Pad", fill)
         self.padding_mode = arguments.padding_mode("Pad", padding_mode)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active
         sides = np.broadcast_to(np.asarray(self._sides, dtype=np.int64), (len(active), 4))
         edge = self.padding_mode == "edge"
         if min(self._sides) >= 0:
-            return sampling.add(Params(active), steps.Pad(active, sides, self._fill, edge))
-        height = sampling.height + sides[:, 1] + sides[:, 3]
-        width = sampling.width + sides[:, 0] + sides[:, 2]
+            return Params(active), [steps.Pad(active, sides, self._fill, edge)]
+        height = images.height + sides[:, 1] + sides[:, 3]
+        width = images.width + sides[:, 0] + sides[:, 2]
         empty = active & ((height < 1) | (width < 1))
         if empty.any():
             i = int(np.flatnonzero(empty)[0])
             raise BadArgument(
                 f"bigkernel.Pad: padding must leave at least one pixel a side, got {self.padding} "
-                f"for image {i} of {(int(sampling.height[i]), int(sampling.width[i]))} (height, "
+                f"for image {i} of {(int(images.height[i]), int(images.width[i]))} (height, "
                 "width). Negative padding crops."
             )
         corner = np.zeros_like(height)
         params = CropParams(active, sides, corner, corner, height, width)
-        sampling.add(Params(active), *_pad_and_crop(params, self._fill, edge))
+        return Params(active), _pad_and_crop(params, self._fill, edge)
 
 
 @dataclass
@@ -203,9 +202,9 @@ class Resize(Transform):
         self.max_size = max_size
         self.antialias = antialias
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        sampling.numbers()
-        height, width = self._target(sampling.height, sampling.width)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active
+        height, width = self._target(images.height, images.width)
         small = active & ((height < 1) | (width < 1))
         if small.any():
             i = int(np.flatnonzero(small)[0])
@@ -215,9 +214,9 @@ class Resize(Transform):
                 "Raise size or max_size."
             )
         params = ResizeParams(active, height, width)
-        antialias = sampling.pil if self.antialias is None else self.antialias
+        antialias = images.pil if self.antialias is None else self.antialias
         step = steps.Resize(active, height, width, self.interpolation, antialias)
-        sampling.add(params, step)
+        return params, [step]
 
     def _target(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         if self.size is not None and len(self.size) == 2:
@@ -285,7 +284,7 @@ class RandomResizedCrop(Transform):
     largest box in the middle whose ratio is in range.
     """
 
-    blocks: ClassVar[int] = 10
+    blocks = 10
 
     def __init__(
         self,
@@ -322,13 +321,14 @@ class RandomResizedCrop(Transform):
         self.interpolation = arguments.interpolation_mode(name, interpolation)
         self.antialias = antialias
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        params = self._draw_box(active, sampling.numbers(), sampling.height, sampling.width)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active = images.active
+        params = self._draw_box(active, u, images.height, images.width)
         crop = steps.Crop(active, params.top, params.left, params.height, params.width)
         height, width = (np.full_like(params.top, s) for s in self.size)
-        antialias = sampling.pil if self.antialias is None else self.antialias
+        antialias = images.pil if self.antialias is None else self.antialias
         resize = steps.Resize(active, height, width, self.interpolation, antialias)
-        sampling.add(params, crop, resize)
+        return params, [crop, resize]
 
     def _draw_box(self, active: Bools, u: Floats, height: Ints, width: Ints) -> ResizedCropParams:
         area = (height * width) * uniform(u[:, :, 0], *self.scale)  # [10, N]

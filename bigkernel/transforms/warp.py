@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from bigkernel.errors import check
-from bigkernel.transforms import _arguments as arguments
-from bigkernel.transforms import _steps as steps
-from bigkernel.transforms._affine import expanded_size, quarter_turns, warp_matrix
-from bigkernel.transforms._arguments import Fill, InterpolationMode
-from bigkernel.transforms._draws import Bools, Floats, Ints, uniform
-from bigkernel.transforms._transform import Params, Sampling, Transform
+from bigkernel.transforms import arguments, steps
+from bigkernel.transforms.arguments import Fill, InterpolationMode
+from bigkernel.transforms.engine.affine import expanded_size, quarter_turns, warp_matrix
+from bigkernel.transforms.engine.draws import uniform
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
 def _center(owner: str, center: Sequence[float] | None) -> tuple[float, float] | None:
@@ -41,7 +40,7 @@ class RandomRotation(Transform):
     padding or a flip before it, or a crop or padding after it, the even one.
     """
 
-    blocks: ClassVar[int] = 1
+    blocks = 1
 
     def __init__(
         self,
@@ -61,11 +60,11 @@ class RandomRotation(Transform):
         self.fill = fill
         self._fill = arguments.fill_values(name, fill)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        angle = uniform(sampling.numbers()[0, :, 0], *self.degrees)
-        matrix, height, width = self._warp(sampling.height, sampling.width, angle)
-        step = steps.Affine(active, matrix, height, width, self.interpolation, self._fill)
-        sampling.add(RotationParams(active, angle), step)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        angle = uniform(u[0, :, 0], *self.degrees)
+        matrix, height, width = self._warp(images.height, images.width, angle)
+        step = steps.Affine(images.active, matrix, height, width, self.interpolation, self._fill)
+        return RotationParams(images.active, angle), [step]
 
     def _warp(self, height: Ints, width: Ints, angle: Floats) -> tuple[Floats, Ints, Ints]:
         n = len(angle)
@@ -106,7 +105,7 @@ class RandomAffine(Transform):
     range in degrees along x, or two ranges along x and y. See :class:`RandomRotation` for the rest.
     """
 
-    blocks: ClassVar[int] = 2
+    blocks = 2
 
     def __init__(
         self,
@@ -137,23 +136,22 @@ class RandomAffine(Transform):
         self.center = center
         self._center = _center(name, center)
 
-    def walk(self, sampling: Sampling, active: Bools) -> None:
-        params = self._draw_params(active, sampling.numbers(), sampling.height, sampling.width)
+    def draw(self, u: Floats, images: ImageInfo) -> Drawn:
+        active, height, width = images.active, images.height, images.width
+        params = self._draw_params(active, u, height, width)
         matrix = warp_matrix(
-            sampling.height,
-            sampling.width,
-            sampling.height,
-            sampling.width,
+            height,
+            width,
+            height,
+            width,
             self._center,
             params.angle,
             params.translate.astype(np.float64),
             params.scale,
             params.shear,
         )
-        step = steps.Affine(
-            active, matrix, sampling.height, sampling.width, self.interpolation, self._fill
-        )
-        sampling.add(params, step)
+        step = steps.Affine(active, matrix, height, width, self.interpolation, self._fill)
+        return params, [step]
 
     def _draw_params(self, active: Bools, u: Floats, height: Ints, width: Ints) -> AffineParams:
         n = len(active)

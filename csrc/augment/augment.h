@@ -1,12 +1,13 @@
 // Resample, recolour and normalise a batch of images, each with parameters of its own:
 //   out = colour(sum_taps weight * source) * gain + offset
-// The tables are explained in bigkernel/ops/augment/op.py. The output is made line by line: sample
-// one line of all channels into fp32 scratch, walk the colour chain over it, convert and store.
-// Only contrast, which needs a mean over the whole image, splits the chain: the image is then held
-// in fp32 at output size up to there and read back for the rest.
+// bigkernel/ops/augment/table.py explains the tables. The output is made line by line: sample one
+// line of all channels into fp32 scratch, walk the colour chain over it, convert and store. Only
+// contrast, which needs a mean over the whole image, splits the chain: the image is then held in
+// fp32 at output size up to there and read back for the rest.
 #pragma once
 #include <cstdint>
 
+#include "augment/codes.h"
 #include "common/dtypes.h"
 #include "cpu/isa.h"
 
@@ -16,11 +17,6 @@ namespace bigkernel {
 constexpr int64_t kAugmentPad = 16;
 constexpr int64_t kAugmentPackedTaps = 8;  // widest filter over packed pixels
 constexpr int64_t kAugmentKeptRows = 4;    // source rows kept where columns are sampled first
-constexpr double kAugmentFar = 1048576.0;  // points beyond this many pixels are fill
-
-enum class AugmentBorder : int32_t { kFillBlend = 0, kClamp = 1, kFillOver = 2 };
-enum class AugmentNearest : int32_t { kFloor = 0, kEven = 1, kResize = 2, kWarp = 3 };
-enum class AugmentOp : int32_t { kBrightness = 1, kContrast, kSaturation, kHue, kGreyscale };
 
 // How the lines are sampled. kLines: axis-aligned, rows are combined first and columns after, by
 // the tap tables. kMap: any map, pixel by pixel through gathers. kEmpty: all fill.

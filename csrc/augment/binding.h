@@ -1,6 +1,7 @@
 // The op's arguments as torch passes them, checked and turned into what the kernels take. Shared by
 // the CPU and the CUDA binding.
 #pragma once
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -13,11 +14,10 @@ namespace bigkernel {
 
 constexpr const char* kAugmentName = "augment";
 
-inline DType augment_out_dtype(int64_t code) {  // OUT_DTYPES in bigkernel/ops/augment/reference.py
-  BK_CHECK(code >= 0 && code < 4, kAugmentName,
+inline DType augment_out_dtype(int64_t code) {
+  BK_CHECK(code >= 0 && code < int64_t(std::size(kAugmentDTypes)), kAugmentName,
            "out_dtype must be float32, bfloat16, float16 or uint8 for the native kernel");
-  constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kUInt8};
-  return kTypes[code];
+  return kAugmentDTypes[code];
 }
 
 inline ScalarType scalar_type_of(DType type) {
@@ -104,8 +104,8 @@ struct AugmentCall {
               double in_scale, int64_t out_dtype, const Tensor& like)
       : antialias(antialias_) {
     BK_CHECK(geometry_.is_cpu() && geometry_.scalar_type() == ScalarType::Double &&
-                 geometry_.dim() == 2 && geometry_.size(1) == 16,
-             kAugmentName, "geometry must be float64 [N, 16] on the CPU");
+                 geometry_.dim() == 2 && geometry_.size(1) == kAugmentColumns,
+             kAugmentName, "geometry must be float64 [N, ", kAugmentColumns, "] on the CPU");
     const int64_t n = geometry_.size(0);
     BK_CHECK(color_.is_cpu() && color_.scalar_type() == ScalarType::Float && color_.dim() == 3 &&
                  color_.size(0) == n && color_.size(2) == 2,
@@ -113,7 +113,8 @@ struct AugmentCall {
     BK_CHECK(fill_.is_cpu() && fill_.scalar_type() == ScalarType::Float && fill_.dim() == 2 &&
                  (fill_.size(0) == n || fill_.size(0) == 1),
              kAugmentName, "fill must be float32 [N, C] or [1, C] on the CPU");
-    BK_CHECK(interpolation == 0 || interpolation == 1, kAugmentName,
+    const bool is_nearest = interpolation == int64_t(AugmentInterpolation::kNearest);
+    BK_CHECK(is_nearest || interpolation == int64_t(AugmentInterpolation::kBilinear), kAugmentName,
              "interpolation must be 0 or 1");
     BK_CHECK(out_h >= 0 && out_w >= 0, kAugmentName, "out_h and out_w must not be negative");
     geometry = torch::stable::contiguous(geometry_);
@@ -126,7 +127,7 @@ struct AugmentCall {
     args.out_type = augment_out_dtype(out_dtype);
     args.out_h = out_h;
     args.out_w = out_w;
-    args.nearest = interpolation == 0;
+    args.nearest = is_nearest;
     args.channels_last_out = channels_last_out;
     args.bound = args.in_type == DType::kUInt8 ? 255.0f : 1.0f;
     gain = channel_values(std_, 1.0f, "std");
@@ -148,7 +149,7 @@ struct AugmentCall {
 
   int64_t samples() const { return geometry.size(0); }
   const double* geometry_row(int64_t i) const {
-    return static_cast<const double*>(geometry.const_data_ptr()) + i * 16;
+    return static_cast<const double*>(geometry.const_data_ptr()) + i * kAugmentColumns;
   }
   const float* fill_row(int64_t i) const {
     return static_cast<const float*>(fill.const_data_ptr()) +

@@ -36,15 +36,16 @@ class AugmentPlanner {
     // Clamped along one axis and renormalised along the other: the general sampler's.
     if (p.border == AugmentBorder::kClamp && (p.reach_x == 1.0) != (p.reach_y == 1.0))
       p.packed = false;
-    for (const int i : {0, 1, 3, 4}) p.packed = p.packed && std::abs(row[i]) < kAugmentFar;
-    if (row[1] != 0 || row[3] != 0 || (args.nearest && p.rule == AugmentNearest::kWarp)) return p;
+    for (const int i : {0, 1, 3, 4}) p.packed = p.packed && std::abs(p.map[i]) < kAugmentFar;
+    if (p.map[1] != 0 || p.map[3] != 0 || (args.nearest && p.rule == AugmentNearest::kWarp))
+      return p;
 
     const int64_t w = args.out_w, h = args.out_h;
     const double most = taps(p.reach_x, p.box[2] - p.box[0]);
     if (most * double(w) > kLargestTable) return p;
     if (taps(p.reach_y, p.box[3] - p.box[1]) * double(h) > kLargestTable) return p;
-    columns_.build(args.nearest, p.rule, p.border, row[0], row[2], row[6], p.reach_x, p.box[0],
-                   p.box[2], p.out_box[0], p.out_box[2], w, true);
+    columns_.build(args.nearest, p.rule, p.border, p.map[0], p.map[2], p.origin_x, p.reach_x,
+                   p.box[0], p.box[2], p.out_box[0], p.out_box[2], w, true);
     int32_t first = p.box[2], last = p.box[0];
     for (int64_t x = 0; x < w; ++x) {
       if (columns_.count[x] == 0) continue;
@@ -58,7 +59,7 @@ class AugmentPlanner {
     if (sparse && !(args.nearest && p.rule == AugmentNearest::kResize)) return p;
     columns_.close_gaps(first);
     p.packed = false;
-    rows_.build(args.nearest, p.rule, p.border, row[4], row[5], row[7], p.reach_y, p.box[1],
+    rows_.build(args.nearest, p.rule, p.border, p.map[4], p.map[5], p.origin_y, p.reach_y, p.box[1],
                 p.box[3], p.out_box[1], p.out_box[3], h, false);
     p.columns = columns_.taps();
     p.rows = rows_.taps();

@@ -15,7 +15,7 @@ constexpr int64_t kAugmentMostBlocks = 1024;  // for one image: each adds up as 
 struct AugmentInput {
   AugmentArgs args;
   const AugmentImage* images;  // [n], any strides
-  const double* geometry;      // [n, 16]
+  const double* geometry;      // [n, kAugmentColumns]
   const float* color;          // [n, k, 2]
   const float* fill;           // [fill_rows, channels]
   int64_t n, k, fill_rows;     // fill_rows: n or 1

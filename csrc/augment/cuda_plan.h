@@ -29,8 +29,8 @@ inline AugmentSample describe(const AugmentInput& input, int64_t i) {
   const AugmentArgs& args = input.args;
   const AugmentImage& image = input.images[i];
   AugmentSample s{};
-  s.geometry = read_geometry(input.geometry + i * 16, image.width, image.height, args.out_w,
-                             args.out_h, input.antialias && !args.nearest);
+  s.geometry = read_geometry(input.geometry + i * kAugmentColumns, image.width, image.height,
+                             args.out_w, args.out_h, input.antialias && !args.nearest);
   s.data = image.data;
   s.stride_c = image.stride_c;
   s.stride_y = image.stride_y;

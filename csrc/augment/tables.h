@@ -1,9 +1,10 @@
-// The rows of augment's tables (bigkernel/ops/augment/op.py), decoded: where the kernels of the CPU
-// and of the GPU begin.
+// The rows of augment's tables (bigkernel/ops/augment/table.py), decoded: where the kernels of the
+// CPU and of the GPU begin.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,6 +27,14 @@ inline double filter_reach(double along, double across) {
   return r > 1.0 ? std::min(r, kAugmentFar) : 1.0;  // NaN: 1
 }
 
+// The code that a number of the table is, or the one that all others stand for.
+template <class Code>
+Code code_or(double number, Code other, std::initializer_list<Code> codes) {
+  for (const Code code : codes)
+    if (number == double(int32_t(code))) return code;
+  return other;
+}
+
 // See _warped in bigkernel/ops/augment/reference.py.
 inline AugmentWarp warp_axis(const double* map, int64_t out_w, int64_t out_h, int32_t begin,
                              int32_t end) {
@@ -41,29 +50,29 @@ inline AugmentWarp warp_axis(const double* map, int64_t out_w, int64_t out_h, in
 inline AugmentGeometry read_geometry(const double* row, int64_t width, int64_t height,
                                      int64_t out_w, int64_t out_h, bool filtered) {
   AugmentGeometry g{};
-  g.border = row[14] == 1   ? AugmentBorder::kClamp
-             : row[14] == 0 ? AugmentBorder::kFillBlend
-                            : AugmentBorder::kFillOver;
-  g.rule = row[15] == 1   ? AugmentNearest::kEven
-           : row[15] == 2 ? AugmentNearest::kResize
-           : row[15] == 3 ? AugmentNearest::kWarp
-                          : AugmentNearest::kFloor;
-  for (int i = 0; i < 6; ++i) g.map[i] = row[i];
-  g.origin_x = row[6];
-  g.origin_y = row[7];
-  detail::cut_side(row[6], row[8], width, g.box[0], g.box[2]);
-  detail::cut_side(row[7], row[9], height, g.box[1], g.box[3]);
-  detail::cut_side(row[10], row[12], out_w, g.out_box[0], g.out_box[2]);
-  detail::cut_side(row[11], row[13], out_h, g.out_box[1], g.out_box[3]);
+  const double* const map = row + kAugmentMapAt;
+  const double* const box = row + kAugmentSourceAt;
+  const double* const shown = row + kAugmentOutputAt;
+  g.border = detail::code_or(row[kAugmentBorderAt], AugmentBorder::kFillOver,
+                             {AugmentBorder::kClamp, AugmentBorder::kFillBlend});
+  g.rule = detail::code_or(row[kAugmentNearestAt], AugmentNearest::kFloor,
+                           {AugmentNearest::kEven, AugmentNearest::kResize, AugmentNearest::kWarp});
+  for (int i = 0; i < 6; ++i) g.map[i] = map[i];
+  g.origin_x = box[0];
+  g.origin_y = box[1];
+  detail::cut_side(box[0], box[2], width, g.box[0], g.box[2]);
+  detail::cut_side(box[1], box[3], height, g.box[1], g.box[3]);
+  detail::cut_side(shown[0], shown[2], out_w, g.out_box[0], g.out_box[2]);
+  detail::cut_side(shown[1], shown[3], out_h, g.out_box[1], g.out_box[3]);
   g.empty = g.box[0] >= g.box[2] || g.box[1] >= g.box[3] || g.out_box[0] >= g.out_box[2] ||
             g.out_box[1] >= g.out_box[3];
   if (!g.empty && g.rule == AugmentNearest::kWarp) {
-    g.warp_x = detail::warp_axis(row, out_w, out_h, g.box[0], g.box[2]);
-    g.warp_y = detail::warp_axis(row + 3, out_w, out_h, g.box[1], g.box[3]);
+    g.warp_x = detail::warp_axis(map, out_w, out_h, g.box[0], g.box[2]);
+    g.warp_y = detail::warp_axis(map + 3, out_w, out_h, g.box[1], g.box[3]);
     g.fused = 6 * out_w * out_h >= 400;
   }
-  g.reach_x = filtered ? detail::filter_reach(row[0], row[1]) : 1.0;
-  g.reach_y = filtered ? detail::filter_reach(row[3], row[4]) : 1.0;
+  g.reach_x = filtered ? detail::filter_reach(map[0], map[1]) : 1.0;
+  g.reach_y = filtered ? detail::filter_reach(map[3], map[4]) : 1.0;
   return g;
 }
 
@@ -78,10 +87,13 @@ inline AugmentChain read_chain(const float* pairs, int64_t k, int64_t channels, 
   for (int64_t i = 0; i < k; ++i) {
     const float code = pairs[2 * i];
     if (code == 0) continue;
-    const bool whole = code >= 16;
-    const float plain = whole ? code - 16 : code;
-    if (!(plain >= 1 && plain <= 5) || plain != float(int32_t(plain)))
-      throw std::runtime_error("bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got " +
+    const bool whole = code >= kAugmentWholeNumbers;
+    const float plain = whole ? code - kAugmentWholeNumbers : code;
+    if (!(plain >= 1 && plain <= kAugmentOps) || plain != float(int32_t(plain)))
+      throw std::runtime_error("bigkernel.augment: color codes must be 0 to " +
+                               std::to_string(kAugmentOps) + ", or " +
+                               std::to_string(kAugmentWholeNumbers + 1) + " to " +
+                               std::to_string(kAugmentWholeNumbers + kAugmentOps) + ", got " +
                                std::to_string(code) + ".");
     const auto kind = AugmentOp(int32_t(plain));
     if (channels != 3 && kind != AugmentOp::kBrightness && kind != AugmentOp::kContrast) continue;

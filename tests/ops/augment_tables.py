@@ -4,17 +4,23 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
-CLAMP, FILL_BLEND, FILL_OVER = 1, 0, 2
-FLOOR, EVEN, RESIZE, WARP = 0, 1, 2, 3
-CODES = {"brightness": 1, "contrast": 2, "saturation": 3, "hue": 4, "greyscale": 5}
-WHOLE = 16
+from bigkernel.ops.augment import table
+from bigkernel.ops.augment.table import CLAMP, FILL_BLEND, FILL_OVER
+
+FLOOR, EVEN, RESIZE, WARP = table.Nearest
+CODES = {code.name.lower(): int(code) for code in table.Color}
+WHOLE = table.WHOLE_NUMBERS
 
 
 def row(matrix, box, size, border=CLAMP, rule=FLOOR, out_box=None) -> Tensor:
     """One row of geometry; ``size`` is the output's (height, width)."""
     height, width = size
-    values = [*matrix, *box, *(out_box or (0, 0, width, height)), border, rule]
-    return torch.tensor(values, dtype=torch.float64)
+    values = torch.empty(table.COLUMNS, dtype=torch.float64)
+    values[table.MAP] = torch.tensor(matrix, dtype=torch.float64)
+    values[table.SOURCE] = torch.tensor(box, dtype=torch.float64)
+    values[table.OUTPUT] = torch.tensor(out_box or (0, 0, width, height), dtype=torch.float64)
+    values[table.BORDER], values[table.NEAREST] = border, rule
+    return values
 
 
 def resized_crop(top, left, height, width, size, flip_x=False, flip_y=False) -> Tensor:

@@ -29,6 +29,8 @@ Feature -> test
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import augment_ptx
 import augment_tables as tables
@@ -41,8 +43,8 @@ from torch.autograd import forward_ad
 from torchvision.transforms import InterpolationMode
 
 import bigkernel
-from bigkernel import transforms
-from bigkernel.ops.augment import augment, reference
+from bigkernel import registry, transforms
+from bigkernel.ops.augment import augment, reference, table
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
 
@@ -958,3 +960,19 @@ def test_augment_large_results(cpu_isa, width):
     assert whole.nbytes > 1 << 24
     for i in range(30):
         assert torch.equal(whole[i], augment(images[i : i + 1], rows[i : i + 1], **options)[0])
+
+
+def test_augment_codes_are_written_down_once():
+    """The kernels' header is what table.py writes, and no kernel counts columns itself."""
+    folder = Path(__file__).resolve().parents[2] / "csrc" / "augment"
+    assert (folder / "codes.h").read_text() == table.header()
+    for path in sorted(folder.iterdir()):
+        assert not re.search(r"\brow\[\d|row \+ \d", path.read_text()), path
+        if path.name != "codes.h":
+            assert not re.search(r"enum class Augment(Border|Nearest|Op)\b", path.read_text()), path
+    parts = [table.MAP, table.SOURCE, table.OUTPUT]
+    columns = [i for part in parts for i in range(part.start, part.stop)]
+    assert [*columns, table.BORDER, table.NEAREST] == list(range(table.COLUMNS))
+    native = [getattr(torch, name) for name in table.NATIVE_DTYPES]
+    assert set(native) == set(registry.find("augment").dtypes)
+    assert native == list(reference.OUT_DTYPES[: len(native)])

@@ -4,60 +4,7 @@ Every sample has a row in three tables. All of a chain of transforms (crops, fli
 rotations, colour jitter, conversion, normalisation) folds into one such row, so the cost of a call
 is that of its output, not of the number of transforms.
 
-geometry, float64 [N, 16]
-    0..5    a b c d e f: the map from the output to the source. The centre of output pixel (x, y)
-            comes from the point ``sx = a (x + .5) + b (y + .5) + c``,
-            ``sy = d (x + .5) + e (y + .5) + f`` of the source, in pixel-edge coordinates: source
-            pixel i covers i..i+1. Points that are NaN, infinite or more than 2^20 pixels from the
-            origin give fill.
-    6..9    source box x0 y0 x1 y1, whole numbers: pixels outside it do not exist. It is cut to the
-            image; an empty box gives fill everywhere.
-    10..13  output box x0 y0 x1 y1: output pixels outside it are fill.
-    14      border, what taps outside the source box do. With s = the weighted sum of the taps
-            inside and m = the sum of their weights:
-            0  m (s - fill) + fill: what torchvision's rotate and affine do when given a fill. The
-               blend weighs s twice by m; it differs from 2 only in the edge's half-transparent
-               pixels.
-            1  taps are clamped into the box, as resize does. A filter that reaches over more than
-               two pixels (antialias) drops them and renormalises, as torch does; fill is left only
-               where no tap remains.
-            2  s + (1 - m) fill: a plain blend; with fill 0, what rotate and affine do without fill.
-    15      how nearest picks a pixel (0 and 1 first round sx and sy to 1/65536 of a pixel, so that
-            what is a tie in exact arithmetic is one):
-            0  floor(sx): a point on the edge of two pixels takes the right one.
-            1  round(sx - .5), halves to even: rotate and affine in exact arithmetic.
-            2  as resize does: it takes floor(k * scale) for output pixel k of the resize, a
-               float32 product. a and e are the scales (negative where flipped), b = d = 0, and x0,
-               y0 of the source box are where the resized region begins; k follows from the map,
-               which is centre-aligned as for any other resize. (Any other map: as 0.)
-            3  as rotate and affine do: with the rounding errors of their fp32 positions, which
-               decide what would be a tie. The source box has to be their whole input and the
-               output their whole output, or its mirror image.
-
-color, float32 [N, K, 2]
-    Up to K pairs (code, factor), applied in order to the sampled pixels, fill included; any code
-    may repeat. 0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue (factor in turns, -0.5 to
-    0.5), 5 greyscale (factor unused): torchvision's adjust_* and rgb_to_grayscale with 3 channels,
-    in real numbers and clamped to the range of the input, 0..255 for uint8 and 0..1 for floats.
-    Contrast takes the mean grey of the whole output image at that point of the chain.
-    Code + 16 works in whole numbers, as torchvision does on uint8 images: pixels are rounded and
-    clamped before, grey is cut to a whole number, the result is cut to a whole number. A chain of
-    such codes repeats torchvision's intermediate roundings; a chain of plain codes has none. On
-    float images + 16 changes nothing.
-    Images that have not three channels keep their saturation and hue and are grey already.
-
-fill, float32 [N, C] or [1, C], in the units of the input.
-
-Sampling (bilinear): a separable triangle filter around (sx, sy). Its half-width is one source
-pixel; with ``antialias`` it is ``max(1, hypot(a, b))`` along x and ``max(1, hypot(d, e))`` along y.
-For axis-aligned maps that is torch's ``interpolate(antialias=True)``; any other map, such as a
-resize followed by a rotation, is filtered as well. Nearest ignores ``antialias``.
-
-Last, out = (value * in_scale - mean) / std; whole-number output is rounded to nearest (halves to
-even) and clamped to its range, and NaN becomes 0.
-
-Images of other whole-number dtypes are treated as uint8 ones with the range 0..max of theirs (bool:
-0..1), in float64. Nothing but moved by nearest sampling, to the same dtype, they stay exact.
+``table.py`` explains the tables.
 """
 
 import math
@@ -75,6 +22,7 @@ from bigkernel.errors import has_tangent
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.augment import reference
 from bigkernel.ops.augment.reference import Arguments
+from bigkernel.ops.augment.table import COLUMNS, INTERPOLATIONS
 
 _EXPECT = Expect("augment")
 SCHEMA = (  # `Arguments`, in their order
@@ -84,7 +32,6 @@ SCHEMA = (  # `Arguments`, in their order
 )
 OUT_DTYPES = reference.OUT_DTYPES  # of images, too; the op's out_dtype is an index into this
 _DTYPES = "a floating-point, whole-number or bool dtype of torch's"
-INTERPOLATIONS = ("nearest", "bilinear")
 Numbers = Tensor | Sequence[float] | float
 
 
@@ -183,7 +130,7 @@ def augment(
         images: [N, C, H, W], or N images [C, H, W] of different sizes ([N, H, W, C] and [H, W, C]
             with ``channels_last_in``); whole numbers in their dtype's range (uint8: 0..255), or
             floats in 0..1.
-        geometry: float64 [N, 16], the table described at the top of this module. Best on the CPU:
+        geometry: float64 [N, 16], the table of ``bigkernel/ops/augment/table.py``. Best on the CPU:
             it decides what is launched, so a table on the GPU is brought back first, which waits
             for it. So is ``color``.
         color: float32 [N, K, 2], described there too; without it nothing is recoloured.
@@ -215,7 +162,7 @@ def augment(
     batch, n, channels = _check_images(images, channels_last_in)
     device = batch[0].device if batch else geometry.device
     source = batch[0].dtype if batch else torch.uint8
-    _check_table("geometry", geometry, torch.float64, (n, 16), "(N, 16)", device)
+    _check_table("geometry", geometry, torch.float64, (n, COLUMNS), f"(N, {COLUMNS})", device)
     if color is None:
         color = torch.zeros(n, 0, 2, dtype=torch.float32, device="cpu")
     k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0

@@ -1,6 +1,6 @@
 """What the augment op computes, in plain PyTorch: the definition, and the ``torch`` backend.
 
-The tables are explained in ``op.py``. Sampling goes image by image (sizes and
+The tables are explained in ``table.py``. Sampling goes image by image (sizes and
 maps differ), vectorised over pixels; colour and normalisation go over the whole batch. Positions
 are computed in float64, pixel values in float32 (uint8, float32 and shorter) or float64 (others).
 Autograd can follow it from the images to the result.
@@ -16,17 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FAR = float(2**20)  # positions beyond this many pixels, infinities and NaN are fill
+from bigkernel.ops.augment.table import (
+    BORDER,
+    BRIGHTNESS,
+    CLAMP,
+    CODES,
+    CONTRAST,
+    FAR,
+    FILL_BLEND,
+    GREYSCALE,
+    HUE,
+    MAP,
+    NATIVE_DTYPES,
+    NEAREST,
+    NEAREST_EVEN,
+    NEAREST_RESIZE,
+    NEAREST_WARP,
+    OUTPUT,
+    SATURATION,
+    SOURCE,
+    WHOLE_NUMBERS,
+    Color,
+)
+
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
-FILL_BLEND, CLAMP, FILL_OVER = 0, 1, 2  # geometry[14]
-NEAREST_FLOOR, NEAREST_EVEN, NEAREST_RESIZE, NEAREST_WARP = 0, 1, 2, 3  # geometry[15]
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE = 1, 2, 3, 4, 5
-WHOLE_NUMBERS = 16  # added to a colour code
-CODES = frozenset(range(1, 6)) | frozenset(range(17, 22))
-
 OUT_DTYPES = (
-    *(torch.float32, torch.bfloat16, torch.float16, torch.uint8),  # the kernels' own, in this order
+    *(getattr(torch, name) for name in NATIVE_DTYPES),
     *(torch.float64, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
 )
@@ -78,7 +94,7 @@ def augment(
     source_dtype = images[0].dtype if images else torch.uint8
     target_dtype = OUT_DTYPES[out_dtype]
     whole = not source_dtype.is_floating_point
-    dtype = torch.float32 if source_dtype in OUT_DTYPES[:4] else torch.float64
+    dtype = torch.float32 if source_dtype in OUT_DTYPES[: len(NATIVE_DTYPES)] else torch.float64
     unscaled = in_scale == 1.0 and mean is None and std is None
     plain = not bool(color[:, :, 0].any())
     moved = whole and plain and unscaled and interpolation == 0 and target_dtype == source_dtype
@@ -140,14 +156,16 @@ def sample(
 ) -> Tensor:
     """One image [C, H, W] through its row of ``geometry``: [C, out_h, out_w] in ``dtype``."""
     device = image.device
-    a, b, c, d, e, f = row[:6]
-    border, rule = row[14], row[15]
-    x0, x1 = _box(row[6], row[8], image.shape[2])
-    y0, y1 = _box(row[7], row[9], image.shape[1])
+    a, b, c, d, e, f = row[MAP]
+    border, rule = row[BORDER], row[NEAREST]
+    origin_x, origin_y, end_x, end_y = row[SOURCE]
+    x0, x1 = _box(origin_x, end_x, image.shape[2])
+    y0, y1 = _box(origin_y, end_y, image.shape[1])
     fill = fill.view(-1, 1, 1)
     out = fill.expand(-1, out_h, out_w).clone()
-    left, right = _box(row[10], row[12], out_w)
-    top, bottom = _box(row[11], row[13], out_h)
+    out_x0, out_y0, out_x1, out_y1 = row[OUTPUT]
+    left, right = _box(out_x0, out_x1, out_w)
+    top, bottom = _box(out_y0, out_y1, out_h)
     if x0 >= x1 or y0 >= y1 or left >= right or top >= bottom:
         return out
 
@@ -168,8 +186,8 @@ def sample(
             line = torch.where(reachable, warped_y, 0).round().long() + y0
         else:
             straight = b == 0 and d == 0
-            column = _nearest(sx, rule, a, straight, row[6])
-            line = _nearest(sy, rule, e, straight, row[7])
+            column = _nearest(sx, rule, a, straight, origin_x)
+            line = _nearest(sy, rule, e, straight, origin_y)
         inside = reachable & (border == CLAMP)
         inside = inside | (reachable & (column >= x0) & (column < x1) & (line >= y0) & (line < y1))
         taken = image[:, line.clamp(y0, y1 - 1), column.clamp(x0, x1 - 1)].to(dtype)
@@ -343,7 +361,8 @@ def recolor(value: Tensor, color: Tensor, source: torch.dtype) -> Tensor:
         for code in set(codes) - {0.0}:
             if code not in CODES:
                 raise ValueError(
-                    f"bigkernel.augment: color codes must be 0 to 5, or 17 to 21, got {code}."
+                    f"bigkernel.augment: color codes must be 0 to {len(Color)}, or "
+                    f"{WHOLE_NUMBERS + 1} to {WHOLE_NUMBERS + len(Color)}, got {code}."
                 )
             rows = [i for i, c in enumerate(codes) if c == code]
             numbers = [table[i][k][1] for i in rows]

@@ -195,6 +195,13 @@ def fill_values(owner: str, fill: Fill) -> tuple[float, ...] | None:
     return tuple(float(v) for v in values)
 
 
+def channel_values(owner: str, name: str, value: Any) -> tuple[float, ...]:
+    """A number, or one a channel."""
+    values = (value,) if is_number(value) else tuple(value)
+    check(len(values) > 0, owner, name, "at least one number", repr(value))
+    return tuple(float(v) for v in values)
+
+
 def _fill_for_images(fill: Mapping[Any, Any]) -> Any:
     """The entry of a {type: fill} mapping that torchvision would use for an image."""
     return _entry_for_images(fill, 0)

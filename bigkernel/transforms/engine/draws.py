@@ -1,7 +1,8 @@
-"""Random numbers keyed by (seed, sample id, transform): see :class:`Draws` and :func:`keys`."""
+"""Random numbers keyed by (seed, sample id, transform): see :class:`Draws` and :class:`Key`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,12 +11,42 @@ import torch
 from numpy.typing import NDArray
 
 from bigkernel.errors import check
+from bigkernel.transforms.engine.samples import Floats, Ints
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 _Words = NDArray[np.uint64]
 _MASK = 0xFFFFFFFF
+
+
+class Key:
+    """What the numbers of a call are keyed by: a seed, and an id for each of its samples.
+
+    With ``ids`` the seed is the one that the generator (torch's default one if None) was made with;
+    it is not advanced, so that the number of calls that a data set is cut into changes nothing.
+    Without, samples are numbered from 0 and the seed is drawn from the generator, when it is first
+    asked for: a call that draws nothing leaves the generator alone.
+    """
+
+    def __init__(self, generator: torch.Generator | None, ids: Any, count: int) -> None:
+        check(
+            generator is None or isinstance(generator, torch.Generator),
+            "transforms",
+            "generator",
+            "a torch.Generator or None",
+            repr(generator),
+            cls=TypeError,
+        )
+        self.ids = np.arange(count) if ids is None else sample_ids(ids, count)
+        self._given = ids is not None
+        self._generator = generator
+
+    @functools.cached_property
+    def seed(self) -> int:
+        if self._given:
+            made_with = self._generator
+            return torch.initial_seed() if made_with is None else int(made_with.initial_seed())
+        device = "cpu" if self._generator is None else self._generator.device
+        drawn = torch.empty((), dtype=torch.int64, device=device)
+        return int(drawn.random_(generator=self._generator).item())
 
 
 class Draws:
@@ -27,23 +58,42 @@ class Draws:
     upper 24 bits. So a draw depends on nothing but seed, id, transform and d.
     """
 
-    def __init__(self, seed: int, ids: Ints, counts: Sequence[int]) -> None:
+    def __init__(self, key: Key, counts: Sequence[int]) -> None:
+        self.key = key
         block = np.concatenate([np.arange(c) for c in counts] or [np.arange(0)])
         owner = np.repeat(np.arange(len(counts)), np.asarray(counts, dtype=np.int64))
         self._starts = np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
-        words = _philox4x32(
+        words = self._words(block, owner, key.seed if len(block) else 0)
+        upper = np.stack(words, axis=-1) >> np.uint64(8)
+        self._numbers = upper.astype(np.float64) * 2.0**-24
+
+    def _words(self, block: Ints, owner: Ints, seed: int) -> tuple[_Words, ...]:
+        ids = self.key.ids
+        return _philox4x32(
             seed,
             block.astype(np.uint64)[:, None],
             owner.astype(np.uint64)[:, None],
             (ids & _MASK).astype(np.uint64)[None, :],
             ((ids >> 32) & _MASK).astype(np.uint64)[None, :],
         )
-        upper = np.stack(words, axis=-1) >> np.uint64(8)
-        self._numbers = upper.astype(np.float64) * 2.0**-24
 
     def of(self, transform: int) -> Floats:
         """[blocks, N, 4] numbers in [0, 1) of one transform of the chain."""
         return self._numbers[self._starts[transform] : self._starts[transform + 1]]
+
+    def seeds(self, transform: int) -> list[int]:
+        """A seed for each sample, 64 bits: the first block of a transform that has none.
+
+        For what draws from generators of its own, which are seeded with it.
+        """
+        first, second = self._words(np.asarray([0]), np.asarray([transform]), self.key.seed)[:2]
+        return [int(word) for word in (first[0] << np.uint64(32)) | second[0]]
+
+    def seed(self, transform: int) -> int:
+        """One for all samples, whatever their ids: for what is itself keyed by them."""
+        counter = [np.full((1, 1), word, np.uint64) for word in (0, transform, _MASK, _MASK)]
+        first, second = _philox4x32(self.key.seed, *counter)[:2]
+        return int((first[0, 0] << np.uint64(32)) | second[0, 0])
 
 
 def _philox4x32(
@@ -77,32 +127,6 @@ def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
 def integers(u: Floats, count: Ints) -> Ints:
     """Whole numbers in [0, count), each as likely as the next to 2^-24 x count."""
     return np.minimum(np.floor(u * count).astype(np.int64), count - 1)
-
-
-def keys(generator: torch.Generator | None, ids: Any, count: int, draws: bool) -> tuple[int, Ints]:
-    """(seed, id of each of ``count`` images) that a call's numbers are keyed by.
-
-    With ``ids`` the seed is the one that the generator (torch's default one if None) was made with;
-    it is not advanced, so that the number of calls that a data set is cut into changes nothing.
-    Without, images are numbered from 0 and the seed is drawn from the generator, if anything is
-    drawn at all.
-    """
-    check(
-        generator is None or isinstance(generator, torch.Generator),
-        "transforms",
-        "generator",
-        "a torch.Generator or None",
-        repr(generator),
-        cls=TypeError,
-    )
-    if ids is not None:
-        seed = torch.initial_seed() if generator is None else int(generator.initial_seed())
-        return seed, sample_ids(ids, count)
-    if not draws:
-        return 0, np.arange(count)
-    device = "cpu" if generator is None else generator.device
-    drawn = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
-    return int(drawn.item()), np.arange(count)
 
 
 def sample_ids(ids: Any, count: int) -> Ints:

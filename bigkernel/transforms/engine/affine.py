@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bigkernel.transforms._draws import Bools, Floats, Ints
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints
 
 _EXACT = 1e-9
 

@@ -16,7 +16,7 @@ from torch.jit._trace import is_tracing
 from bigkernel.errors import check
 from bigkernel.ops.augment.op import check_plain
 from bigkernel.ops.augment.reference import OUT_DTYPES
-from bigkernel.transforms._draws import Ints
+from bigkernel.transforms.engine.samples import Ints
 
 LAYOUTS = ("auto", "channels_first", "channels_last")
 _CHANNEL_COUNTS = (1, 3, 4)
