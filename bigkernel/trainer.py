@@ -288,7 +288,7 @@ class Trainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', without touching the random numbers that training goes on with."""
         shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
-        with _same_random_numbers_after():
+        with same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -411,7 +411,7 @@ class Trainer(transformers.Trainer):
         """As transformers', also for weights that it saves under other names than it loads."""
         target = self._module() if model is None else model
         if has_other_names(target, resume_from_checkpoint):
-            with _same_random_numbers_after():
+            with same_random_numbers_after():
                 load_weights(target, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -801,7 +801,8 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
 
 
 @contextlib.contextmanager
-def _same_random_numbers_after() -> Iterator[None]:
+def same_random_numbers_after() -> Iterator[None]:
+    """Afterwards Python's, NumPy's and torch's generators are as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):
