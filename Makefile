@@ -54,7 +54,7 @@ $(VENV)/.torch:
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 	@echo "Compiling the kernels and installing the other dependencies ..."
 	@{ $(DEMO_CUDA) $(BUILD_EXT) >build.log 2>&1; echo $$? >$(VENV)/.build_status; } & \
-	  BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[images]' && wait
+	  BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[all]' && wait
 	@grep '^bigkernel:' build.log || true
 	@test "$$(cat $(VENV)/.build_status)" = 0 || { tail -40 build.log; exit 1; }
 	@touch $@

@@ -24,16 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
+
+from bigkernel.extras import needs
+
+with needs("train", "bigkernel.Trainer"):
+    import accelerate as _  # noqa: F401 - transformers tells of it only when a Trainer is made
+    import transformers
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    from transformers.trainer_callback import ExportableState, TrainerCallback
+    from transformers.trainer_utils import SaveStrategy
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
 
 from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
