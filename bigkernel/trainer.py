@@ -31,7 +31,6 @@ from bigkernel.extras import needs
 with needs("train", "bigkernel.Trainer"):
     import accelerate as _  # noqa: F401 - transformers tells of it only when a Trainer is made
     import transformers
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
     from transformers.trainer_callback import ExportableState, TrainerCallback
     from transformers.trainer_utils import SaveStrategy
     from transformers.utils.logging import (
@@ -43,6 +42,7 @@ with needs("train", "bigkernel.Trainer"):
 from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
+from bigkernel.integrations import contract
 from bigkernel.integrations.replace import accelerate
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
@@ -104,6 +104,7 @@ class Trainer(transformers.Trainer):
         eval_augmentation: Augmentation | None = None,
         **keywords: Any,
     ) -> None:
+        contract.check("trainer")
         if args is None:
             args = self._arguments_class(output_dir="tmp_trainer")
         self.augmentation = augmentation
@@ -759,7 +760,7 @@ def _check_ties(model: Any) -> None:
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     with warnings.catch_warnings():
-        remove_tied_weights_from_state_dict(state, model)
+        contract.get("trainer", "remove_tied_weights_from_state_dict")(state, model)
 
 
 def _save_without_weights(model: Any, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Which room imports which: arrows run down only, and nothing runs in a circle.
 
 The imports are read from the source, those inside functions too; what stands under
-``if TYPE_CHECKING`` is never run. ``import bigkernel`` is the front door, a room of its own: it hands
-out names of the rooms above by a string, when they are asked for.
+``if TYPE_CHECKING`` is never run. ``import bigkernel`` is the front door, a room of its own: it
+hands out names of the rooms above by a string, when they are asked for.
 """
 
 import ast
