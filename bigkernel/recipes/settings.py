@@ -34,7 +34,7 @@ class Settings:
     """What both kinds of training share. None means: decided from the data or the device.
 
     Attributes:
-        preset: a recipe of :mod:`bigkernel.recipes.presets`, which the settings below change.
+        preset: a recipe of ``bigkernel.recipes.presets``, which the settings below change.
         data: a file or folder; None is the data that every install has.
         model: a model preset, a ``config.json`` or YAML file, or its content.
         init_from: a trained model to go on with, a folder or a hub name.
