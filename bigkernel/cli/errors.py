@@ -14,6 +14,7 @@ import typer
 from bigkernel import _command
 from bigkernel.checkpoint import TrainingInterrupted
 from bigkernel.escape import printable
+from bigkernel.extras import MissingExtraError, needs
 from bigkernel.interrupts import Stopped, drop_closed_streams
 from bigkernel.recipes.errors import Failure, UsageError, speaking_of_options
 
@@ -72,7 +73,8 @@ def fail(error: BaseException, code: int) -> NoReturn:
         raise error
     sys.stdout.flush()
     print(f"Error: {printable(sentence(error))}", file=sys.stderr)
-    expected = isinstance(error, (UsageError, Failure, ValueError, RuntimeError, OSError))
+    known = (UsageError, Failure, MissingExtraError, ValueError, RuntimeError, OSError)
+    expected = isinstance(error, known)
     if not expected:
         print(f"({TRACEBACK}=1 shows where it came from.)", file=sys.stderr)
     raise typer.Exit(code)
@@ -87,7 +89,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         usual = warnings.formatwarning
         warnings.formatwarning = _sentence_of_warning
         try:
-            with speaking_of_options():
+            with speaking_of_options(), needs("cli", "this command"):
                 command(*args, **kwargs)
         except TrainingInterrupted as error:  # it has said what it saved
             raise typer.Exit(128 + error.signal) from None

@@ -7,9 +7,12 @@ model card. :func:`load` opens such a folder again.
 One run is one process. On a machine with several GPUs it takes one of them.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bigkernel.extras import needs
 
-with needs("train", "bigkernel.recipes"):
+if TYPE_CHECKING:
     from bigkernel.recipes.errors import Failure, UsageError
     from bigkernel.recipes.images import ImageRun
     from bigkernel.recipes.run import load, train_images, train_text
@@ -27,3 +30,28 @@ __all__ = [
     "train_images",
     "train_text",
 ]
+
+# By the module that has them. Imported at first use: the command line looks settings up for its
+# help, and transformers takes seconds.
+_LAZY = {
+    "Failure": "errors",
+    "ImageRun": "images",
+    "ImageSettings": "settings",
+    "TextRun": "text",
+    "TextSettings": "settings",
+    "UsageError": "errors",
+    "load": "run",
+    "train_images": "run",
+    "train_text": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'bigkernel.recipes' has no attribute {name!r}")
+    with needs("train", "bigkernel.recipes"):
+        return getattr(importlib.import_module(f"bigkernel.recipes.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
