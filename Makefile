@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format docs test-sanitize test-avx2 test-abi bench cuda-report gpu-check wheel sdist clean
+# The rest: setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +10,8 @@ ABI_VENV ?= .venv-abi
 TORCH ?= torch==2.14.1
 TORCHVISION ?= torchvision==0.29.1
 ABI_TORCH ?= torch==2.13.0
+# The oldest and the newest transformers that are known to work (bigkernel/integrations/contract.py).
+TRANSFORMERS ?= 5.23.0 5.24.0
 RUNS ?= runs
 PYTEST_ARGS ?=
 # Test processes share the cores: idle threads must sleep, not spin.
@@ -24,7 +26,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format docs test-sanitize test-avx2 test-abi bench cuda-report gpu-check wheel sdist clean
+.PHONY: demo test setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -54,7 +56,7 @@ $(VENV)/.torch:
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 	@echo "Compiling the kernels and installing the other dependencies ..."
 	@{ $(DEMO_CUDA) $(BUILD_EXT) >build.log 2>&1; echo $$? >$(VENV)/.build_status; } & \
-	  BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[images]' && wait
+	  BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation -e '.[all]' && wait
 	@grep '^bigkernel:' build.log || true
 	@test "$$(cat $(VENV)/.build_status)" = 0 || { tail -40 build.log; exit 1; }
 	@touch $@
@@ -104,6 +106,11 @@ $(ABI_VENV)/.torch:
 	@$(PYTHON) -m venv $(ABI_VENV)
 	@$(ABI_VENV)/bin/python -m pip install --quiet --no-compile "$(ABI_TORCH)" numpy
 	@touch $@
+
+# The Trainer and attention in models, at both ends of the supported transformers. The quick part;
+# TRANSFORMERS_ARGS=--all for all of it.
+test-transformers: build
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/check_transformers.py $(TRANSFORMERS_ARGS) $(TRANSFORMERS)
 
 bench: build
 	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'

@@ -1,6 +1,7 @@
 """bigkernel: fused kernels that make training Transformers faster.
 
-What needs transformers is imported at first use, so that `import bigkernel` stays quick.
+Ops, optimizers and transforms need torch and NumPy alone. What needs more (bigkernel/extras.py) is
+imported at first use, so that `import bigkernel` stays quick and works without it.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from bigkernel.backend import cpu_isas, explain, use_backend, use_cpu_isa
 from bigkernel.ops.attention.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from bigkernel import data
+    from bigkernel import data, recipes
     from bigkernel.integrations import accelerate, restore
     from bigkernel.trainer import (
         Seq2SeqTrainer,
@@ -39,6 +40,7 @@ __all__ = [
     "explain",
     "ops",
     "optim",
+    "recipes",
     "restore",
     "scaled_dot_product_attention",
     "transforms",
@@ -59,8 +61,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "data":
-        return importlib.import_module("bigkernel.data")
+    if name in ("data", "recipes"):
+        return importlib.import_module(f"bigkernel.{name}")
     raise AttributeError(f"module 'bigkernel' has no attribute {name!r}")
 
 

@@ -24,20 +24,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
+
+from bigkernel.extras import needs
+
+with needs("train", "bigkernel.Trainer"):
+    import accelerate as _  # noqa: F401 - transformers tells of it only when a Trainer is made
+    import transformers
+    from transformers.trainer_callback import ExportableState, TrainerCallback
+    from transformers.trainer_utils import SaveStrategy
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
 
 from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
+from bigkernel.integrations import contract
 from bigkernel.integrations.replace import accelerate
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
@@ -99,6 +104,7 @@ class Trainer(transformers.Trainer):
         eval_augmentation: Augmentation | None = None,
         **keywords: Any,
     ) -> None:
+        contract.check("trainer")
         if args is None:
             args = self._arguments_class(output_dir="tmp_trainer")
         self.augmentation = augmentation
@@ -289,7 +295,7 @@ class Trainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', without touching the random numbers that training goes on with."""
         shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
-        with _same_random_numbers_after():
+        with same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -412,7 +418,7 @@ class Trainer(transformers.Trainer):
         """As transformers', also for weights that it saves under other names than it loads."""
         target = self._module() if model is None else model
         if has_other_names(target, resume_from_checkpoint):
-            with _same_random_numbers_after():
+            with same_random_numbers_after():
                 load_weights(target, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -755,7 +761,7 @@ def _check_ties(model: Any) -> None:
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     with warnings.catch_warnings():
-        remove_tied_weights_from_state_dict(state, model)
+        contract.get("trainer", "remove_tied_weights_from_state_dict")(state, model)
 
 
 def _save_without_weights(model: Any, folder: Path) -> None:
@@ -802,7 +808,8 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
 
 
 @contextlib.contextmanager
-def _same_random_numbers_after() -> Iterator[None]:
+def same_random_numbers_after() -> Iterator[None]:
+    """Afterwards Python's, NumPy's and torch's generators are as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):

@@ -14,7 +14,13 @@ import typer
 import bigkernel.ops  # noqa: F401 - registers the ops
 from bigkernel import environment, registry
 from bigkernel.cli.app import app
-from bigkernel.presets import AUGMENTATIONS, IMAGE_MODELS, IMAGE_RECIPES, TEXT_MODELS, TEXT_RECIPES
+from bigkernel.recipes.presets import (
+    AUGMENTATIONS,
+    IMAGE_MODELS,
+    IMAGE_RECIPES,
+    TEXT_MODELS,
+    TEXT_RECIPES,
+)
 
 GENERATED = HERE / "_generated"
 

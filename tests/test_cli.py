@@ -29,10 +29,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 import bigkernel
-from bigkernel import optim, presets, report
-from bigkernel.cli import main, progress, text
-from bigkernel.cli.errors import UsageError, guarded
-from bigkernel.cli.settings import read_document
+from bigkernel import optim
+from bigkernel.cli import main
+from bigkernel.cli.errors import guarded
+from bigkernel.cli.progress import TerminalProgress
+from bigkernel.recipes import UsageError, presets, progress, report, text
+from bigkernel.recipes.settings import read_document
 
 TINY_TEXT = {
     "model_type": "llama",
@@ -577,7 +579,7 @@ def test_full_disk_is_said(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("bigkernel.report.save_loss_curve", full)
+    monkeypatch.setattr("bigkernel.recipes.report.save_loss_curve", full)
     assert main(train_text(texts, "full")) == 1
     assert "disk is full" in sentence_of(capsys.readouterr().err)
     assert list((texts / "full").glob("checkpoint-*"))
@@ -905,7 +907,7 @@ def test_the_card_has_parameters_versions_and_time_and_agrees_with_the_curve(
     drawn: list[Any] = []
     usual = report.save_loss_curve
     monkeypatch.setattr(
-        "bigkernel.report.save_loss_curve", lambda *a: drawn.append(a[2:]) or usual(*a)
+        "bigkernel.recipes.report.save_loss_curve", lambda *a: drawn.append(a[2:]) or usual(*a)
     )
     (tmp_path / "corpus.txt").write_text("".join(f"{n} {WORDS}" for n in range(300)))
     arguments = train_text(texts, "x", "--data", str(tmp_path / "corpus.txt"))
@@ -972,7 +974,7 @@ def test_a_split_of_the_folder_is_taken_and_said(
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_bar_keeps_the_time_left_in_a_narrow_terminal(width: int, tmp_path: Path) -> None:
-    shown = progress.TrainingProgress(
+    shown = TerminalProgress(
         progress.MetricsFile(tmp_path / "m.jsonl"), "tokens", 4096, torch.device("cpu")
     )
     screen = io.StringIO()

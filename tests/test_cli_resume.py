@@ -19,9 +19,10 @@ import pytest
 import torch
 import yaml
 
-from bigkernel.cli import main, run_folder
-from bigkernel.cli.progress import TrainingProgress
+from bigkernel.cli import main
 from bigkernel.interrupts import stop_at_once
+from bigkernel.recipes import run_folder
+from bigkernel.recipes.progress import TrainingProgress
 
 VIT = {
     "model_type": "vit",
@@ -139,7 +140,7 @@ def test_a_signal_after_training_says_what_is_left_to_do(
     def stopped(*_: object) -> None:
         stop_at_once(signal.SIGTERM, None)  # as the handler of the command does
 
-    monkeypatch.setattr("bigkernel.report.save_loss_curve", stopped)
+    monkeypatch.setattr("bigkernel.recipes.report.save_loss_curve", stopped)
     assert main(arguments(folder, "late")) == 143
     said = capsys.readouterr().err
     assert "The training was done and is saved" in said

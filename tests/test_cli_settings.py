@@ -8,10 +8,9 @@ import pytest
 import torch
 import yaml
 
-from bigkernel import presets
-from bigkernel.cli import augmentation, models
-from bigkernel.cli.errors import UsageError
-from bigkernel.cli.settings import ImageSettings, TextSettings, dump, gather, read_config
+from bigkernel.recipes import augmentation, models, presets
+from bigkernel.recipes.errors import UsageError
+from bigkernel.recipes.settings import ImageSettings, TextSettings, dump, gather, read_config
 
 
 def test_each_later_layer_wins() -> None:
@@ -67,7 +66,7 @@ def test_values_at_the_ends_of_their_ranges(name: str) -> None:
     for value in fine:
         kind(**{name: value}).check()
     for value in wrong:
-        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be .*, got "):
+        with pytest.raises(UsageError, match=f"^{name} must be .*, got "):
             kind(**{name: value}).check()
 
 

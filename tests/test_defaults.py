@@ -20,8 +20,8 @@ from bigkernel.data import (
 )
 from bigkernel.data.augmentation import BatchAugmentation
 from bigkernel.data.images import collate_images
-from bigkernel.metrics import TextMetrics
 from bigkernel.optim import AdamW
+from bigkernel.recipes.metrics import TextMetrics
 from bigkernel.trainer import Trainer, TrainingArguments
 
 DEFAULTS = {

@@ -15,8 +15,9 @@ HEAVY = ("torch._dynamo", "transformers", "accelerate", "torchvision", "matplotl
         "q = torch.ones(1, 1, 4, 8); bigkernel.ops.attention(q, q, q)",
         "bigkernel.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 8))",
         "bigkernel.transforms.RandomHorizontalFlip()(torch.ones(3, 4, 4))",
+        "import bigkernel.cli.app, bigkernel.recipes.settings",  # what --help takes
     ],
-    ids=["import", "attention", "sdpa", "transforms"],
+    ids=["import", "attention", "sdpa", "transforms", "cli"],
 )
 def test_kernels_bring_nothing_heavy(use):
     code = (

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_auroc
 
-from bigkernel import report
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
-from bigkernel.metrics import ImageMetrics, TextMetrics, text_metrics
+from bigkernel.recipes import report
+from bigkernel.recipes.metrics import ImageMetrics, TextMetrics, text_metrics
 
 LOGITS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 
@@ -91,7 +91,7 @@ def command_figures() -> dict[str, Any]:
     """What the commands measure, each process the whole, as printed and written to the card."""
     import transformers
 
-    from bigkernel.cli import augmentation, images, text
+    from bigkernel.recipes import augmentation, images, text
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -122,7 +122,7 @@ def trainer_figures(folder: str) -> dict[str, Any]:
     """The Trainer's, over data that divides evenly (transformers fills up with repeated items)."""
     import test_trainer
 
-    from bigkernel.cli.images import accuracy
+    from bigkernel.recipes.images import accuracy
 
     trainer = test_trainer.image_trainer(
         folder, max_steps=1, save_strategy="no", trainer={"compute_metrics": accuracy}

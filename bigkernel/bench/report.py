@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from bigkernel.extras import needs
+
+with needs("cli", "bigkernel.bench.report"):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 from bigkernel.bench.case import LIMIT, OURS, Bar, Result
 from bigkernel.bench.measure import Timing

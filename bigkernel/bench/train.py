@@ -22,12 +22,12 @@ import transformers
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from bigkernel import presets
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.measure import Run
-from bigkernel.cli import images, models, text
-from bigkernel.cli.settings import ImageSettings, TextSettings, gather
-from bigkernel.cli.train_loop import Task
+from bigkernel.recipes import images, models, presets, text
+from bigkernel.recipes.errors import quietly
+from bigkernel.recipes.settings import ImageSettings, TextSettings, gather
+from bigkernel.recipes.training import Task
 from bigkernel.trainer import Trainer, TrainingArguments
 
 THEIRS = "transformers Trainer"
@@ -94,8 +94,7 @@ def build_images(steps: int) -> Ready:
 
 
 def _prepared(prepare: Callable[[Path], Task]) -> Task:
-    models.quiet_transformers()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, quietly(), models.quiet_transformers():
         return prepare(Path(folder) / "run")
 
 
@@ -148,7 +147,7 @@ def _ready(
         clock = _Clock()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), models.quiet_transformers():
             trainer.train()
         losses[name] = clock.losses
         return clock.seconds

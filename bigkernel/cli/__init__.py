@@ -4,11 +4,17 @@ import io
 import sys
 from collections.abc import Sequence
 
+from bigkernel.extras import MissingExtraError, needs
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 failure, 2 usage, 128 + a signal."""
-    from bigkernel.cli.app import app
-
+    try:
+        with needs("cli", "the command line of bigkernel"):
+            from bigkernel.cli.app import app
+    except MissingExtraError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample in Chinese on a terminal that is not UTF-8 must not end the run that wrote it.
         sys.stdout.reconfigure(errors="backslashreplace")

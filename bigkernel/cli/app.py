@@ -1,7 +1,6 @@
 """The options of every command. What they do is in the modules that the commands import."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +8,10 @@ import typer
 from typer.core import TyperCommand
 
 import bigkernel
-from bigkernel import presets
-from bigkernel.cli import settings
-from bigkernel.cli.errors import UsageError, guarded, one_process
+from bigkernel.cli.errors import guarded, one_process
 from bigkernel.escape import printable
+from bigkernel.recipes import presets, settings
+from bigkernel.recipes.errors import UsageError
 
 # Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
 _PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -188,9 +187,13 @@ def train_images(
 
 
 def _train(command: str, options: dict[str, Any]) -> None:
-    from bigkernel.cli.start import start
+    from bigkernel import recipes
+    from bigkernel.cli.progress import TerminalProgress
 
-    start(command, options)
+    one_process(command)
+    # Of this command line alone, `trust_remote_code` too: a file must not be able to allow it.
+    train = recipes.train_text if command == "train text" else recipes.train_images
+    train(progress=TerminalProgress, **options)
 
 
 @app.command()
@@ -210,40 +213,26 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt with the model of a text run."""
-    from bigkernel.cli import device as devices
-    from bigkernel.cli import models, text
+    from bigkernel import recipes
+    from bigkernel.recipes import text
 
     one_process("generate")
-    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # scores are divided by it
-        raise UsageError(f"--temperature must be 0, or 1e-6 or more, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p must be in (0, 1], got {top_p}.")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed must be in [0, 2**32), got {seed}.")
-    if top_k < 0:
-        raise UsageError(f"--top-k must be 0 or more, got {top_k}.")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}.")
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    text.check_sampling(**sampling)  # before the model is loaded
     run = settings.user_path(run)
     if settings.command_of(run) != text.COMMAND:
         raise UsageError(f"{run} holds an image classifier; `generate` needs a text run.")
-    devices.use_threads(threads)
-    where = devices.pick_device(device or "auto")
-    models.quiet_transformers()
-    model, tokenizer = text.load_run(run, trust_remote_code)
-    models.place(model, where)
-    print(
-        text.sample(
-            model,
-            tokenizer,
-            prompt,
-            seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+    opened = recipes.load(
+        run, device=device or "auto", threads=threads, trust_remote_code=trust_remote_code
     )
+    assert isinstance(opened, recipes.TextRun)
+    print(opened.generate(prompt, **sampling))
 
 
 @app.command()
@@ -258,22 +247,18 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure the model of a run on data that it was not trained on."""
-    from bigkernel.cli import device as devices
-    from bigkernel.cli import images, models, run_folder, text, train_loop
+    from bigkernel import recipes
+    from bigkernel.recipes import images, run_folder, training
 
     one_process("evaluate")
     run = settings.user_path(run)
-    command = settings.command_of(run)
-    values, recorded = settings.read_config(run / run_folder.CONFIG, command)
-    devices.use_threads(threads if threads is not None else values.get("threads"))
-    where = devices.pick_device(device or "auto")
-    models.quiet_transformers()
-    chosen: Any = settings.COMMANDS[command](**values)
-    measure: Any = text.evaluate if command == text.COMMAND else images.evaluate
-    figures = measure(run, chosen, recorded, data, where, trust_remote_code)
-    train_loop.show(figures, f"{run} on {data or 'the part of its data held back from training'}")
+    opened = recipes.load(
+        run, device=device or "auto", threads=threads, trust_remote_code=trust_remote_code
+    )
+    figures = opened.evaluate(data)
+    training.show(figures, f"{run} on {data or 'the part of its data held back from training'}")
     files = [run_folder.EVALUATION]
-    files += [images.CONFUSION, images.ROC] if command == images.COMMAND else []
+    files += [images.CONFUSION, images.ROC] if isinstance(opened, recipes.ImageRun) else []
     print("written: " + ", ".join(printable(run / name) for name in files))
 
 

@@ -14,18 +14,12 @@ import typer
 from bigkernel import _command
 from bigkernel.checkpoint import TrainingInterrupted
 from bigkernel.escape import printable
+from bigkernel.extras import MissingExtraError, needs
 from bigkernel.interrupts import Stopped, drop_closed_streams
+from bigkernel.recipes.errors import Failure, UsageError, speaking_of_options
 
 OK, FAILURE, USAGE = 0, 1, 2
 TRACEBACK = "BIGKERNEL_TRACEBACK"
-
-
-class UsageError(Exception):
-    """The command line or a config file asks for what does not exist or cannot be combined."""
-
-
-class Failure(Exception):
-    """The command was understood and could not be carried out."""
 
 
 def sentence(error: BaseException) -> str:
@@ -79,7 +73,8 @@ def fail(error: BaseException, code: int) -> NoReturn:
         raise error
     sys.stdout.flush()
     print(f"Error: {printable(sentence(error))}", file=sys.stderr)
-    expected = isinstance(error, (UsageError, Failure, ValueError, RuntimeError, OSError))
+    known = (UsageError, Failure, MissingExtraError, ValueError, RuntimeError, OSError)
+    expected = isinstance(error, known)
     if not expected:
         print(f"({TRACEBACK}=1 shows where it came from.)", file=sys.stderr)
     raise typer.Exit(code)
@@ -94,7 +89,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         usual = warnings.formatwarning
         warnings.formatwarning = _sentence_of_warning
         try:
-            command(*args, **kwargs)
+            with speaking_of_options(), needs("cli", "this command"):
+                command(*args, **kwargs)
         except TrainingInterrupted as error:  # it has said what it saved
             raise typer.Exit(128 + error.signal) from None
         except (KeyboardInterrupt, Stopped) as error:

@@ -1,137 +1,27 @@
-"""What a training run shows while it runs, and the metrics.jsonl that it leaves behind."""
+"""A bar at the foot of a terminal while a run trains."""
 
-import json
-import math
-import resource
 import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bigkernel.checkpoint import write_file_atomically
+from bigkernel.recipes.progress import TrainingProgress
 
-# Without a terminal one line in this many seconds: enough to follow, little enough for a log.
-LINE_SECONDS = 5.0
-# Throughput is a mean over this many seconds, so that it shows what happens now.
-WINDOW_SECONDS = 10.0
 # Characters of the bar, and of a terminal that has room for one.
 BAR_WIDTH, WIDE = 16, 100
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device where it has its own, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class TerminalProgress(TrainingProgress):
+    """A progress bar on a terminal, plain lines elsewhere."""
 
-
-def human_bytes(count: float) -> str:
-    """A size in the unit that leaves one to three digits before the point."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def human_time(seconds: float) -> str:
-    """``m:ss`` or ``h:mm:ss``; ``?`` for a time that is not known yet."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Throughput:
-    """Steps a second over the last ``WINDOW_SECONDS``."""
-
-    def __init__(self) -> None:
-        self._marks: list[tuple[float, int]] = []
-
-    def update(self, now: float, step: int) -> None:
-        self._marks.append((now, step))
-        # Two marks must stay, however long a step takes.
-        while len(self._marks) > 2 and now - self._marks[1][0] >= WINDOW_SECONDS:
-            self._marks.pop(0)
-
-    def steps_per_second(self) -> float:
-        if len(self._marks) < 2:
-            return math.nan
-        (t0, s0), (t1, s1) = self._marks[0], self._marks[-1]
-        return (s1 - s0) / max(t1 - t0, 1e-9)
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, each with its step; appended to as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rewind(self, step: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint at ``step``."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_file_atomically(self.path, text)
-
-    def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON.") from None
-    return records
-
-
-class TrainingProgress(TrainerCallback):
-    """A progress bar on a terminal, plain lines elsewhere; every logged number to metrics.jsonl.
-
-    ``unit`` is what a step consumes ``per_step`` of: "tokens" or "images".
-    """
-
-    def __init__(
-        self, metrics: MetricsFile, unit: str, per_step: int, device: torch.device
-    ) -> None:
-        self.metrics = metrics
-        self.unit = unit
-        self.per_step = per_step
-        self.device = device
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self.console = Console(file=sys.stdout)
-        self.seconds = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._throughput = Throughput()
-        self._latest: dict[str, float] = {}
-        self._started = self._spoke = 0.0
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.metrics.rewind(state.global_step)
-        self._started = time.monotonic()
-        self._throughput.update(self._started, state.global_step)
+    def begin(self, step: int, steps: int) -> None:
         if self.console.is_terminal:
             # A narrow terminal is left to the numbers.
             bar = [BarColumn(bar_width=BAR_WIDTH)] if self.console.width >= WIDE else []
@@ -142,100 +32,22 @@ class TrainingProgress(TrainerCallback):
                 console=self.console,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task(
-                "", total=state.max_steps, completed=state.global_step, text="starting"
-            )
+            self._task = self._bar.add_task("", total=steps, completed=step, text="starting")
             self._bar.start()
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self._throughput.update(time.monotonic(), state.global_step)
+    def step(self, step: int, steps: int) -> None:
         if self._bar is not None:
-            width = self.console.width - len(f"step {state.max_steps}/{state.max_steps} ")
+            width = self.console.width - len(f"step {steps}/{steps} ")
             if len(self._bar.columns) > 2:
                 width -= BAR_WIDTH + 1
-            text = self._text(state.max_steps, width)
-            self._bar.update(self._task, completed=state.global_step, text=text)
+            self._bar.update(self._task, completed=step, text=self.text(steps, width))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        names = {"learning_rate": "lr"}
-        record = {names.get(k, k): v for k, v in logs.items() if isinstance(v, (int, float))}
-        if "train_runtime" in record:  # the summary of the whole run, not a point of a curve
-            return
-        self._latest.update(record)
-        if "loss" in record:
-            rate = self._throughput.steps_per_second() * self.per_step
-            if math.isfinite(rate):
-                record[f"{self.unit}_per_second"] = round(rate, 1)
-            record["memory_bytes"] = memory_bytes(self.device)
-        self.metrics.append({"step": state.global_step, **record})
-        now = time.monotonic()
-        last = state.global_step >= state.max_steps
-        if self._bar is None and (last or now - self._spoke >= LINE_SECONDS):
-            self._spoke = now
-            print(f"step {state.global_step}/{state.max_steps}  {self._text(state.max_steps)}")
-            sys.stdout.flush()
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.seconds = time.monotonic() - self._started
-        self.close()
+    def show(self, step: int, steps: int) -> None:
+        if self._bar is None:
+            super().show(step, steps)
 
     def close(self) -> None:
         """Give the terminal back; also when training ends by an exception."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _text(self, max_steps: int, width: int | None = None) -> str:
-        """What is known, on one line; of ``width`` characters, the more important part of it."""
-        parts: dict[str, str] = {}
-        for name, shown, form in (
-            ("loss", "loss", ".3f"),
-            ("eval_loss", "eval_loss", ".3f"),
-            ("eval_accuracy", "accuracy", ".1%"),
-            ("lr", "lr", ".2e"),
-            ("grad_norm", "grad_norm", ".2f"),
-        ):
-            if name in self._latest:
-                parts[name] = f"{shown} {self._latest[name]:{form}}"
-        speed = self._throughput.steps_per_second()
-        if math.isfinite(speed):
-            parts["speed"] = f"{speed * self.per_step:,.0f} {self.unit}/s"
-        parts["memory"] = human_bytes(memory_bytes(self.device))
-        if self._throughput._marks:
-            left = max_steps - self._throughput._marks[-1][1]
-            parts["left"] = f"{human_time(left / speed if speed > 0 else math.nan)} left"
-        return fitting(parts, width)
-
-
-# What a narrow terminal is spared, first things first.
-_SPARED = ("grad_norm", "memory", "lr", "speed", "eval_loss", "eval_accuracy", "loss")
-
-
-def fitting(parts: Mapping[str, str], width: int | None) -> str:
-    """``parts`` in their order, without the least important ones that ``width`` has no room for."""
-    kept = dict(parts)
-    for name in _SPARED:
-        if width is None or len("  ".join(kept.values())) <= width:
-            break
-        kept.pop(name, None)
-    return "  ".join(kept.values())

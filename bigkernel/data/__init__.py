@@ -1,16 +1,19 @@
 """Data for training: text (corpora, tokenizers, packing) and labelled images."""
 
-from bigkernel.data.corpus import Corpus, load_corpus, split_corpus
-from bigkernel.data.errors import DataError
-from bigkernel.data.images import (
-    ImageData,
-    ImageDataset,
-    collate_images,
-    load_digits,
-    load_image_folder,
-)
-from bigkernel.data.text import PackedDataset, PackingCollator, TextDataset, cu_seqlens, unpack
-from bigkernel.data.tokenizer import build_tokenizer
+from bigkernel.extras import needs
+
+with needs("train", "bigkernel.data"):
+    from bigkernel.data.corpus import Corpus, load_corpus, split_corpus
+    from bigkernel.data.errors import DataError
+    from bigkernel.data.images import (
+        ImageData,
+        ImageDataset,
+        collate_images,
+        load_digits,
+        load_image_folder,
+    )
+    from bigkernel.data.text import PackedDataset, PackingCollator, TextDataset, cu_seqlens, unpack
+    from bigkernel.data.tokenizer import build_tokenizer
 
 __all__ = [
     "Corpus",

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bigkernel.data.errors import DataError
+from bigkernel.extras import needs
 from bigkernel.files import MAX_PIXELS, is_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -157,8 +158,8 @@ def load_digits() -> ImageData:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
         raise DataError(
-            "the digits come with scikit-learn, which is not installed; "
-            "run `pip install scikit-learn` or give a folder of images."
+            "the digits come with scikit-learn, which is not installed: "
+            "pip install 'bigkernel[images]', or give a folder of images."
         ) from error
     digits = sklearn_digits()
     # The source has 17 grey levels, 0..16.
@@ -432,7 +433,8 @@ def _read(file: Path, max_pixels: int) -> tuple[Tensor | None, str, str]:
     """(uint8 [3, H, W] or None, sha256 of the file, why it cannot be read)."""
     import io
 
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    with needs("images", "reading images"):
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         if not is_regular(file):

@@ -13,19 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigkernel.integrations import contract
 from bigkernel.ops.attention.reference import Rule, allowed_keys
 
-_collector: Any
-try:
-    from transformers.utils.output_capturing import _active_collector as _collector
-except ImportError:  # transformers before 5.2
-    _collector = None
+_collector = contract.get("attention", "_active_collector")
 
 
 def asks_for_weights(module: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether this layer has to give its attention weights: asked for by call or by config."""
     # Some models (OPT, SigLIP) do not hand the argument on; what is being collected tells as well.
-    collected = None if _collector is None else _collector.get()
+    collected = _collector.get()
     if collected is not None:
         return any(name.endswith("attentions") for name in collected)
     asked = arguments.get("output_attentions")

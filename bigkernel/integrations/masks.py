@@ -28,7 +28,9 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from bigkernel.data.text import document_starts, offsets_of_documents
+from bigkernel.integrations import contract
 
+contract.check("attention")
 _PLAIN = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
 
 

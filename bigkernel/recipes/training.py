@@ -14,16 +14,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import bigkernel
-from bigkernel import report
-from bigkernel.cli import run_folder
-from bigkernel.cli.device import pick_device, pick_dtype, show_only
-from bigkernel.cli.errors import Failure
-from bigkernel.cli.models import parameters
-from bigkernel.cli.progress import MetricsFile, TrainingProgress, human_time, read_metrics
-from bigkernel.cli.settings import Settings, dump
 from bigkernel.escape import printable
 from bigkernel.interrupts import Stopped, drop_closed_streams
 from bigkernel.optim import Adam
+from bigkernel.recipes import report, run_folder
+from bigkernel.recipes.device import pick_device, pick_dtype, show_only
+from bigkernel.recipes.errors import Failure, is_quiet, option, say
+from bigkernel.recipes.models import parameters
+from bigkernel.recipes.progress import MetricsFile, TrainingProgress, human_time, read_metrics
+from bigkernel.recipes.settings import Settings, dump
 from bigkernel.trainer import Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
@@ -40,6 +39,7 @@ class Task:
     of it one item of the training set holds; ``look_at`` held-back items are measured while it
     trains, all of them at the end. ``finish`` is called with the trained model and the
     run folder; it writes samples and pictures and returns (figures, the sample for the card).
+    ``opened`` gives the trained run, from what was recorded and the figures.
     """
 
     command: str
@@ -56,11 +56,14 @@ class Task:
     save_inputs: Callable[[Path], None]
     finish: Callable[[PreTrainedModel, Path], tuple[dict[str, float], str]]
     card: Callable[[Path], dict[str, str]]
+    opened: Callable[[dict[str, Any], dict[str, float]], Any]
     trainer_options: dict[str, Any]
 
 
-def train(task: Task, resume: str | None) -> None:
-    """Train, and leave the run folder complete. Prints as it goes."""
+def train(
+    task: Task, resume: str | None, progress: type[TrainingProgress] = TrainingProgress
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train, leave the run folder complete, and return (figures, what config.yaml records)."""
     settings, run = task.settings, task.run
     arguments = _arguments(task)
     record = {
@@ -72,18 +75,18 @@ def train(task: Task, resume: str | None) -> None:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    print(
+    say(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
         f"{len(task.held_back):,} held-back {ITEMS[task.unit]}"
     )
     looked_at = _few(task.held_back, task.look_at)
     if len(looked_at) < len(task.held_back):
-        print(
+        say(
             f"looking at {len(looked_at)} of the held-back {ITEMS[task.unit]} while training, at "
             "all of them in the end"
         )
     metrics = MetricsFile(run / run_folder.METRICS)
-    progress = TrainingProgress(
+    shown = progress(
         metrics,
         task.unit,
         settings.batch_size * settings.accumulate * task.per_item,
@@ -95,7 +98,7 @@ def train(task: Task, resume: str | None) -> None:
         train_dataset=task.train,
         eval_dataset=looked_at,
         data_collator=task.collate,
-        callbacks=[progress],
+        callbacks=[shown],
         optimizer_cls_and_kwargs=_optimizer(settings),
         **task.trainer_options,
     )
@@ -109,15 +112,15 @@ def train(task: Task, resume: str | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
-        progress.close()
-    print(f"trained in {human_time(progress.seconds)}")
+        shown.close()
+    say(f"trained in {human_time(shown.seconds)}")
     took = {
         "steps": trainer.state.global_step,
-        "time": human_time(progress.seconds) + (" since it was resumed" if resume else ""),
+        "time": human_time(shown.seconds) + (" since it was resumed" if resume else ""),
         "device": str(arguments.device),
     }
     try:
-        _leave(task, {**record, **took}, read_metrics(metrics.path), len(looked_at))
+        figures = _leave(task, {**record, **took}, read_metrics(metrics.path), len(looked_at))
     except (KeyboardInterrupt, Stopped):
         drop_closed_streams()
         print(
@@ -126,6 +129,7 @@ def train(task: Task, resume: str | None) -> None:
             file=sys.stderr,
         )
         raise
+    return figures, record
 
 
 def _arguments(task: Task) -> TrainingArguments:
@@ -167,6 +171,7 @@ def _arguments(task: Task) -> TrainingArguments:
         logging_steps=settings.log_steps or (1 if device.type == "cpu" else 10),
         logging_nan_inf_filter=False,
         report_to="none",
+        announce=not is_quiet(),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -201,7 +206,7 @@ def _few(held_back: Any, limit: int) -> Any:
 
 def _leave(
     task: Task, record: Mapping[str, Any], history: list[dict[str, Any]], looked_at: int
-) -> None:
+) -> dict[str, float]:
     """Model, inputs, pictures, figures and card; then say where they are."""
     settings, run = task.settings, task.run
     model = task.model.eval()
@@ -231,8 +236,9 @@ def _leave(
         (aside / run_folder.CARD).write_text(card, encoding="utf-8")
     show(figures, f"on the {figures_of(task.unit)} held back from training")
     if about:
-        print(about)
-    print(f"model, metrics, pictures and card are in {printable(run)}")
+        say(about)
+    say(f"model, metrics, pictures and card are in {printable(run)}")
+    return figures
 
 
 def figures_of(unit: str) -> str:
@@ -241,13 +247,12 @@ def figures_of(unit: str) -> str:
 
 
 def show(figures: Mapping[str, float], about: str) -> None:
-    """Print figures as aligned lines."""
-    print(printable(about))
+    """Say figures as aligned lines."""
+    say(printable(about))
     rows = report.figures(figures)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
-    sys.stdout.flush()
+        say(f"  {name:<{width}}  {value}")
 
 
 def check_same_data(recorded: str | None, now: str, run: Path, what: str) -> None:
@@ -256,5 +261,5 @@ def check_same_data(recorded: str | None, now: str, run: Path, what: str) -> Non
         raise Failure(
             f"the {what} of {run} has changed since it was recorded (sha256 {recorded[:12]}, now "
             f"{now[:12]}), so its held-back part is another one. Put the old {what} back, or name "
-            "what to use with --data."
+            f"what to use with {option('data')}."
         )

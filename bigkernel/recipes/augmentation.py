@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from bigkernel import presets, transforms
-from bigkernel.cli.errors import UsageError
-from bigkernel.cli.settings import read_document, user_path
+from bigkernel import transforms
+from bigkernel.recipes import presets
+from bigkernel.recipes.errors import UsageError, option
+from bigkernel.recipes.settings import read_document, user_path
 from bigkernel.transforms import Compose, InterpolationMode, Transform
 
 Recipe = list[dict[str, dict[str, Any]]]
@@ -22,7 +23,7 @@ def read_recipe(spec: str | Sequence[Any]) -> Recipe:
     path = user_path(spec)
     if not path.is_file():
         raise UsageError(
-            f"--augment {spec}: neither a recipe nor a file. "
+            f"{option('augment', spec)}: neither a recipe nor a file. "
             f"Recipes: {', '.join(presets.AUGMENTATIONS)}."
         )
     return _checked(read_document(path), str(path))

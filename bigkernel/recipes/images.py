@@ -1,7 +1,9 @@
 """Training and measuring image classifiers."""
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from bigkernel import presets, report
-from bigkernel.cli import augmentation, models, run_folder
-from bigkernel.cli.errors import Failure, UsageError
-from bigkernel.cli.settings import ImageSettings
-from bigkernel.cli.train_loop import Task, check_same_data
 from bigkernel.data import (
     DataError,
     ImageData,
@@ -24,7 +21,11 @@ from bigkernel.data import (
 )
 from bigkernel.escape import code_span, markdown, printable
 from bigkernel.files import MAX_PIXELS
-from bigkernel.metrics import ImageMetrics
+from bigkernel.recipes import augmentation, models, presets, report, run_folder
+from bigkernel.recipes.errors import Failure, UsageError, option, say
+from bigkernel.recipes.metrics import ImageMetrics
+from bigkernel.recipes.settings import ImageSettings
+from bigkernel.recipes.training import Task, check_same_data
 from bigkernel.transforms import Compose
 
 COMMAND = "train images"
@@ -33,6 +34,50 @@ CONFUSION = "confusion_matrix.png"
 ROC = "roc_curves.png"
 LABELS = "labels.json"
 PREPROCESSOR = "preprocessor_config.json"
+
+
+@dataclass
+class ImageRun:
+    """A trained image classifier and what its run folder holds.
+
+    Attributes:
+        folder: the run folder; ``from_pretrained`` of transformers loads it too.
+        model: in evaluation mode; ``model.config.id2label`` names the classes.
+        transform: from uint8 images to the model's ``pixel_values``.
+        settings: what it was trained with.
+        recorded: facts about the data and the versions, as in ``config.yaml``.
+        figures: accuracy, F1, ROC-AUC and the others on the part held back, from the training;
+            None if the run was loaded (:meth:`evaluate` measures).
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    transform: Compose
+    settings: ImageSettings
+    recorded: dict[str, Any]
+    figures: dict[str, float] | None = None
+
+    @torch.inference_mode()
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities [N, classes] of uint8 images [N, C, H, W], on the model's device."""
+        pixels = self.transform(images.to(self.model.device))
+        logits: torch.Tensor = self.model(pixel_values=pixels).logits
+        return logits.softmax(-1)
+
+    def evaluate(self, data: str | os.PathLike[str] | None = None) -> dict[str, float]:
+        """Figures on the part held back of the run's own images, or on those of ``data``.
+
+        Of data that brings its own split, on the part that it holds back. The figures are also
+        written to ``evaluation.json`` in the folder, and the pictures beside it.
+
+        Raises:
+            Failure: the run's images are no longer those that it was trained on.
+            DataError: the data cannot be used, or has other classes.
+        """
+        with models.quiet_transformers():
+            return evaluate(self, None if data is None else os.fspath(data))
+
+
 # Pixels in 0..1 become -1..1, as ViT's own image processor does.
 MEAN = STD = 0.5
 
@@ -40,10 +85,10 @@ MEAN = STD = 0.5
 def read(source: str | None, max_pixels: int = MAX_PIXELS) -> ImageData:
     """The digits, or a folder of class folders; with lines on what is read and how."""
     what = "scikit-learn's digits" if source is None else f"the images in {printable(source)}"
-    print(f"reading {what}", flush=True)
+    say(f"reading {what}")
     data = load_digits() if source is None else load_image_folder(source, max_pixels=max_pixels)
     for note in data.notes:
-        print(printable(note))
+        say(printable(note))
     if int(data.labels.unique().numel()) < 2:
         raise DataError(f"{data.name} has images of one class only; a classifier needs two.")
     return data
@@ -80,7 +125,7 @@ def prepare(
     augment, plain = augmentation.pipelines(recipe, size, mean, std)
     # Now, not at the first step: a recipe may ask for more pixels than an image has.
     grid = sample_images(augment, train_set, fit, settings.seed)
-    print(
+    say(
         f"images {printable(data.name)}: {len(data):,} of {len(data.label_names)} classes, "
         f"sha256 {data.sha256[:12]}; {wanted}x{size}x{size} into the model"
         + (f"; {len(data.skipped)} unreadable ones left out" if data.skipped else "")
@@ -90,7 +135,7 @@ def prepare(
         metrics = measure(model, held_back, plain, fit, settings.batch_size)
         save_pictures(metrics, data.label_names, folder)
         report.save_image_grid(grid * STD + MEAN, folder / SAMPLE)
-        print(f"sample: {printable(run / SAMPLE)} shows {len(grid)} augmented training images")
+        say(f"sample: {printable(run / SAMPLE)} shows {len(grid)} augmented training images")
         pictures = f"![augmented images]({SAMPLE})\n\n![confusion]({CONFUSION})\n\n![ROC]({ROC})"
         return metrics.compute(), pictures
 
@@ -121,6 +166,7 @@ def prepare(
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, data),
+        opened=lambda record, figures: ImageRun(run, model, plain, settings, record, figures),
         trainer_options={
             "augmentation": augment,
             "eval_augmentation": plain,
@@ -165,7 +211,8 @@ def _own_size(model: PreTrainedModel, settings: ImageSettings) -> int:
     own = int(getattr(model.config, "image_size", None) or settings.image_size or 224)
     if settings.image_size not in (None, own):
         raise UsageError(
-            f"--image-size {settings.image_size}: {settings.init_from} takes images of {own}."
+            f"{option('image_size', settings.image_size)}: {settings.init_from} takes images of "
+            f"{own}."
         )
     return own
 
@@ -209,28 +256,29 @@ def save_pictures(metrics: ImageMetrics, names: Sequence[str], folder: Path) -> 
     report.save_roc_curves(metrics.roc_curves(), names, folder / ROC)
 
 
-def evaluate(
-    run: Path,
-    settings: ImageSettings,
-    recorded: dict[str, Any],
-    data: str | None,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> dict[str, float]:
-    """Figures and pictures on the held-back part of the run's own images, or on all of others.
-
-    Of others that bring their own split, on the part that it holds back.
-    """
+def load_run(
+    run: Path, settings: ImageSettings, recorded: dict[str, Any], trust_remote_code: bool = False
+) -> ImageRun:
+    """What an image run left."""
     if not (run / LABELS).is_file():
         raise Failure(
             f"{run} holds no finished model. Go on with it: "
             f"bigkernel train images --resume auto --out {run}"
         )
-    names = json.loads((run / LABELS).read_text(encoding="utf-8"))
     model = models.load(presets.IMAGES, str(run), trust_remote_code=trust_remote_code).eval()
+    channels = len(json.loads((run / PREPROCESSOR).read_text())["image_mean"])
+    size = int(json.loads((run / PREPROCESSOR).read_text())["size"]["height"])
+    _, plain = augmentation.pipelines([], size, [MEAN] * channels, [STD] * channels)
+    return ImageRun(run, model, plain, settings, recorded)
+
+
+def evaluate(run: ImageRun, data: str | None) -> dict[str, float]:
+    """As :meth:`ImageRun.evaluate`."""
+    settings, folder = run.settings, run.folder
+    names = json.loads((folder / LABELS).read_text(encoding="utf-8"))
     images = read(data if data is not None else settings.data, settings.max_pixels)
     if data is None:
-        check_same_data(recorded.get("sha256"), images.sha256, run, "images")
+        check_same_data(run.recorded.get("sha256"), images.sha256, folder, "images")
         _, dataset = images.split(settings.validation, settings.seed)
     else:
         if images.label_names != names:
@@ -241,15 +289,13 @@ def evaluate(
         whole = images.held_back is None
         dataset = ImageDataset(images) if whole else images.split()[1]
     channels = int(images.images[0].shape[0])
-    wanted = int(getattr(model.config, "num_channels", channels))
-    size = int(json.loads((run / PREPROCESSOR).read_text())["size"]["height"])
-    _, plain = augmentation.pipelines([], size, [MEAN] * wanted, [STD] * wanted)
-    models.place(model, device)
-    metrics = measure(model, dataset, plain, Channels(channels, wanted), settings.batch_size)
+    wanted = int(getattr(run.model.config, "num_channels", channels))
+    fit = Channels(channels, wanted)
+    metrics = measure(run.model, dataset, run.transform, fit, settings.batch_size)
     figures = metrics.compute()
-    with run_folder.files_moved_into(run) as aside:
+    with run_folder.files_moved_into(folder) as aside:
         save_pictures(metrics, names, aside)
-    run_folder.write_evaluation(run, figures)
+    run_folder.write_evaluation(folder, figures)
     return figures
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bigkernel.checkpoint import write_file_atomically
-from bigkernel.cli.errors import UsageError
 from bigkernel.files import follow_umask
+from bigkernel.recipes.errors import UsageError, option
 from bigkernel.run_lock import LOCK, writing_to
 
 CONFIG = "config.yaml"
@@ -90,42 +90,46 @@ def is_run(path: Path) -> bool:
 
 
 def run_of(resume: str, out: Path | None) -> Path:
-    """The run folder that ``--resume`` names, directly or by one of its checkpoints."""
+    """The run folder that ``resume`` names, directly or by one of its checkpoints."""
     if resume == "auto":
         if out is None:
-            raise UsageError("--resume auto needs to know which run: add --out RUN.")
+            raise UsageError(
+                f"{option('resume', 'auto')} needs to know which run: add {option('out', 'RUN')}."
+            )
         return out
-    path = Path(resume)
+    path, given = Path(resume), option("resume", resume)
     if not path.exists():
-        raise UsageError(f"--resume {resume}: there is no such folder. Use auto, or a run folder.")
+        raise UsageError(f"{given}: there is no such folder. Use auto, or a run folder.")
     for folder in (path, path.resolve().parent):
         if is_run(folder):
             if out is not None and out.resolve() != folder.resolve():
                 raise UsageError(
-                    f"--resume {resume} belongs to {folder}, but --out says {out}. "
-                    "Leave --out away, or start anew from its weights with --init-from."
+                    f"{given} belongs to {folder}, but {option('out')} says {out}. Leave "
+                    f"{option('out')} away, or start anew from its weights with "
+                    f"{option('init_from')}."
                 )
             return folder
     raise UsageError(
-        f"--resume {resume}: neither it nor the folder above it is a run (there is no {CONFIG})."
+        f"{given}: neither it nor the folder above it is a run (there is no {CONFIG})."
     )
 
 
 def check_new(path: Path, force: bool) -> None:
     """UsageError unless a new run may be written to ``path``."""
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; --out must name a folder.")
+        raise UsageError(f"{path} is a file; {option('out')} must name a folder.")
     if not path.exists() or not _content(path):
         _check_writable(path)
         return
     if not is_run(path):
         raise UsageError(
-            f"{path} holds files that are not a run, and is left alone. Choose another --out."
+            f"{path} holds files that are not a run, and is left alone. "
+            f"Choose another {option('out')}."
         )
     if not force:
         raise UsageError(
-            f"{path} holds a run already. Use --force to replace it, --resume auto to go on with "
-            "it, or another --out."
+            f"{path} holds a run already. Use {option('force', True)} to replace it, "
+            f"{option('resume', 'auto')} to go on with it, or another {option('out')}."
         )
 
 
@@ -145,7 +149,7 @@ def clear(path: Path) -> None:
     if not content:
         return
     # Renamed first, so that a crash in between leaves each of the old files whole or gone. What
-    # makes it a run goes last: until then --force takes it again.
+    # makes it a run goes last: until then ``force`` takes it again.
     aside = path / f"{_CLEARED}{os.getpid()}"
     aside.mkdir(exist_ok=True)
     for file in sorted(content, key=lambda file: file.name == CONFIG):

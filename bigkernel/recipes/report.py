@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bigkernel.escape import markdown, printable
-from bigkernel.metrics import RocCurve
+from bigkernel.recipes.metrics import RocCurve
 
 # Beyond this many classes the cells of a confusion matrix are too small for a number or a name.
 CELLS_WITH_NUMBERS = 20

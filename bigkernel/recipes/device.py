@@ -1,17 +1,17 @@
-"""--device, --dtype and --threads."""
+"""Which device, dtype and number of threads a run takes."""
 
 import os
 
 import torch
 
-from bigkernel.cli.errors import UsageError
+from bigkernel.recipes.errors import UsageError, option
 
 
 def use_threads(threads: int | None) -> None:
     """Set how many CPU threads torch and the native kernels take; None leaves it."""
     if threads is not None:
         if threads < 1:
-            raise UsageError(f"--threads must be 1 or more, got {threads}.")
+            raise UsageError(f"{option('threads')} must be 1 or more, got {threads}.")
         torch.set_num_threads(threads)
 
 
@@ -22,17 +22,21 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
+        raise UsageError(
+            f"{option('device')} must be auto, cpu, cuda or cuda:N, got {name!r}."
+        ) from None
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+        raise UsageError(f"{option('device')} must be auto, cpu, cuda or cuda:N, got {name!r}.")
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
         build = "torch is a CPU-only build" if torch.version.cuda is None else "torch sees no GPU"
-        raise UsageError(f"--device {name}: {build}. Use --device cpu.")
+        raise UsageError(f"{option('device', name)}: {build}. Use {option('device', 'cpu')}.")
     index = device.index or 0
     if index >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).")
+        raise UsageError(
+            f"{option('device', name)}: this machine has {torch.cuda.device_count()} GPU(s)."
+        )
     return torch.device("cuda", index)
 
 
@@ -59,5 +63,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     if dtype == torch.float16 and device.type == "cpu":
-        raise UsageError("--dtype float16 needs a GPU. On the CPU use float32 or bfloat16.")
+        raise UsageError(
+            f"{option('dtype', name)} needs a GPU. On the CPU use float32 or bfloat16."
+        )
     return dtype

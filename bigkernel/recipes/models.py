@@ -1,5 +1,7 @@
 """New models from presets and config files, and models to go on with."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,18 +17,27 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bigkernel import presets
 from bigkernel.checkpoint import notify
-from bigkernel.cli.errors import Failure, UsageError
-from bigkernel.cli.settings import Model, read_document, user_path
 from bigkernel.data.tokenizer import check_folder, code_not_run, hub_is_reachable, means_a_folder
 from bigkernel.integrations import accelerate
+from bigkernel.recipes import presets
+from bigkernel.recipes.errors import Failure, UsageError, option
+from bigkernel.recipes.settings import Model, read_document, user_path
 
 
-def quiet_transformers() -> None:
-    """Only errors, and no bars for files that are read in a moment."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, only errors, and no bars for files that are read in a moment."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def inline(kind: str, model: Model) -> Model:
@@ -42,7 +53,8 @@ def inline(kind: str, model: Model) -> Model:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(
-            f"--model {model}: neither a preset nor a config file. Presets: {', '.join(table)}."
+            f"{option('model', model)}: neither a preset nor a config file. "
+            f"Presets: {', '.join(table)}."
         )
     content = read_document(file)
     if not isinstance(content, dict) or "model_type" not in content:
@@ -60,7 +72,7 @@ def _config(kind: str, model: Model, **from_data: Any) -> Any:
         raise UsageError(
             "the model's config names code of its own (auto_map), and a new model is built from "
             "transformers' own classes. Take auto_map out, or start from the model's weights with "
-            "--init-from and --trust-remote-code."
+            f"{option('init_from')} and {option('trust_remote_code', True)}."
         )
     kernels = _hub_kernels(content)
     if kernels is not None:
@@ -125,7 +137,7 @@ def new_image_model(
     if isinstance(patch, int) and size % patch:
         raise UsageError(
             f"images of {size} pixels cannot be cut into patches of {patch}: "
-            f"--image-size must be a multiple of {patch}."
+            f"{option('image_size')} must be a multiple of {patch}."
         )
     return _build(AutoModelForImageClassification, config, "an image classifier")
 
@@ -190,12 +202,14 @@ def _without_code(where: str, offline: bool) -> None:
     if kernels is not None:
         raise Failure(
             f"{where} asks for attention kernels of a hub ({kernels}), which is code that is not "
-            "run unasked: allow it with --trust-remote-code, or take the line out of config.json."
+            f"run unasked: allow it with {option('trust_remote_code', True)}, or take the line out "
+            "of config.json."
         )
     known = config.get("model_type") in CONFIG_MAPPING
     if known and config.get("auto_map"):
         notify(
-            f"{where} brings code of its own, which is not run (--trust-remote-code would): "
+            f"{where} brings code of its own, which is not run "
+            f"({option('trust_remote_code', True)} would): "
             f"transformers' own {config['model_type']} is used."
         )
 

@@ -84,7 +84,7 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Recipes: every key is a setting of `bigkernel train text` (see cli/settings.py).
+# Recipes: every key is a setting (see settings.py).
 TEXT_RECIPES: dict[str, dict[str, Any]] = {
     # About a minute on two AVX2 cores; tests/test_end_to_end.py holds it to 1.9 nats per byte.
     "demo": {

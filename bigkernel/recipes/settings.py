@@ -1,24 +1,25 @@
 """Everything a training run is told: defaults, presets, a config file and options, in that order.
 
-``config.yaml`` in a run folder is the outcome, so ``--config RUN/config.yaml`` repeats the run.
+``config.yaml`` in a run folder is the outcome, and as ``config`` it repeats the run.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bigkernel import presets
-from bigkernel.cli.errors import UsageError
 from bigkernel.files import MAX_PIXELS, is_regular
+from bigkernel.recipes import presets
+from bigkernel.recipes.errors import UsageError, option
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,7 +31,33 @@ Augment = str | list[Any]
 
 @dataclass
 class Settings:
-    """What both kinds of training share. None means: decided from the data or the device."""
+    """What both kinds of training share. None means: decided from the data or the device.
+
+    Attributes:
+        preset: a recipe of ``bigkernel.recipes.presets``, which the settings below change.
+        data: a file or folder; None is the data that every install has.
+        model: a model preset, a ``config.json`` or YAML file, or its content.
+        init_from: a trained model to go on with, a folder or a hub name.
+        out: the run folder.
+        epochs: passes over the training part.
+        max_steps: optimizer steps; counts where both are given.
+        optim: ``"adamw"``, ``"adam"`` or ``"sgd"``.
+        lr: the highest learning rate; a cosine falls from it.
+        warmup: the share of the steps in which it rises.
+        min_lr: where the cosine ends, as a share of ``lr``.
+        weight_decay: decoupled, as AdamW's.
+        beta2: of Adam and AdamW.
+        max_grad_norm: 0 does not clip.
+        batch_size: sequences or images in a batch.
+        accumulate: batches whose gradients make a step.
+        validation: the share of the data that is held back.
+        seed: of weights, order, dropout and augmentation.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        threads: CPU threads of the process; None leaves them.
+        save_steps: steps between checkpoints.
+        log_steps: steps between logged losses.
+    """
 
     preset: str = "demo"
     data: str | None = None
@@ -64,7 +91,7 @@ class Settings:
             self._range(field.name, small, "below 2**31")
         self._range("lr", 0 < self.lr < math.inf, "above 0")
         self._range("warmup", 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
-        self._range("min_lr", 0 <= self.min_lr <= 1, "a share of --lr in [0, 1]")
+        self._range("min_lr", 0 <= self.min_lr <= 1, f"a share of {option('lr')} in [0, 1]")
         self._range("weight_decay", self.weight_decay >= 0, "0 or more")
         self._range("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         self._range("max_grad_norm", self.max_grad_norm >= 0, "0 or more (0 does not clip)")
@@ -79,7 +106,8 @@ class Settings:
         self._range("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         if self.model is not None and self.init_from is not None:
             raise UsageError(
-                "--model builds a new model and --init-from loads one: give one of the two."
+                f"{option('model')} builds a new model and {option('init_from')} loads one: give "
+                "one of the two."
             )
 
     def _range(self, name: str, fine: bool, expected: str) -> None:
@@ -89,7 +117,14 @@ class Settings:
 
 @dataclass
 class TextSettings(Settings):
-    """Settings of ``bigkernel train text``."""
+    """Settings of a language model.
+
+    Attributes:
+        tokenizer: ``"bytes"``, ``"bpe"``, ``"wordpiece"``, or a folder or hub name.
+        vocab_size: the most tokens that bpe or wordpiece may make.
+        max_length: tokens in a sequence.
+        prompt: what the sample at the end begins with.
+    """
 
     tokenizer: str | None = None
     vocab_size: int | None = None
@@ -104,7 +139,13 @@ class TextSettings(Settings):
 
 @dataclass
 class ImageSettings(Settings):
-    """Settings of ``bigkernel train images``."""
+    """Settings of an image classifier.
+
+    Attributes:
+        augment: an augmentation recipe's name, a YAML file with one, or its steps.
+        image_size: pixels a side into the model.
+        max_pixels: images of more are left out, undecoded.
+    """
 
     validation: float = 0.2
     augment: Augment | None = None
@@ -120,17 +161,12 @@ class ImageSettings(Settings):
 COMMANDS: dict[str, type[Settings]] = {"train text": TextSettings, "train images": ImageSettings}
 
 
-def user_path(given: str | Path) -> Path:
+def user_path(given: str | os.PathLike[str]) -> Path:
     """A path as typed, with ~ for the home folder (which a shell leaves in ``--out=~/x``)."""
     try:
         return Path(given).expanduser()
     except RuntimeError:  # there is no such user
         raise UsageError(f"{given}: there is no home folder of that name.") from None
-
-
-def option(name: str) -> str:
-    """How a setting is spelt on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def gather(
@@ -139,10 +175,19 @@ def gather(
     config: Mapping[str, Any] | None = None,
     sample: str | None = None,
 ) -> Settings:
-    """Settings from defaults, preset, config file and options; each later one wins."""
+    """Settings from defaults, preset, config file and options; each later one wins.
+
+    Raises:
+        UsageError: a setting that there is not, or of a type or value that it cannot have.
+    """
     kind = COMMANDS[command]
     config = dict(config or {})
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in options.items()
+        if value is not None
+    }
+    given = _checked(given, command, "", option)
     recipes = presets.TEXT_RECIPES if kind is TextSettings else presets.IMAGE_RECIPES
     fine_tunes = (given.get("init_from") or config.get("init_from")) is not None
     usual = "finetune" if fine_tunes else "demo"
@@ -153,7 +198,9 @@ def gather(
     except ValueError as error:
         raise UsageError(str(error)) from None
     if sample and "data" in given:
-        raise UsageError("--sample and --data both name the corpus: give one of the two.")
+        raise UsageError(
+            f"{option('sample')} and {option('data')} both name the corpus: give one of the two."
+        )
     # A preset or sample named on the command line is stronger than the file, as every option is.
     named = {**(recipe if "preset" in given else {}), **extra}
     below = recipe if "preset" not in given else {}
@@ -184,14 +231,24 @@ def read_config(path: Path, command: str) -> tuple[dict[str, Any], dict[str, Any
     meant_for = content.pop(COMMAND, command)
     if meant_for != command:
         raise UsageError(f"{path} is for `bigkernel {meant_for}`, not for `bigkernel {command}`.")
+    return _checked(content, command, str(path), str), record
+
+
+def _checked(
+    given: Mapping[str, Any], command: str, where: str, called: Callable[[str], str]
+) -> dict[str, Any]:
+    """Settings as given for ``command``, if there are such and each has a type that it may have."""
     hints = typing.get_type_hints(COMMANDS[command])
-    for name, value in content.items():
+    checked = {}
+    for name, value in given.items():
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(hints)}."
-            raise UsageError(f"{path} has an unknown setting {name!r}.{hint}")
-        content[name] = _typed(path, name, value, hints[name])
-    return content, record
+            has = f"{where} has an" if where else "there is an"
+            raise UsageError(f"{has} unknown setting {name!r}.{hint}")
+        place = f"{where}: {called(name)}" if where else called(name)
+        checked[name] = _typed(place, value, hints[name])
+    return checked
 
 
 def command_of(run: Path) -> str:
@@ -248,6 +305,8 @@ def read_document(path: Path) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
+    except UsageError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -286,7 +345,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _typed(path: Path, name: str, value: Any, hint: Any) -> Any:
+def _typed(place: str, value: Any, hint: Any) -> Any:
     """``value`` if it has one of the types of ``hint``; an int will do where a float is meant."""
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     allowed = [typing.get_origin(t) or t for t in (typing.get_args(hint) if union else (hint,))]
@@ -299,7 +358,7 @@ def _typed(path: Path, name: str, value: Any, hint: Any) -> Any:
         return value
     names = ["nothing" if t is type(None) else t.__name__ for t in allowed]
     shown = value if isinstance(value, (str, int, float, bool)) else type(value).__name__
-    raise UsageError(f"{path}: {name} must be {' or '.join(names)}, got {str(shown)[:80]!r}.")
+    raise UsageError(f"{place} must be {' or '.join(names)}, got {str(shown)[:80]!r}.")
 
 
 def dump(settings: Settings, command: str, record: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """Training, measuring and sampling language models."""
 
+import math
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from bigkernel import presets
-from bigkernel.cli import models, run_folder
-from bigkernel.cli.errors import Failure, UsageError
-from bigkernel.cli.settings import TextSettings
-from bigkernel.cli.train_loop import Task, check_same_data
 from bigkernel.data import (
     Corpus,
     DataError,
@@ -25,20 +23,94 @@ from bigkernel.data import (
 )
 from bigkernel.data.tokenizer import code_not_run
 from bigkernel.escape import code_span, markdown, printable
-from bigkernel.metrics import TextMetrics
+from bigkernel.recipes import models, presets, run_folder
+from bigkernel.recipes.errors import Failure, UsageError, option, say
+from bigkernel.recipes.metrics import TextMetrics
+from bigkernel.recipes.settings import TextSettings
+from bigkernel.recipes.training import Task, check_same_data
+from bigkernel.trainer import same_random_numbers_after
 
 COMMAND = "train text"
 PROMPT = "The "
 SAMPLE = "sample.txt"
 
 
+@dataclass
+class TextRun:
+    """A trained language model and what its run folder holds.
+
+    Attributes:
+        folder: the run folder; ``from_pretrained`` of transformers loads it too.
+        model: in evaluation mode.
+        tokenizer: what the model reads and writes in.
+        settings: what it was trained with.
+        recorded: facts about the data and the versions, as in ``config.yaml``.
+        figures: loss, perplexity, nats and bits per byte on the part held back, from the training;
+            None if the run was loaded (:meth:`evaluate` measures).
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: TextSettings
+    recorded: dict[str, Any]
+    figures: dict[str, float] | None = None
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> str:
+        """``prompt`` and what the model continues it with; the same seed gives the same text.
+
+        Args:
+            prompt: empty begins as a document does.
+            max_new_tokens: None is 200, or fewer where the model's context ends sooner.
+            temperature: 0 takes the likeliest token each time.
+            top_k: draw from so many likeliest tokens; 0 from all.
+            top_p: draw from the likeliest tokens of this mass.
+            seed: of the draws; torch's and Python's generators are as before afterwards.
+
+        Raises:
+            UsageError: an argument out of range, or a prompt that leaves no room in the context.
+        """
+        with models.quiet_transformers(), same_random_numbers_after():
+            return sample(
+                self.model,
+                self.tokenizer,
+                prompt,
+                seed,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+
+    def evaluate(self, data: str | os.PathLike[str] | None = None) -> dict[str, float]:
+        """Figures on the part held back of the run's own corpus, or on all of ``data``.
+
+        They are also written to ``evaluation.json`` in the folder.
+
+        Raises:
+            Failure: the run's corpus is no longer the one that it was trained on.
+            DataError: the data cannot be used.
+        """
+        with models.quiet_transformers():
+            return evaluate(self, None if data is None else os.fspath(data))
+
+
 def read(source: str | None) -> Corpus:
     """The corpus, with a line on what is being read, which may take a while, and what was found."""
     what = "the topics of Python's own help" if source is None else printable(source)
-    print(f"reading {what}", flush=True)
+    say(f"reading {what}")
     corpus = load_corpus(source)
     for note in corpus.notes:
-        print(printable(note))
+        say(printable(note))
     return corpus
 
 
@@ -66,7 +138,7 @@ def prepare(
         if longest is not None and settings.max_length > longest:
             raise DataError(
                 f"{settings.init_from} takes sequences of {longest} tokens at most, and "
-                f"--max-length is {settings.max_length}."
+                f"{option('max_length')} is {settings.max_length}."
             )
     else:
         shape = settings.model or presets.TEXT_RECIPES["demo"]["model"]
@@ -74,7 +146,7 @@ def prepare(
     train_set = PackedDataset(train_part, tokenizer, settings.max_length, drop_last=True)
     held_back = held_back_rows(held_part, tokenizer, settings.max_length)
     prompt = _fitting_prompt(settings, model, tokenizer)
-    print(
+    say(
         f"corpus {printable(corpus.name)}: {len(corpus.documents):,} documents, "
         f"{corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:12]}; "
         f"{len(tokenizer):,} tokens in the vocabulary"
@@ -84,7 +156,7 @@ def prepare(
         figures = measure(model, held_back, settings.batch_size)
         text = sample(model, tokenizer, prompt, settings.seed)
         (folder / SAMPLE).write_text(text + "\n", encoding="utf-8")
-        print(f"sample: {text}")
+        say(f"sample: {text}")
         return figures, "```text\n" + text.replace("```", "'''") + "\n```"
 
     def save_inputs(folder: Path) -> None:
@@ -105,6 +177,7 @@ def prepare(
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, corpus, prompt),
+        opened=lambda record, figures: TextRun(run, model, tokenizer, settings, record, figures),
         trainer_options={"processing_class": tokenizer},
     )
 
@@ -121,8 +194,8 @@ def _fitting_prompt(
     if not settings.prompt:
         return ""
     raise UsageError(
-        f"--prompt has {length} tokens, and the model's context holds {room}: nothing can follow. "
-        "Shorten it, or train with a larger --max-length."
+        f"{option('prompt')} has {length} tokens, and the model's context holds {room}: nothing "
+        f"can follow. Shorten it, or train with a larger {option('max_length')}."
     )
 
 
@@ -130,7 +203,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that Python could not decode
-        raise UsageError(f"--prompt is not UTF-8 text: {prompt!r}.") from None
+        raise UsageError(f"{option('prompt')} is not UTF-8 text: {prompt!r}.") from None
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -179,6 +252,22 @@ def readable(text: str) -> str:
     return re.sub("[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
+def check_sampling(
+    *, max_new_tokens: int | None, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """UsageError for the first of these that is out of range."""
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # scores are divided by it
+        raise UsageError(f"{option('temperature')} must be 0, or 1e-6 or more, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"{option('top_p')} must be in (0, 1], got {top_p}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{option('seed')} must be in [0, 2**32), got {seed}.")
+    if top_k < 0:
+        raise UsageError(f"{option('top_k')} must be 0 or more, got {top_k}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"{option('max_new_tokens')} must be 1 or more, got {max_new_tokens}.")
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -190,17 +279,10 @@ def sample(
     top_k: int = 50,
     top_p: float = 0.95,
 ) -> str:
-    """``prompt`` and what the model goes on with; the same seed gives the same text.
-
-    Uses the KV cache. ``temperature=0`` takes the likeliest token each time. Without
-    ``max_new_tokens``: 200, or fewer where the model's context ends sooner.
-    """
-    if temperature < 0:
-        raise ValueError(f"the temperature must be 0 or more, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top-p must be in (0, 1], got {top_p}.")
-    if top_k < 0:
-        raise ValueError(f"top-k must be 0 (all tokens) or more, got {top_k}.")
+    """As :meth:`TextRun.generate`, with the KV cache."""
+    check_sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     ids = _prompt_ids(tokenizer, prompt)
     # A document begins after the end of another one; that is how to ask for a fresh one.
     ids = ids or [token for token in (tokenizer.eos_token_id,) if token is not None]
@@ -214,8 +296,6 @@ def sample(
             "nothing can follow. Shorten the prompt."
         )
     count = min(200, left) if max_new_tokens is None else max_new_tokens
-    if count < 1:
-        raise ValueError(f"max-new-tokens must be 1 or more, got {count}.")
     if count > left:
         raise ValueError(
             f"{count} new tokens do not fit: the model's context holds {room} and the prompt takes "
@@ -250,9 +330,9 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_run(
-    run: Path, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that a text run left."""
+    run: Path, settings: TextSettings, recorded: dict[str, Any], trust_remote_code: bool = False
+) -> TextRun:
+    """What a text run left."""
     if not (run / "config.json").is_file():
         raise Failure(
             f"{run} holds no finished model. Go on with it: "
@@ -261,7 +341,7 @@ def load_run(
     model = models.load(presets.TEXT, str(run), trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(run), trust_remote_code=trust_remote_code)
-        return model.eval(), tokenizer
+        return TextRun(run, model.eval(), tokenizer, settings, recorded)
     except Exception as error:  # of many kinds; all mean that a file is missing or damaged
         refused = code_not_run(error, f"the tokenizer of {run}")
         if refused is not None:
@@ -270,25 +350,17 @@ def load_run(
         raise Failure(f"{run} holds no tokenizer that can be loaded: {reason}") from error
 
 
-def evaluate(
-    run: Path,
-    settings: TextSettings,
-    recorded: dict[str, Any],
-    data: str | None,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> dict[str, float]:
-    """Figures on the held-back part of the run's own corpus, or on all of another."""
-    model, tokenizer = load_run(run, trust_remote_code)
+def evaluate(run: TextRun, data: str | None) -> dict[str, float]:
+    """As :meth:`TextRun.evaluate`."""
+    settings = run.settings
     corpus = read(data if data is not None else settings.data)
     documents: Sequence[str] = corpus.documents
     if data is None:
-        check_same_data(recorded.get("sha256"), corpus.sha256, run, "corpus")
+        check_same_data(run.recorded.get("sha256"), corpus.sha256, run.folder, "corpus")
         _, documents = split_corpus(corpus.documents, settings.validation)
-    rows = held_back_rows(list(documents), tokenizer, settings.max_length)
-    models.place(model, device)
-    figures = measure(model, rows, settings.batch_size)
-    run_folder.write_evaluation(run, figures)
+    rows = held_back_rows(list(documents), run.tokenizer, settings.max_length)
+    figures = measure(run.model, rows, settings.batch_size)
+    run_folder.write_evaluation(run.folder, figures)
     return figures
 
 
