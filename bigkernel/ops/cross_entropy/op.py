@@ -12,6 +12,7 @@ from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.errors import check, check_floating, check_meaning
 from bigkernel.ops.cross_entropy import reference
+from bigkernel.ops.cross_entropy.checks import check_labels, check_options
 
 # logits [N, V]; labels [N] int64; weight [V] float32; losses [N] and total [] and stats [2, N]
 # float32 (float64 for float64 logits); scale [N], of their dtype: the gradient of each loss.
@@ -171,19 +172,10 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
     _check(logits, labels, weight)
-    if reduction not in ("mean", "sum", "none"):
-        check(False, "cross_entropy", "reduction", "'mean', 'sum' or 'none'", repr(reduction))
     softcap = 0.0 if softcap is None else softcap
-    numbers = (
-        ("label_smoothing", label_smoothing, 1.0, "a number from 0 to 1"),
-        ("z_loss", z_loss, 1e30, "a finite number of at least 0"),
-        ("softcap", softcap, 1e30, "0 (off), None or a positive number"),
-    )
-    for name, value, most, expected in numbers:
-        if not isinstance(value, (int, float)) or not 0 <= value <= most:
-            check(False, "cross_entropy", name, expected, value)
+    check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap)
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
-        _check_labels(labels, ignore_index, logits.shape[1])
+        check_labels("cross_entropy", "labels", labels, ignore_index, logits.shape[1])
     if weight is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         weight = weight.detach().to(wide)
@@ -235,11 +227,3 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
             check(False, op, "weight", f"of shape ({logits.shape[1]},)", tuple(weight.shape))
         if weight.dtype not in (torch.float32, logits.dtype):
             check(False, op, "weight", "float32 or of logits's dtype", weight.dtype, "", TypeError)
-
-
-def _check_labels(labels: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        expected = f"0 to {classes - 1} or ignore_index, {ignore_index}"
-        check(False, "cross_entropy", "labels", expected, f"{int(labels[row])} at row {row}")
