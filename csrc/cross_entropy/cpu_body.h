@@ -30,8 +30,8 @@ BK_INLINE VecF capped(VecF x, float softcap) {
 // m of a row of soft labels.
 template <class S>
 BK_INLINE VecF mass(const CrossEntropyArgs& a, const S* soft, int64_t i, int n) {
-  const VecF m = fma(load_some(soft + i, n), set1(1 - a.smoothing),
-                     set1(a.smoothing / float(a.classes)));
+  const VecF m =
+      fma(load_some(soft + i, n), set1(1 - a.smoothing), set1(a.smoothing / float(a.classes)));
   return a.weight == nullptr ? m : m * load_some(a.weight + i, n);
 }
 
@@ -44,7 +44,8 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     const int64_t label = kSoft ? -1 : a.labels[row];
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     float peak = -kInfinity, wanted = 0, anchor = 0;
-    // smooth: sum(w_c (z_c - anchor)), so that little cancels; of soft labels sum(m_c (z_c - anchor))
+    // smooth: sum(w_c (z_c - anchor)), so that little cancels; of soft labels sum(m_c (z_c -
+    // anchor))
     double sum = 0, smooth = 0, whole = 0;
     for (int64_t first = 0; first < a.classes; first += kBlock) {
       const int64_t count = a.classes - first < kBlock ? a.classes - first : kBlock;

@@ -22,7 +22,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// A chunk's logits take a sixteenth of those of all rows, or this much: less is in the cache anyway.
+// A chunk's logits take a sixteenth of those of all rows, or this much: less is in the cache
+// anyway.
 constexpr int64_t kShare = 16, kSmallChunk = int64_t{2} << 20;
 // Fewer rows would leave the products waiting for the weight.
 constexpr int64_t kFewestRows = 64;
@@ -31,9 +32,9 @@ constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of the weight, in a copy
 Tensor matrix(void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
               DType type) {
   const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, column_stride};
-  return torch::stable::from_blob(
-      data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      scalar_type(type));
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  scalar_type(type));
 }
 
 // out = a b^T, to which `plus` is added: a row [columns] or a matrix, which may be out itself.
@@ -186,8 +187,8 @@ class Job {
       Tensor h;
       if (widen || gather) {
         const int64_t skip = gather ? 0 : first;
-        copy(at(x_.data, skip * x_.stride, type_), x_.stride, type_, index, hidden.data, dim_, work_,
-             nullptr, n, dim_);
+        copy(at(x_.data, skip * x_.stride, type_), x_.stride, type_, index, hidden.data, dim_,
+             work_, nullptr, n, dim_);
         h = matrix(hidden.data, n, dim_, dim_, 1, work_);
       } else {
         h = matrix(const_cast<char*>(at(x_.data, first * x_.stride, type_)), n, dim_, x_.stride, 1,
@@ -208,8 +209,7 @@ class Job {
         });
       }
       void* dx = nullptr;
-      if (o_.input)
-        dx = direct ? at(dinput.mutable_data_ptr(), first * dim_, out) : moved.data;
+      if (o_.input) dx = direct ? at(dinput.mutable_data_ptr(), first * dim_, out) : moved.data;
       if (widen && (o_.input || o_.linear_weight)) {
         each_block(block, [&](int64_t c, int64_t count, const Tensor& w) {
           const Tensor part = matrix(at(z, c, work_), n, count, classes_, 1, work_);
@@ -224,8 +224,9 @@ class Job {
         if (partial) add_in_parts(z, h, n, dz, dw, first > 0);
       }
       if (o_.input && !direct)
-        copy(dx, dim_, work_, nullptr, at(dinput.mutable_data_ptr(), gather ? 0 : first * dim_, out),
-             dim_, out, index, n, dim_);
+        copy(dx, dim_, work_, nullptr,
+             at(dinput.mutable_data_ptr(), gather ? 0 : first * dim_, out), dim_, out, index, n,
+             dim_);
     }
   }
 
@@ -244,8 +245,8 @@ class Job {
 
   void prepare_target(const Tensor& target) {
     if (target.dim() == 2) {
-      BK_CHECK(target.size(0) == rows_ && target.size(1) == classes_, op_,
-               "target must be int64 [", rows_, "] or probabilities [", rows_, ", ", classes_, "]");
+      BK_CHECK(target.size(0) == rows_ && target.size(1) == classes_, op_, "target must be int64 [",
+               rows_, "] or probabilities [", rows_, ", ", classes_, "]");
       is_soft_ = true;
       soft_ = row_view(target, op_, "target");
       z_.soft_type = float_type(target, op_, "target");
@@ -253,10 +254,9 @@ class Job {
       kept_ = rows_;
       return;
     }
-    BK_CHECK(target.dim() == 1 && target.size(0) == rows_ &&
-                 target.scalar_type() == ScalarType::Long,
-             op_, "target must be int64 [", rows_, "] or probabilities [", rows_, ", ", classes_,
-             "]");
+    BK_CHECK(
+        target.dim() == 1 && target.size(0) == rows_ && target.scalar_type() == ScalarType::Long,
+        op_, "target must be int64 [", rows_, "] or probabilities [", rows_, ", ", classes_, "]");
     target_ = torch::stable::contiguous(target);
     const int64_t* labels = static_cast<const int64_t*>(target_.const_data_ptr());
     std::vector<int64_t> index;
@@ -382,9 +382,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
            bias_gradient});
   float by = 1;
   if (divisor.has_value()) {
-    BK_CHECK(divisor->is_cpu() && divisor->numel() == 1 &&
-                 divisor->scalar_type() == ScalarType::Float,
-             op, "divisor must be one float32 on the CPU");
+    BK_CHECK(
+        divisor->is_cpu() && divisor->numel() == 1 && divisor->scalar_type() == ScalarType::Float,
+        op, "divisor must be one float32 on the CPU");
     by = *static_cast<const float*>(divisor->const_data_ptr());
   }
   Tensor losses = torch::stable::new_empty(input, {job.rows()}, ScalarType::Float);

@@ -16,9 +16,8 @@ void copy(const CopyRowsArgs& a, int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<From, To>)
       __builtin_memcpy(to, from, size_t(a.dim) * sizeof(To));
     else
-      for_elements(a.dim, [&](int64_t c, int n) BK_LAMBDA {
-        store_some(to + c, load_some(from + c, n), n);
-      });
+      for_elements(a.dim, [&](int64_t c, int n)
+                              BK_LAMBDA { store_some(to + c, load_some(from + c, n), n); });
   }
 }
 
