@@ -289,8 +289,8 @@ def _check(
     linear_bias: Tensor | None,
     weight: Tensor | None,
 ) -> None:
-    named = {"input": input, "linear_weight": linear_weight}
-    named |= {"linear_bias": linear_bias, "weight": weight}
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    named["weight"] = weight
     check_floating(_NAME, named, ("linear_bias", "weight"))
     if input.dim() < 1 or input.shape[-1] < 1:
         check(False, _NAME, "input", "[.., D]", f"shape {tuple(input.shape)}")
