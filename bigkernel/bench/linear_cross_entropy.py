@@ -1,4 +1,8 @@
-"""linear_cross_entropy against torch's two steps, and torch's own function in chunks."""
+"""linear_cross_entropy against torch's two steps.
+
+torch.nn.functional.linear_cross_entropy in chunks is no peer: it rounds a loss of bf16 to bf16, and
+of fp32 its results are not always within twice the error of the two steps.
+"""
 
 import itertools
 from functools import partial
@@ -12,7 +16,6 @@ from bigkernel.bench.case import Bar, Case
 from bigkernel.ops import linear_cross_entropy
 
 TORCH = "F.linear, F.cross_entropy"
-CHUNKED = "F.linear_cross_entropy"
 ROWS = 2048
 SIZES = ((8192, 384), (65536, 384), (8192, 2048), (65536, 2048))
 
@@ -24,15 +27,12 @@ def cases(small: bool = False) -> list[Case]:
     table = []
     for (classes, width), dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
         target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(1))
-        peers = {TORCH: partial(_theirs, target)}
-        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            peers[CHUNKED] = partial(_chunked, target)
         table.append(
             fused.case(
                 "linear_cross_entropy",
                 f"{fused.NAMES[dtype]} {rows} x {width} -> {classes}",
                 partial(_ours, target),
-                peers,
+                {TORCH: partial(_theirs, target)},
                 partial(_make, rows, classes, width, dtype),
                 backward=True,
                 bars=[Bar(1.0, TORCH)],
@@ -56,8 +56,3 @@ def _theirs(target: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """A head and ForCausalLMLoss of transformers, after the shift."""
     logits = F.linear(input, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
-
-
-def _chunked(target: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(input, weight, target, options=options)
