@@ -49,7 +49,7 @@ def run(namespace: Any, name: str, *arguments: Any) -> Any:
     That is what runs inside a transform of torch.func or a level of forward mode, which know
     nothing of a formula.
     """
-    if not torch.compiler.is_compiling() and _is_followed():
+    if is_followed():
         return _plain[name](*arguments)
     return call(namespace, name, *arguments)
 
@@ -65,6 +65,11 @@ def call(namespace: Any, name: str, *arguments: Any) -> Any:
     if not torch.compiler.is_compiling() and not _is_followed():
         quick = _eager.get((namespace.name, name))
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
+
+
+def is_followed() -> bool:
+    """Whether `run` runs plain PyTorch."""
+    return not torch.compiler.is_compiling() and _is_followed()
 
 
 def _is_followed() -> bool:

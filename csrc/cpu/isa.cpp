@@ -110,6 +110,8 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+bool multiplies_bf16() { return current_isa() >= Isa::kAvx512 && supported(Isa::kAvx512Bf16); }
+
 void force_isa(const std::string& name) { g_isa = parse(name, "BIGKERNEL_CPU_ISA"); }
 
 }  // namespace bigkernel

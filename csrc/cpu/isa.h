@@ -13,6 +13,9 @@ const char* isa_name(Isa isa);
 std::vector<std::string> available_isas();  // what this machine and this build can run
 void force_isa(const std::string& name);    // throws std::invalid_argument
 
+// Whether torch multiplies matrices of bf16 faster than those of fp32, within the current set.
+bool multiplies_bf16();
+
 }  // namespace bigkernel
 
 // A body compiled once per instruction set is declared in all of them and called through the

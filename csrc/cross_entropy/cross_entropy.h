@@ -10,15 +10,16 @@ namespace bigkernel {
 
 struct CrossEntropyArgs {
   const void* logits;     // [N, classes] of type; rows `stride` elements apart
-  const int64_t* labels;  // [N]
+  const int64_t* labels;  // [N]; null: soft labels
+  const void* soft;       // [N, classes] of soft_type, rows `soft_stride` apart: probabilities
   const float* weight;    // [classes]; null: 1
   float* losses;          // [N], forward
   float* peak;            // [N]: the largest (capped) logit of a row,
   float* spread;          // [N]: and the logarithm of the sum of exp(logit - peak)
   const float* scale;     // [N], backward: the gradient of a row's loss
   void* dlogits;          // backward: of type, rows `grad_stride` apart; may be logits
-  int64_t classes, stride, grad_stride, ignore_index;
-  DType type;
+  int64_t classes, stride, grad_stride, soft_stride, ignore_index;
+  DType type, soft_type;
   float smoothing, z_loss, softcap;  // softcap 0: none
   float weight_sum;                  // of all classes
 };

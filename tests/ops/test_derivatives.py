@@ -39,6 +39,14 @@ FUNCTIONS = {
         lambda x: ops.rope(x[None, None], x[None, None], ANGLE.cos(), ANGLE.sin())[0][0, 0],
         lambda x: _rotate(x, ANGLE),
     ),
+    "linear_cross_entropy": (
+        lambda x: ops.linear_cross_entropy(x, x.cos(), LABELS % ROWS, linear_bias=x[:, 0]),
+        lambda x: F.cross_entropy(F.linear(x, x.cos(), x[:, 0]), LABELS % ROWS),
+    ),
+    "linear_cross_entropy none": (
+        lambda x: ops.linear_cross_entropy(x, ANGLE, LABELS % ROWS, reduction="none"),
+        lambda x: F.cross_entropy(F.linear(x, ANGLE), LABELS % ROWS, reduction="none"),
+    ),
     "cross_entropy": (lambda x: ops.cross_entropy(x, LABELS), lambda x: F.cross_entropy(x, LABELS)),
 }
 each_function = pytest.mark.parametrize("name", FUNCTIONS)

@@ -28,6 +28,7 @@ def of_its_own():
 
 X, TABLE = torch.ones(4, 8), torch.ones(1, 4, 8)
 HEADS = torch.ones(1, 1, 4, 8)
+ZEROS = torch.zeros(4, dtype=torch.int64)
 CALLS = {
     "rms_norm x": lambda t: ops.rms_norm(t),
     "rms_norm weight": lambda t: ops.rms_norm(X, t[0]),
@@ -45,6 +46,12 @@ CALLS = {
         X, torch.zeros(4, dtype=torch.int64), weight=t[0]
     ),
     "cross_entropy labels": lambda t: ops.cross_entropy(X, t[:, 0].long()),
+    "linear_cross_entropy input": lambda t: ops.linear_cross_entropy(t, X, ZEROS),
+    "linear_cross_entropy linear_weight": lambda t: ops.linear_cross_entropy(X, t, ZEROS),
+    "linear_cross_entropy linear_bias": lambda t: ops.linear_cross_entropy(
+        X, X, ZEROS, linear_bias=t[:, 0]
+    ),
+    "linear_cross_entropy target": lambda t: ops.linear_cross_entropy(X, X, t[:, 0].long()),
 }
 
 

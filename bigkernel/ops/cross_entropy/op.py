@@ -12,6 +12,7 @@ from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.cross_entropy import reference
+from bigkernel.ops.cross_entropy.checks import check_labels, check_options
 
 _EXPECT = Expect("cross_entropy")
 # logits [N, V]; labels [N] int64; weight [V] float32; losses [N] and total [] and stats [2, N]
@@ -172,18 +173,10 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
     """
     _check(logits, labels, weight)
-    _EXPECT.one_of("reduction", reduction, "mean", "sum", "none")
     softcap = 0.0 if softcap is None else softcap
-    numbers = (
-        ("label_smoothing", label_smoothing, 1.0, "a number from 0 to 1"),
-        ("z_loss", z_loss, 1e30, "a finite number of at least 0"),
-        ("softcap", softcap, 1e30, "0 (off), None or a positive number"),
-    )
-    for name, value, most, expected in numbers:
-        fits = isinstance(value, (int, float)) and 0 <= value <= most
-        _EXPECT(fits, name, expected, value)
+    check_options(_EXPECT, reduction, label_smoothing, z_loss, softcap)
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
-        _check_labels(labels, ignore_index, logits.shape[1])
+        check_labels(_EXPECT, "labels", labels, ignore_index, logits.shape[1])
     if weight is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         weight = weight.detach().to(wide)
@@ -233,11 +226,3 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
         expect.shape("weight", weight, logits.shape[1:])
         allowed = (torch.float32, logits.dtype)
         expect.dtype("weight", weight, allowed, "float32 or of logits's dtype")
-
-
-def _check_labels(labels: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        expected = f"0 to {classes - 1} or ignore_index, {ignore_index}"
-        raise _EXPECT.error("labels", expected, f"{int(labels[row])} at row {row}")

@@ -5,6 +5,10 @@ class weights w, smoothing s, V classes and lse = log(sum(exp(z)))::
 
     loss = (1 - s) w_y (lse - z_y) + s / V * sum_c(w_c (lse - z_c)) + z_loss * lse^2
 
+or, for soft labels q, with m_c = w_c ((1 - s) q_c + s / V)::
+
+    loss = sum_c(m_c (lse - z_c)) + z_loss * lse^2
+
 in float32 (float64 for float64 logits). A row whose label is ignore_index has loss 0 and no
 gradient. lse is kept in two summands, the largest z and the rest, since rounding their sum would
 cost the probabilities the digits that the first has before its point.
@@ -27,11 +31,17 @@ def cross_entropy_fwd(
     z = _capped(logits, softcap)
     if z.shape[0] == 0:
         return z.new_zeros(0), z.new_zeros(()), z.new_zeros(2, 0)
-    ignored = labels == ignore_index
-    y = labels.masked_fill(ignored, 0).unsqueeze(1)
     peak = z.amax(-1)
     spread = (z - peak.unsqueeze(-1)).exp().sum(-1).log()
     distance = (peak.unsqueeze(-1) - z) + spread.unsqueeze(-1)  # lse - z
+    if labels.dim() == 2:
+        losses = (_mass(labels, weight, smoothing, z.dtype) * distance).sum(-1)
+        if z_loss != 0:
+            losses = losses + z_loss * (peak + spread).square()
+        total = losses.sum(dtype=torch.float64).to(z.dtype)
+        return losses, total, torch.stack([peak, spread])
+    ignored = labels == ignore_index
+    y = labels.masked_fill(ignored, 0).unsqueeze(1)
     losses = (1 - smoothing) * distance.gather(1, y).squeeze(1)
     if weight is not None:
         weight = weight.to(z.dtype)
@@ -60,9 +70,15 @@ def cross_entropy_bwd(
     """The gradient of logits, given that of each row's loss."""
     z = _capped(logits, softcap)
     classes = z.shape[-1]
+    peak, spread = stats.unsqueeze(-1).unbind(0)
+    if labels.dim() == 2:
+        m = _mass(labels, weight, smoothing, z.dtype)
+        p = ((z - peak) - spread).exp()
+        dz = p * (m.sum(-1, keepdim=True) + 2 * z_loss * (peak + spread)) - m
+        dz = dz * scale.to(z.dtype).unsqueeze(1)
+        return (dz if softcap == 0 else dz * (1 - (z / softcap).square())).to(logits.dtype)
     ignored = labels == ignore_index
     y = labels.masked_fill(ignored, 0).unsqueeze(1)
-    peak, spread = stats.unsqueeze(-1).unbind(0)
     weight = z.new_ones(classes) if weight is None else weight.to(z.dtype)
     hit, each = (1 - smoothing) * weight[y], smoothing / classes * weight
     p = ((z - peak) - spread).exp()
@@ -86,6 +102,11 @@ def cross_entropy_bwd_inplace(
 ) -> None:
     options = (ignore_index, smoothing, z_loss, softcap)
     logits.copy_(cross_entropy_bwd(scale, logits, labels, weight, stats, *options))
+
+
+def _mass(soft: Tensor, weight: Tensor | None, smoothing: float, dtype: torch.dtype) -> Tensor:
+    m = (1 - smoothing) * soft.to(dtype) + smoothing / soft.shape[-1]
+    return m if weight is None else m * weight.to(dtype)
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
