@@ -17,7 +17,7 @@ from bigkernel.ops.attention.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from bigkernel import data
-    from bigkernel.integrations import accelerate, restore
+    from bigkernel.integrations import accelerate, patch, restore, unpatch
     from bigkernel.trainer import (
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
@@ -39,9 +39,11 @@ __all__ = [
     "explain",
     "ops",
     "optim",
+    "patch",
     "restore",
     "scaled_dot_product_attention",
     "transforms",
+    "unpatch",
     "use_backend",
     "use_cpu_isa",
 ]
@@ -52,7 +54,9 @@ _LAZY = {
     "Trainer": "bigkernel.trainer",
     "TrainingArguments": "bigkernel.trainer",
     "accelerate": "bigkernel.integrations",
+    "patch": "bigkernel.integrations",
     "restore": "bigkernel.integrations",
+    "unpatch": "bigkernel.integrations",
 }
 
 

@@ -1,5 +1,5 @@
 """bigkernel inside other libraries."""
 
-from bigkernel.integrations.replace import accelerate, restore
+from bigkernel.integrations.patching import accelerate, patch, restore, unpatch
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "patch", "restore", "unpatch"]
