@@ -18,7 +18,7 @@ from bigkernel.ops.attention.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from bigkernel import data, recipes
-    from bigkernel.integrations import accelerate, restore
+    from bigkernel.integrations import accelerate, patch, restore, unpatch
     from bigkernel.trainer import (
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
@@ -40,10 +40,12 @@ __all__ = [
     "explain",
     "ops",
     "optim",
+    "patch",
     "recipes",
     "restore",
     "scaled_dot_product_attention",
     "transforms",
+    "unpatch",
     "use_backend",
     "use_cpu_isa",
 ]
@@ -54,7 +56,9 @@ _LAZY = {
     "Trainer": "bigkernel.trainer",
     "TrainingArguments": "bigkernel.trainer",
     "accelerate": "bigkernel.integrations",
+    "patch": "bigkernel.integrations",
     "restore": "bigkernel.integrations",
+    "unpatch": "bigkernel.integrations",
 }
 
 

@@ -1,10 +1,11 @@
 """transformers' Trainer on bigkernel: the same arguments, the same scripts.
 
-Differences: the model's attention is bigkernel's, AdamW is :class:`bigkernel.optim.AdamW` with the
-clipping inside its step, image batches can be augmented on the device, checkpoints appear whole or
-not at all and are checked before they are used, a resumed run repeats the uninterrupted one bit for
-bit on the CPU, Ctrl-C and a cluster's signals save, what saving needs is checked before the first
-step, no two runs write to one folder, and a loss that is not finite stops the run.
+Differences: bigkernel's ops are put into the model (`bigkernel.patch`), AdamW is
+:class:`bigkernel.optim.AdamW` with the clipping inside its step, image batches can be augmented on
+the device, checkpoints appear whole or not at all and are checked before they are used, a resumed
+run repeats the uninterrupted one bit for bit on the CPU, Ctrl-C and a cluster's signals save, what
+saving needs is checked before the first step, no two runs write to one folder, and a loss that is
+not finite stops the run.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from bigkernel import checkpoint
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.integrations import contract
-from bigkernel.integrations.replace import accelerate
+from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
 from bigkernel.optim import Adam, AdamW
@@ -58,6 +59,13 @@ class TrainingArguments(transformers.TrainingArguments):
 
     use_bigkernel_attention: bool = field(
         default=True, metadata={"help": "Use bigkernel's attention where the model allows it."}
+    )
+    use_bigkernel_kernels: bool = field(
+        default=True,
+        metadata={
+            "help": "Use bigkernel's norms, rotary embedding, gated units and loss where they are "
+            "native and faster."
+        },
     )
     use_bigkernel_optimizer: bool = field(
         default=True, metadata={"help": "Use bigkernel's AdamW in place of torch's."}
@@ -119,24 +127,27 @@ class Trainer(transformers.Trainer):
         self._resumed_losses: dict[str, float] | None = None
         self._clipping_paused: tuple[Adam, float | None] | None = None
         super().__init__(model, args, *positional, **keywords)
-        self._accelerate(self._module())
+        self._patch(self._module())
 
     # What is replaced
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from ``model_init``, with bigkernel's attention."""
+        """A fresh model from ``model_init``, with bigkernel inside."""
         model = super().call_model_init(trial)
         # The first call comes before __init__ has the model in place, which then does it.
-        return self._accelerate(model) if hasattr(self, "callback_handler") else model
+        return self._patch(model) if hasattr(self, "callback_handler") else model
 
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    def _accelerate(self, model: nn.Module) -> nn.Module:
-        if not getattr(self.args, "use_bigkernel_attention", True):
-            return model
-        return accelerate(model, quiet=not self._announces())
+    def _patch(self, model: nn.Module) -> nn.Module:
+        switches = {
+            name: "use_bigkernel_attention" if name == "attention" else "use_bigkernel_kernels"
+            for name in NAMES
+        }
+        names = [name for name, switch in switches.items() if getattr(self.args, switch, True)]
+        return patch(model, quiet=not self._announces(), only=names) if names else model
 
     def _announces(self) -> bool:
         return self.is_world_process_zero() and getattr(self.args, "announce", True)

@@ -4,7 +4,7 @@ Feature list: LLaMA, GPT-2, BERT, ViT, Gemma 2 (softcap), Mistral (sliding windo
 (sinks), T5 (position bias), ModernBERT (a window to both sides), Llama 4 (chunks), DeepSeek V3
 (narrow values), BLOOM (left alone); no padding, right and left padding, packing in all its
 spellings, generation with dynamic and static caches, chunked prefill, user masks, dropout, bf16
-autocast, torch.compile; what is refused; accelerate, report and restore.
+autocast, torch.compile; what is refused; patch, report and unpatch. The other ops: test_patch.py.
 """
 
 import copy
@@ -13,16 +13,15 @@ import itertools
 import pytest
 import torch
 import transformers
+from families import DECODER, VOCAB, build, clip, tokens
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from bigkernel.data import cu_seqlens
-from bigkernel.integrations import accelerate, restore
+from bigkernel.integrations import patch, unpatch
 from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offsets
-from bigkernel.integrations.replace import report
+from bigkernel.integrations.patching import report
 from bigkernel.integrations.transformers import attention_forward
-
-VOCAB = 61
 
 
 @pytest.fixture(autouse=True)
@@ -34,172 +33,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-DECODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def build(name):
-    t, quiet = transformers, {"bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(0)
-    if name == "llama":
-        model = t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
-    elif name == "mistral":
-        model = t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=4))
-    elif name == "qwen2":
-        config = t.Qwen2Config(
-            **DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1
-        )
-        model = t.Qwen2ForCausalLM(config)
-    elif name == "gemma3":
-        config = t.Gemma3TextConfig(
-            **DECODER, head_dim=8, sliding_window=4, query_pre_attn_scalar=8
-        )
-        model = t.Gemma3ForCausalLM(config)
-    elif name == "phi":
-        model = t.PhiForCausalLM(t.PhiConfig(**DECODER))
-    elif name == "gpt_neox":
-        config = {**DECODER, "num_key_value_heads": None}
-        model = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**config))
-    elif name == "opt":
-        config = t.OPTConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            ffn_dim=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            word_embed_proj_dim=32,
-            **quiet,
-        )
-        model = t.OPTForCausalLM(config)
-    elif name == "qwen3":
-        model = t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=8))
-    elif name == "gemma2":
-        config = t.Gemma2Config(
-            **DECODER,
-            head_dim=8,
-            sliding_window=4,
-            attn_logit_softcapping=0.5,
-            query_pre_attn_scalar=8,
-        )
-        model = t.Gemma2ForCausalLM(config)
-    elif name == "gpt2":
-        config = t.GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **quiet
-        )
-        model = t.GPT2LMHeadModel(config)
-    elif name == "gpt_oss":
-        config = t.GptOssConfig(
-            **{**DECODER, "num_hidden_layers": 2},
-            head_dim=8,
-            sliding_window=4,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-        )
-        model = t.GptOssForCausalLM(config)
-    elif name == "bert":
-        config = t.BertConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=40,
-            max_position_embeddings=64,
-        )
-        model = t.BertForMaskedLM(config)
-    elif name == "vit":
-        config = t.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=40,
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            num_labels=10,
-        )
-        model = t.ViTForImageClassification(config)
-    elif name == "t5":
-        config = t.T5Config(
-            vocab_size=VOCAB,
-            d_model=32,
-            d_kv=8,
-            d_ff=40,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-        )
-        model = t.T5ForConditionalGeneration(config)
-    elif name == "modernbert":
-        config = t.ModernBertConfig(
-            **{**DECODER, "num_key_value_heads": None},
-            local_attention=4,
-            global_attn_every_n_layers=2,
-            cls_token_id=None,
-            sep_token_id=None,
-        )
-        model = t.ModernBertForMaskedLM(config)
-    elif name == "llama4":
-        config = t.Llama4TextConfig(
-            **DECODER,
-            head_dim=8,
-            intermediate_size_mlp=40,
-            num_local_experts=2,
-            attention_chunk_size=4,
-        )
-        model = t.Llama4ForCausalLM(config)
-    elif name == "deepseek":
-        config = t.DeepseekV3Config(
-            **{**DECODER, "num_key_value_heads": 4},
-            moe_intermediate_size=16,
-            n_routed_experts=4,
-            n_group=2,
-            topk_group=1,
-            num_experts_per_tok=2,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-        )
-        model = t.DeepseekV3ForCausalLM(config)
-    elif name == "bloom":
-        config = t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
-        model = t.BloomForCausalLM(config)
-    else:
-        raise KeyError(name)
-    # Weights large enough that attention is not uniform, or a lost mask would hardly show. T5
-    # starts with large ones.
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1 and name != "t5":
-                weight.mul_(6.0)
-    return model.eval()
-
-
 DECODERS = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_oss"]
 
 
 def pair(name):
     """The same model with transformers' eager attention and with bigkernel's."""
     eager = build(name)
-    ours = accelerate(copy.deepcopy(eager), quiet=True)
+    ours = patch(copy.deepcopy(eager), quiet=True)
     eager.set_attn_implementation("eager")
     return eager, ours
-
-
-def tokens(batch=2, length=11, seed=0):
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -280,8 +122,8 @@ def test_autocast_matches_sdpa_in_bf16():
     ids = tokens()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected = model(ids).logits.float()
-        actual = accelerate(model, quiet=True)(ids).logits.float()
-    exact = restore(model)(ids).logits
+        actual = patch(model, quiet=True)(ids).logits.float()
+    exact = unpatch(model)(ids).logits
     assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-3
 
 
@@ -548,7 +390,7 @@ def test_weights_of_cross_attention(name):
     config.is_decoder = config.add_cross_attention = True
     kind = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertLMHeadModel}[name]
     eager = kind(config).eval()
-    ours = accelerate(copy.deepcopy(eager), quiet=True)
+    ours = patch(copy.deepcopy(eager), quiet=True)
     eager.set_attn_implementation("eager")
     inputs = {
         "input_ids": tokens(),
@@ -633,7 +475,7 @@ def test_a_compiled_model_is_one_graph():
 @pytest.mark.parametrize("hidden_by", ["nothing", "mask", "cache"])
 def test_compiled_packed_documents_do_not_see_each_other(hidden_by):
     """Where an attention mask of ones or a cache keeps them from compiled code, it fails."""
-    ours = accelerate(build("llama"), quiet=True)
+    ours = patch(build("llama"), quiet=True)
     given = {"attention_mask": torch.ones(1, 11)} if hidden_by == "mask" else {}
     given["use_cache"] = hidden_by == "cache"
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]])
@@ -655,7 +497,7 @@ def test_dropout_is_applied_in_training_only_and_follows_the_seed():
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    accelerate(model, quiet=True)
+    patch(model, quiet=True)
     ids = tokens()
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
@@ -670,7 +512,7 @@ def test_gradient_checkpointing_repeats_the_dropout():
     model = build("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
-    accelerate(model, quiet=True).train()
+    patch(model, quiet=True).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -781,71 +623,58 @@ def test_a_forward_looks_at_positions_once(monkeypatch):
     assert len(calls) == 1
 
 
-# accelerate, report, restore
+# patch, report, unpatch
 
 
-def test_accelerate_says_what_it_did_and_restore_undoes_it(capsys):
+def test_patch_says_what_it_did_and_unpatch_undoes_it(capsys):
     model = build("llama")
     before = model(tokens()).logits
-    assert accelerate(model) is model
+    assert patch(model) is model
     assert "replaced attention in 2 x LlamaAttention (was sdpa)" in capsys.readouterr().out
     assert model.config._attn_implementation == "bigkernel_compact"
-    accelerate(model, quiet=True)
+    patch(model, quiet=True)
     assert capsys.readouterr().out == ""
-    assert restore(model) is model
+    assert unpatch(model) is model
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(tokens()).logits, before)
-    assert report(restore(model)).replaced == []
+    assert report(unpatch(model)).replaced == []
     assert not [name for name in vars(model) if "bigkernel" in name]
 
 
-def test_accelerate_again_after_another_choice():
-    model = accelerate(build("llama"), quiet=True)
+def test_patch_again_after_another_choice():
+    model = patch(build("llama"), quiet=True)
     model.set_attn_implementation("eager")
-    assert accelerate(model, quiet=True).config._attn_implementation == "bigkernel_compact"
-    assert report(model).replaced == ["attention in 2 x LlamaAttention (was eager)"]
-    assert restore(model).config._attn_implementation == "eager"
-    accelerate(model, quiet=True).set_attn_implementation("sdpa")
-    assert restore(model).config._attn_implementation == "sdpa"
+    assert patch(model, quiet=True).config._attn_implementation == "bigkernel_compact"
+    assert "attention in 2 x LlamaAttention (was eager)" in report(model).replaced
+    assert unpatch(model).config._attn_implementation == "eager"
+    patch(model, quiet=True).set_attn_implementation("sdpa")
+    assert unpatch(model).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("inner_first", [True, False])
-def test_a_part_and_the_whole_are_restored_in_any_order(inner_first):
+def test_a_part_and_the_whole_are_unpatched_in_any_order(inner_first):
     model = build("llama")
     before = model.config
     parts = [model.model, model]
     for part in parts:
-        accelerate(part, quiet=True)
-    # The whole has taken its part over, so that the part alone cannot be restored.
-    restore(model.model)
+        patch(part, quiet=True)
+    # The whole has taken its part over, so that the part alone cannot be unpatched.
+    unpatch(model.model)
     assert model.model.config._attn_implementation == "bigkernel_compact"
     for part in parts if inner_first else parts[::-1]:
-        restore(part)
+        unpatch(part)
     assert all(m.config is before for m in model.modules() if hasattr(m, "config"))
     assert before._attn_implementation == "sdpa"
 
 
-def test_a_part_of_what_is_accelerated_is_accelerated(capsys):
-    model = accelerate(build("llama"), quiet=True)
-    accelerate(model.model)
+def test_a_part_of_what_is_patched_is_patched(capsys):
+    model = patch(build("llama"), quiet=True)
+    patch(model.model)
     assert "replaced attention in 2 x LlamaAttention" in capsys.readouterr().out
-    restore(model.model)
+    unpatch(model.model)
     assert model.model.config._attn_implementation == "bigkernel_compact"
-    restore(model)
+    unpatch(model)
     assert model.model.config._attn_implementation == "sdpa"
-
-
-def clip():
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    return transformers.CLIPConfig(
-        text_config={**small, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2},
-        vision_config={**small, "image_size": 8, "patch_size": 4},
-    )
 
 
 @pytest.mark.parametrize(
@@ -856,7 +685,7 @@ def clip():
     ],
     ids=["llama", "clip"],
 )
-def test_models_of_one_config_are_accelerated_by_themselves(kind, config):
+def test_models_of_one_config_are_patched_by_themselves(kind, config):
     def configs(model):
         held = [module.__dict__.get("config") for module in model.modules()]
         return [one for one in held if one is not None]
@@ -864,39 +693,39 @@ def test_models_of_one_config_are_accelerated_by_themselves(kind, config):
     model, other = kind(config), kind(config)
     before = configs(model)
     state = {id(one): dict(vars(one)) for one in before}
-    accelerate(model, quiet=True)
+    patch(model, quiet=True)
     assert all(one._attn_implementation.startswith("bigkernel") for one in configs(model))
     assert all(one._attn_implementation == "sdpa" for one in configs(other))
     assert all(vars(one) == state[id(one)] for one in before)
     clone = copy.deepcopy(model)
-    restore(model)
+    unpatch(model)
     assert all(a is b for a, b in zip(configs(model), before, strict=True))
     assert all(vars(one) == state[id(one)] for one in before)
     assert all(one._attn_implementation.startswith("bigkernel") for one in configs(clone))
-    assert all(one._attn_implementation == "sdpa" for one in configs(restore(clone)))
+    assert all(one._attn_implementation == "sdpa" for one in configs(unpatch(clone)))
     # Two in one: both are switched and put back.
-    both = accelerate(nn.ModuleList([model, other]), quiet=True)
+    both = patch(nn.ModuleList([model, other]), quiet=True)
     assert all(one._attn_implementation.startswith("bigkernel") for one in configs(both))
-    restore(both)
+    unpatch(both)
     assert all(a is b for a, b in zip(configs(both), before + before, strict=True))
 
 
-def test_what_is_changed_in_an_accelerated_models_config_stays():
+def test_what_is_changed_in_a_patched_models_config_stays():
     model = build("llama")
     before = model.config
-    accelerate(model, quiet=True)
+    patch(model, quiet=True)
     model.resize_token_embeddings(VOCAB + 3)
     model.config.use_cache = False
     model.config.note = "new"
     del model.config.bos_token_id
-    restore(model)
+    unpatch(model)
     assert model.config is before
     assert (before.vocab_size, before.use_cache, before.note) == (VOCAB + 3, False, "new")
     assert "bos_token_id" not in vars(before)
     assert before._attn_implementation == "sdpa"
 
 
-def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):
+def test_patch_finds_models_inside_and_names_what_it_leaves(capsys):
     outer = nn.ModuleDict(
         {
             "eager": build("llama"),
@@ -905,58 +734,58 @@ def test_accelerate_finds_models_inside_and_names_what_it_leaves(capsys):
         }
     )
     outer["eager"].set_attn_implementation("eager")
-    accelerate(outer)
+    patch(outer)
     out = capsys.readouterr().out
     assert "2 x LlamaAttention (was eager)" in out
     assert "2 x ViT" in out
-    assert "left 1 x MultiheadAttention as it is: torch.nn.MultiheadAttention" in out
-    restore(outer)
+    assert "left attention in 1 x MultiheadAttention: torch.nn.MultiheadAttention" in out
+    unpatch(outer)
     assert outer["eager"].config._attn_implementation == "eager"
     assert outer["vit"].config._attn_implementation == "sdpa"
 
 
-def test_accelerate_leaves_a_model_that_wants_attention_weights(capsys):
+def test_patch_leaves_a_model_that_wants_attention_weights(capsys):
     model = build("llama")
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
-    accelerate(model)
-    assert "left 2 x LlamaAttention as it is: config.output_attentions" in capsys.readouterr().out
+    patch(model)
+    assert "left attention in 2 x LlamaAttention: config.output_atten" in capsys.readouterr().out
     assert len(model(tokens()).attentions) == 2
 
 
 def test_a_model_that_keeps_its_window_to_itself_gets_whole_masks(monkeypatch):
     """Compact masks leave the window to the layers, which must then pass it on."""
-    from bigkernel.integrations import replace
+    from bigkernel.integrations import attention
     from bigkernel.integrations import transformers as registered
 
     model = build("mistral")
-    assert replace._name_for(model) == registered.COMPACT_NAME
-    read = replace._source
-    monkeypatch.setattr(replace, "_source", lambda cls: read(cls).replace("sliding_window=", ""))
-    assert replace._name_for(model) == registered.NAME
+    assert attention._name_for(model) == registered.COMPACT_NAME
+    read = attention._source
+    monkeypatch.setattr(attention, "_source", lambda cls: read(cls).replace("sliding_window=", ""))
+    assert attention._name_for(model) == registered.NAME
     model.config.sliding_window = None
-    assert replace._name_for(model) == registered.COMPACT_NAME
+    assert attention._name_for(model) == registered.COMPACT_NAME
 
 
-def test_accelerate_leaves_a_model_with_attention_of_its_own(capsys):
-    model = accelerate(build("bloom"))
-    assert "left 2 x BloomAttention as it is: its attention does not go" in capsys.readouterr().out
-    assert model.config._attn_implementation == restore(model).config._attn_implementation
+def test_patch_leaves_a_model_with_attention_of_its_own(capsys):
+    model = patch(build("bloom"))
+    assert "left attention in 2 x BloomAttention: its attention does no" in capsys.readouterr().out
+    assert model.config._attn_implementation == unpatch(model).config._attn_implementation
 
 
-@pytest.mark.parametrize("function", [accelerate, restore])
-def test_accelerate_wants_a_module(function):
+@pytest.mark.parametrize("function", [patch, unpatch])
+def test_patch_wants_a_module(function):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         function(None)
 
 
-def test_accelerate_a_model_without_attention(capsys):
-    restore(accelerate(nn.Linear(2, 2)))
-    assert "found no attention to replace" in capsys.readouterr().out
+def test_patch_a_model_without_attention(capsys):
+    unpatch(patch(nn.Linear(2, 2)))
+    assert "found nothing to replace" in capsys.readouterr().out
 
 
 def test_the_choice_is_not_saved(tmp_path):
-    model = accelerate(build("llama"), quiet=True)
+    model = patch(build("llama"), quiet=True)
     model.save_pretrained(tmp_path)
     assert "bigkernel" not in (tmp_path / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -2,7 +2,7 @@
 
 ``model.set_attn_implementation("bigkernel")`` is right for every model that goes through
 transformers' AttentionInterface; ``"bigkernel_compact"`` avoids the [B, 1, Sq, Sk] mask, for models
-of the kind described in :mod:`bigkernel.integrations.masks`. ``bigkernel.accelerate`` chooses.
+of the kind described in :mod:`bigkernel.integrations.masks`. ``bigkernel.patch`` chooses.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"bigkernel attention: {type(module).__name__} passes {name}, and {what} are not "
-                "supported. Use attn_implementation='eager' for this model (bigkernel.restore)."
+                "supported. Use attn_implementation='eager' for this model (bigkernel.unpatch)."
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {

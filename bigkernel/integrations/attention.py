@@ -1,90 +1,52 @@
-"""``accelerate(model)``: bigkernel's attention in a model that exists already, and back again."""
+"""bigkernel's attention in the models that go through transformers' AttentionInterface.
+
+The choice of attention stands in a model's config, which other models may share, so each model gets
+a config of its own.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from bigkernel.errors import check
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
-_UNDO = "_bigkernel_undo"
-
-
-@dataclass
-class Report:
-    """What ``accelerate`` did: a line for each kind of layer, with how many there are."""
-
-    replaced: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"bigkernel: replaced {line}" for line in self.replaced]
-        lines += [f"bigkernel: left {line}" for line in self.left]
-        return "\n".join(lines or ["bigkernel: found no attention to replace"])
+from bigkernel.integrations import transformers as registered
+from bigkernel.integrations.report import Change
+from bigkernel.integrations.subclass import original_class
 
 
-def accelerate(model: ModelT, quiet: bool = False) -> ModelT:
-    """Switch the attention of a model to bigkernel's, in place, and print what was switched.
-
-    Every transformers model in ``model`` (itself, or one inside it) whose layers go through
-    transformers' AttentionInterface is switched. Parameters, results and saved checkpoints stay
-    what they were: the choice is not saved, and a model that is loaded again needs this call again.
-    The choice of attention stands in the config, which other models may share, so the model gets a
-    config of its own: ``model.config`` is another object until :func:`restore` puts the old one
-    back, with what was changed in the meantime.
-
-    Calling it twice is the same as once, unless another attention was chosen in between; parts that
-    were accelerated by themselves belong to the whole from then on.
-
-    Args:
-        model: any module.
-        quiet: print nothing; ``report(model)`` still tells.
-
-    Returns:
-        the same model.
-    """
-    check(
-        isinstance(model, nn.Module),
-        "accelerate",
-        "model",
-        "a torch.nn.Module",
-        type(model).__name__,
-        cls=TypeError,
-    )
-    known = model.__dict__.get(_UNDO)
-    if known is None or any(_now(own.config) != own.attention for own in known[1]):
-        for part in model.modules():
-            restore(part)
-        # Through __dict__: nn.Module would take a module in the list for a child.
-        model.__dict__[_UNDO] = _switch(model)
-    if not quiet:
-        print(report(model))
-    return model
+def apply(model: nn.Module, names: frozenset[str]) -> Change:
+    """Switch the attention of every model of transformers in ``model``."""
+    change = Change()
+    reasons: dict[int, str] = {}  # by id of the config that was not switched
+    before: dict[int, Any] = {}
+    for top in _outermost(model, PreTrainedModel):
+        configs = _configs(top)
+        reason = _why_not(top, configs)
+        if reason is not None:
+            reasons.update({id(config): reason for config in configs})
+            continue
+        name = _name_for(top)
+        if all(_now(config) == name for config in configs):  # a part of what is patched
+            before.update({id(config): name for config in configs})
+            continue
+        owns = _give_own_configs(model, configs)
+        before.update({id(own.config): _now(own.original) for own in owns})
+        top.set_attn_implementation(name)
+        for own in owns:
+            own.note()
+        change.undo += owns
+    _describe(model, before, reasons, change)
+    return change
 
 
-def restore(model: ModelT) -> ModelT:
-    """Undo :func:`accelerate` exactly; a model that was not accelerated is left as it is.
-
-    So is a part for which another attention was chosen since, or that was restored by itself.
-    """
-    check(
-        isinstance(model, nn.Module),
-        "restore",
-        "model",
-        "a torch.nn.Module",
-        type(model).__name__,
-        cls=TypeError,
-    )
-    _, undo = model.__dict__.pop(_UNDO, (None, []))
-    for own in reversed(undo):
-        own.give_back()
-    return model
+def is_stale(undo: Any) -> bool:
+    """Whether another attention was chosen since `apply` returned this."""
+    return isinstance(undo, _OwnConfig) and _now(undo.config) != undo.attention
 
 
 @dataclass
@@ -94,7 +56,7 @@ class _OwnConfig:
     config: Any
     original: Any
     users: list[tuple[nn.Module, str]]  # module, attribute
-    attention: Any = None  # what accelerate chose
+    attention: Any = None  # what apply chose
     known: dict[str, Any] = field(default_factory=dict)  # the config's attributes since then
 
     def note(self) -> None:
@@ -135,38 +97,6 @@ def _now(config: Any) -> Any:
     return config._attn_implementation_internal
 
 
-def report(model: nn.Module) -> Report:
-    """What ``accelerate`` replaced in this model and what it could not; empty before it ran."""
-    known = model.__dict__.get(_UNDO)
-    return known[0] if known is not None else Report()
-
-
-def _switch(model: nn.Module) -> tuple[Report, list[_OwnConfig]]:
-    """The report, and what the configs were replaced by."""
-    from transformers import PreTrainedModel
-
-    undo: list[_OwnConfig] = []
-    reasons: dict[int, str] = {}  # by id of the config that was not switched
-    before: dict[int, Any] = {}
-    for top in _outermost(model, PreTrainedModel):
-        configs = _configs(top)
-        reason = _why_not(top, configs)
-        if reason is not None:
-            reasons.update({id(config): reason for config in configs})
-            continue
-        name = _name_for(top)
-        if all(_now(config) == name for config in configs):  # a part of what is accelerated
-            before.update({id(config): name for config in configs})
-            continue
-        owns = _give_own_configs(model, configs)
-        before.update({id(own.config): _now(own.original) for own in owns})
-        top.set_attn_implementation(name)
-        for own in owns:
-            own.note()
-        undo += owns
-    return _describe(model, before, reasons), undo
-
-
 def _outermost(model: nn.Module, kind: type) -> list[Any]:
     if isinstance(model, kind):
         return [model]
@@ -205,10 +135,6 @@ def _name_for(model: Any) -> str:
     Its attention must be written for FlashAttention, whose masks have the same form, hand
     ``sliding_window`` to the attention function, and not look into a mask on the way there.
     """
-    from transformers import PreTrainedModel
-
-    from bigkernel.integrations import transformers as registered
-
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
             continue
@@ -233,31 +159,27 @@ def _source(cls: type) -> str:
         return "attention_mask[:, :"  # cannot be read, so nothing can be relied on
 
 
-def _describe(model: nn.Module, before: dict[int, Any], reasons: dict[int, str]) -> Report:
-    replaced: Counter[str] = Counter()
-    left: Counter[tuple[str, str]] = Counter()
+def _describe(
+    model: nn.Module, before: dict[int, Any], reasons: dict[int, str], change: Change
+) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
-            left[kind, "torch.nn.MultiheadAttention has its own forward"] += 1
-        elif _calls_interface(type(module)):
+            change.leave(module, "attention", "torch.nn.MultiheadAttention has its own forward")
+        elif _calls_interface(original_class(module)):
             config = getattr(module, "config", None)
             reason = reasons.get(id(config))
             if reason is not None:
-                left[kind, reason] += 1
+                change.leave(module, "attention", reason)
             elif "bigkernel" in str(getattr(config, "_attn_implementation", "")):
-                replaced[f"{kind} (was {before.get(id(config))})"] += 1
+                change.replace(module, "attention", f"was {before.get(id(config))}")
             else:
-                left[kind, "its config could not be switched"] += 1
+                change.leave(module, "attention", "its config could not be switched")
         elif "Attention" in kind and not any(
             "Attention" in type(c).__name__ for c in _inside(module)
         ):
             reason = "its attention does not go through transformers' AttentionInterface"
-            left[kind, reason] += 1
-    return Report(
-        [f"attention in {count} x {kind}" for kind, count in replaced.items()],
-        [f"{count} x {kind} as it is: {reason}" for (kind, reason), count in left.items()],
-    )
+            change.leave(module, "attention", reason)
 
 
 def _inside(module: nn.Module) -> list[nn.Module]:

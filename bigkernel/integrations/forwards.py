@@ -1,0 +1,333 @@
+"""Forwards of layers with some of their expressions run as one op.
+
+Three things stand in the middle of a layer's forward, where no module can be replaced::
+
+    h = residual + h; y = self.norm(h)      add_norm          a residual and the norm after it
+    self.act(gate) * up                     gated             a gated linear unit
+    apply_rotary_pos_emb(q, k, cos, sin)    rotary            queries and keys rotated
+
+The forward is read, these expressions are replaced in its syntax tree, and the rest is compiled as
+it stands. Each of the functions that stand in their places checks what it is given, and does what
+stood there where the op does not serve.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bigkernel.integrations import activations, native, norms, rotary
+from bigkernel.integrations.report import Change
+from bigkernel.integrations.source import UnknownSource, compile_again, names_in, read
+from bigkernel.integrations.subclass import (
+    give_subclass,
+    original_class,
+    why_no_subclass,
+)
+
+_ADD_NORM, _NORMED, _GLU = "_bigkernel_add_norm", "_bigkernel_normed", "_bigkernel_glu"
+
+
+def apply(model: nn.Module, names: frozenset[str]) -> Change:
+    """Rewrite the forwards of layers of ``model`` in which there is something to run as an op."""
+    change = Change()
+    for module in model.modules():
+        if not _may_be_a_layer(module):
+            continue
+        found = _Found(module, names)
+        if found.reason is not None:
+            for op in found.wanted:
+                change.leave(module, op, found.reason)
+            continue
+        lines = list(found.lines())
+        kept = [(op, note) for op, note in lines if native.why_not(_OPS[op], module) is None]
+        for op, _ in set(lines) - set(kept):
+            change.leave(module, op, str(native.why_not(_OPS[op], module)))
+        if not kept:
+            continue
+        change.undo += give_subclass(module, subclass, *found.arguments({op for op, _ in kept}))
+        for op, note in kept:
+            change.replace(module, op, note)
+    return change
+
+
+_OPS = {"residual": "layer_norm", "glu": "glu", "rope": "rope"}
+
+
+def _may_be_a_layer(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and not isinstance(
+        module, (nn.ModuleList, nn.ModuleDict, nn.Sequential, PreTrainedModel)
+    )
+
+
+class _Found:
+    """What can be replaced in the forward of one module.
+
+    Attributes:
+        added: names of its norms, each called on a sum just made.
+        gate: (name of its activation, the activation), of a product with it.
+        rotates: whether it calls a function whose rotation is known.
+        wanted, reason: what could not be replaced, and why.
+    """
+
+    def __init__(self, module: nn.Module, names: frozenset[str]) -> None:
+        self.module = module
+        self.added: tuple[str, ...] = ()
+        self.gate: tuple[str, str] | None = None
+        self.rotates = False
+        self.wanted: list[str] = []
+        self.reason: str | None = None
+        children = dict(module.named_children())
+        prepared = [name for name, child in children.items() if norms.can_add(child)]
+        acts = {name: activations.name_of(child) for name, child in children.items()}
+        acts = {name: act for name, act in acts.items() if act is not None}
+        cls = original_class(module)
+        code_names = names_in(cls)
+        if "residual" in names and prepared:
+            self.wanted.append("residual")
+        if "glu" in names and acts:
+            self.wanted.append("glu")
+        if "rope" in names and any("rotary_pos_emb" in name for name in code_names):
+            self.wanted.append("rope")
+        if not self.wanted:
+            return
+        try:
+            definition, function = read(cls.forward)
+        except UnknownSource as error:
+            self.reason = str(error)
+            return
+        self.reason = why_no_subclass(module)
+        if self.reason is not None:
+            return
+        if "residual" in self.wanted:
+            self.added = tuple(_Rewrite(prepared, None).run(definition).added)
+        if "glu" in self.wanted:
+            for name, act in acts.items():
+                if _Rewrite([], name).run(definition).gated:
+                    self.gate = name, act  # type: ignore[assignment]
+        if "rope" in self.wanted:
+            rotation = function.__globals__.get(rotary.FUNCTION)
+            if rotary.FUNCTION in code_names and rotation is not None:
+                self.rotates = rotary.form_of(rotation) is not None
+            if not self.rotates:
+                self.wanted, self.reason = ["rope"], "its rotation is none that is known"
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        for name in self.added:
+            yield "residual", f"and {name}"
+        if self.gate is not None:
+            yield "glu", self.gate[1]
+        if self.rotates:
+            yield "rope", ""
+
+    def arguments(self, ops: set[str]) -> tuple[Any, ...]:
+        gate = None
+        if self.gate is not None and "glu" in ops:
+            name, act = self.gate
+            gate = name, original_class(getattr(self.module, name)), act
+        return (
+            self.added if "residual" in ops else (),
+            gate,
+            self.rotates and "rope" in ops,
+        )
+
+
+def subclass(
+    base: type[nn.Module],
+    added: tuple[str, ...],
+    gate: tuple[str, Any, str] | None,
+    rotates: bool,
+) -> dict[str, Any]:
+    definition, function = read(base.forward)
+    names: dict[str, Any] = {}
+    if added:
+        names[_ADD_NORM] = norms.add_norm
+    if gate is not None:
+        names[_GLU] = activations.gated(gate[1], gate[2])
+    if rotates:
+        names[rotary.FUNCTION] = rotary.in_place_of(function.__globals__[rotary.FUNCTION])
+    rewritten = _Rewrite(added, gate and gate[0]).run(definition).definition
+    return {"forward": compile_again(rewritten, function, names)}
+
+
+class _Rewrite(ast.NodeTransformer):
+    """A definition with sums that go into norms, and products with an activation, as calls.
+
+    Attributes:
+        added: the norms that were found, in their order.
+        gated: how many products.
+    """
+
+    def __init__(self, norms: Iterable[str], act: str | None) -> None:
+        self.norms, self.act = frozenset(norms), act
+        self.added: list[str] = []
+        self.gated = 0
+        self.definition: ast.FunctionDef
+
+    def run(self, definition: ast.FunctionDef) -> _Rewrite:
+        self.definition = copy.deepcopy(definition)
+        self._loads = _loads(self.definition)
+        self._statements(self.definition)
+        self.visit(self.definition)
+        return self
+
+    # Statements: h = a + b, perhaps r = h, and one that contains self.norm(h).
+
+    def _statements(self, parent: ast.AST) -> None:
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(parent, field, None)
+            if isinstance(body, list):
+                for at, statement in enumerate(body):
+                    self._sum_before_norm(body, at)
+                    self._product_of_names(body, at)
+                    self._statements(statement)
+
+    def _sum_before_norm(self, body: list[ast.stmt], at: int) -> None:
+        first = body[at]
+        if not (
+            isinstance(first, ast.Assign)
+            and len(first.targets) == 1
+            and isinstance(target := first.targets[0], ast.Name)
+            and isinstance(first.value, ast.BinOp)
+            and isinstance(first.value.op, ast.Add)
+        ):
+            return
+        after = at + 1
+        while after < len(body) and _is_copy_of(body[after], target.id):
+            after += 1
+        if after == len(body) or not isinstance(body[after], (ast.Assign, ast.Return)):
+            return
+        user = body[after]
+        if any(
+            isinstance(n, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.comprehension, ast.NamedExpr))
+            for n in ast.walk(user)
+        ):
+            return  # perhaps it is not called, or on something else
+        for node in ast.walk(user):
+            norm = self._norm_called_on(node, ast.Name)
+            if norm is None or node.args[0].id != target.id:  # type: ignore[attr-defined]
+                continue
+            self.added.append(norm)
+            total, normed = target.id, f"{_NORMED}_{len(self.added)}"
+            body[at] = _like(
+                first,
+                ast.parse(f"{total}, {normed} = {_ADD_NORM}(self.{norm}, 0, 0)").body[0],
+            )
+            body[at].value.args[1:] = [first.value.left, first.value.right]  # type: ignore[attr-defined]
+            body[after] = _Put(node, ast.Name(normed, ast.Load())).visit(user)
+            return
+
+    def _norm_called_on(self, node: ast.AST, kind: type[ast.expr]) -> str | None:
+        """The norm of a call ``self.norm(x)`` with an x of this kind, or None."""
+        if (
+            isinstance(node, ast.Call)
+            and len(node.args) == 1
+            and not node.keywords
+            and isinstance(node.args[0], kind)
+        ):
+            name = _own_attribute(node.func)
+            return name if name in self.norms else None
+        return None
+
+    def _product_of_names(self, body: list[ast.stmt], at: int) -> None:
+        """``a = self.act(x); b = ..; y = a * b``, as T5 writes it, with the activation moved."""
+        if self.act is None or at + 2 >= len(body):
+            return
+        first, second, third = body[at : at + 3]
+        if (
+            isinstance(first, ast.Assign)
+            and isinstance(first.targets[0], ast.Name)
+            and self._is_activation(first.value)
+            and isinstance(second, ast.Assign)
+            and isinstance(second.targets[0], ast.Name)
+            and second.targets[0].id != first.targets[0].id
+            and isinstance(third, ast.Assign)
+            and isinstance(third.value, ast.BinOp)
+            and isinstance(third.value.op, ast.Mult)
+            and isinstance(third.value.left, ast.Name)
+            and third.value.left.id == first.targets[0].id
+            and self._loads[first.targets[0].id] == 1
+        ):
+            called = first.value
+            third.value.left = ast.Call(called.func, [third.value.left], [])  # type: ignore[attr-defined]
+            first.value = called.args[0]  # type: ignore[attr-defined]
+
+    def _is_activation(self, node: ast.AST) -> bool:
+        return (
+            isinstance(node, ast.Call)
+            and len(node.args) == 1
+            and not node.keywords
+            and _own_attribute(node.func) == self.act
+            and self.act is not None
+        )
+
+    # Expressions
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """``self.act(gate) * up``"""
+        self.generic_visit(node)
+        if not (isinstance(node.op, ast.Mult) and self._is_activation(node.left)):
+            return node
+        self.gated += 1
+        act: Any = node.left
+        call = ast.Call(ast.Name(_GLU, ast.Load()), [act.func, act.args[0], node.right], [])
+        return ast.copy_location(call, node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """``self.norm(a + b)``"""
+        self.generic_visit(node)
+        norm = self._norm_called_on(node, ast.BinOp)
+        if norm is None or not isinstance(node.args[0].op, ast.Add):  # type: ignore[attr-defined]
+            return node
+        self.added.append(norm)
+        total: Any = node.args[0]
+        call = ast.Call(ast.Name(_ADD_NORM, ast.Load()), [node.func, total.left, total.right], [])
+        return ast.copy_location(ast.Subscript(call, ast.Constant(1), ast.Load()), node)
+
+
+class _Put(ast.NodeTransformer):
+    """One node of a tree in another's place."""
+
+    def __init__(self, old: ast.AST, new: ast.expr) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> Any:
+        if node is self.old:
+            return ast.copy_location(self.new, node)
+        return super().visit(node)
+
+
+def _like(old: ast.stmt, new: ast.stmt) -> Any:
+    for node in ast.walk(new):
+        ast.copy_location(node, old)
+    return new
+
+
+def _own_attribute(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "self" else None
+    return None
+
+
+def _is_copy_of(statement: ast.stmt, name: str) -> bool:
+    return (
+        isinstance(statement, ast.Assign)
+        and len(statement.targets) == 1
+        and isinstance(statement.targets[0], ast.Name)
+        and isinstance(statement.value, ast.Name)
+        and statement.value.id == name
+        and statement.targets[0].id != name
+    )
+
+
+def _loads(tree: ast.AST) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found[node.id] = found.get(node.id, 0) + 1
+    return found

@@ -1,0 +1,77 @@
+"""When a replaced module uses the op, and when what was there before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _modules
+
+from bigkernel import _library, backend, registry
+
+# From how many elements of its first tensor on an op is faster than the torch code that it stands
+# for: below, its call costs more in Python than it saves (`benchmarks/replacements.py`).
+SMALLEST = {
+    "rms_norm": 0,
+    "layer_norm": 1 << 19,  # with a residual before it; alone, torch's is as fast at any size
+    "glu": 1 << 18,
+    "rope": 0,
+    "cross_entropy": 1 << 18,
+}
+# Ops that are faster inside torch.compile too; it makes one loop of a norm or a gated unit itself.
+COMPILED = frozenset({"rope", "cross_entropy"})
+_FUNCTIONS = {
+    "rms_norm": "norm_fwd",
+    "layer_norm": "norm_fwd",
+    "glu": "glu_fwd",
+    "rope": "rope_fwd",
+    "cross_entropy": "cross_entropy_fwd",
+}
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def takes(op: str, *tensors: Tensor | None) -> bool:
+    """Whether ``op`` is to be used on these tensors: natively, and where that is faster.
+
+    A backend that was chosen by hand (`use_backend`) is obeyed.
+    """
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    for x in tensors:
+        if x is not None and (
+            type(x) not in _PLAIN or x.dtype not in registry.NATIVE_DTYPES or x.device != device
+        ):
+            return False
+    if backend._forced is not None:
+        return True
+    if torch.compiler.is_compiling() and op not in COMPILED:
+        return False
+    return (
+        _library.kernels.get((_FUNCTIONS[op], device.type), False) and first.numel() >= SMALLEST[op]
+    )
+
+
+def why_not(op: str, module: nn.Module) -> str | None:
+    """Why ``op`` cannot run natively on what this module holds, or None."""
+    held = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if held is None:
+        return None
+    function = _FUNCTIONS[op]
+    try:
+        return backend.decide(
+            function, held.device.type, registry.find(function).why_not_dtype(held.dtype)
+        )[1]
+    except RuntimeError as error:
+        return str(error)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody would notice that ``module`` is not called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _modules._has_any_global_hook()
+    )
