@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigkernel.checkpoint import notify
 from bigkernel.data.tokenizer import check_folder, code_not_run, hub_is_reachable, means_a_folder
-from bigkernel.integrations import accelerate
+from bigkernel.integrations import patch
 from bigkernel.recipes import presets
 from bigkernel.recipes.errors import Failure, UsageError, option
 from bigkernel.recipes.settings import Model, read_document, user_path
@@ -226,10 +226,10 @@ def _hub_kernels(config: Any) -> str | None:
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:
-    """Move a loaded model to ``device`` and put bigkernel's attention into it."""
+    """Move a loaded model to ``device`` and put bigkernel's kernels into it."""
     module: torch.nn.Module = model
     module.to(device)
-    accelerate(model, quiet=True)
+    patch(model, quiet=True)
 
 
 def parameters(model: torch.nn.Module) -> int:

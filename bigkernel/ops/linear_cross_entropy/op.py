@@ -325,8 +325,8 @@ def _check_target(input: Tensor, target: Tensor, classes: int) -> None:
     _EXPECT.device("target", target, input.device, "input")
     if target.requires_grad and torch.is_grad_enabled():
         mend = "Give target.detach(), or use torch.nn.functional, where it gets one"
-        got = "one that asks for a gradient"
-        raise _EXPECT.error("target", "without requires_grad", got, mend)
+        one = "one that asks for a gradient"
+        raise _EXPECT.error("target", "without requires_grad", one, mend)
 
 
 def _is_wide_in_autocast(x: Tensor, input: Tensor) -> bool:
