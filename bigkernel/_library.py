@@ -62,7 +62,7 @@ def call(namespace: Any, name: str, *arguments: Any) -> Any:
     is above the operator.
     """
     quick = None
-    if not torch.compiler.is_compiling() and not _is_followed():
+    if not (torch.compiler.is_compiling() or _is_followed() or _is_traced()):
         quick = _eager.get((namespace.name, name))
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
 
@@ -75,6 +75,11 @@ def is_followed() -> bool:
 def _is_followed() -> bool:
     """Whether forward mode or a transform of torch.func is on."""
     return forward_ad._current_level >= 0 or maybe_current_level() is not None
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit.trace is at work, which knows operators and no autograd.Function."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _unlooked(operator: Any) -> Callable[..., Any]:

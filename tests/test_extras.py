@@ -43,7 +43,8 @@ BLOCKED = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if {condition}:
+        # torch only asks where some are (importlib.util.find_spec), which imports nothing.
+        if {condition} and sys._getframe(2).f_code.co_name != "find_spec":
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
 """

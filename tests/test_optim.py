@@ -383,6 +383,8 @@ def gloo(tmp_path_factory):
     import torch.distributed as dist
 
     store = tmp_path_factory.mktemp("gloo") / "store"
+    if dist.is_initialized():  # by another file's tests in this process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

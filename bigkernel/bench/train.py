@@ -125,23 +125,25 @@ def _ready(
     losses: dict[str, list[float]] = {}
 
     def ours(name: str) -> float:
-        trainer = Trainer(
-            model=copy.deepcopy(task.model),
-            args=TrainingArguments(**_arguments(task, steps), announce=False),
-            train_dataset=task.train,
-            data_collator=task.collate,
-            **task.trainer_options,
-        )
-        return _timed(name, trainer)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                model=copy.deepcopy(task.model),
+                args=TrainingArguments(**_arguments(task, steps, folder), announce=False),
+                train_dataset=task.train,
+                data_collator=task.collate,
+                **task.trainer_options,
+            )
+            return _timed(name, trainer)
 
     def theirs() -> float:
-        trainer = transformers.Trainer(
-            model=copy.deepcopy(task.model),
-            args=transformers.TrainingArguments(**_arguments(task, steps)),
-            train_dataset=task.train,
-            data_collator=their_collate,
-        )
-        return _timed(THEIRS, trainer)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = transformers.Trainer(
+                model=copy.deepcopy(task.model),
+                args=transformers.TrainingArguments(**_arguments(task, steps, folder)),
+                train_dataset=task.train,
+                data_collator=their_collate,
+            )
+            return _timed(THEIRS, trainer)
 
     def _timed(name: str, trainer: transformers.Trainer) -> float:
         clock = _Clock()
@@ -173,10 +175,10 @@ def _ready(
     return Ready(runs, check, op, tensors, skipped=skipped)
 
 
-def _arguments(task: Task, steps: int) -> dict[str, Any]:
+def _arguments(task: Task, steps: int, folder: str) -> dict[str, Any]:
     settings = task.settings
     return {
-        "output_dir": tempfile.gettempdir(),
+        "output_dir": folder,
         "max_steps": WARM + steps,
         "per_device_train_batch_size": settings.batch_size,
         "learning_rate": settings.lr,

@@ -183,6 +183,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             _attn_implementation=_ATTRIBUTE,
             _attn_implementation_internal=_INSTANCE,
         ),
+        *_needs("transformers.modeling_utils.PreTrainedModel", _loss_function=_INSTANCE),
         *_needs("transformers.utils.output_capturing", _active_collector=_ATTRIBUTE),
         *_needs(
             "transformers.masking_utils",

@@ -312,8 +312,7 @@ def test_attention_in_a_jit_trace(name):
     """Saved and loaded too, and for other lengths than those it was traced with."""
     model, example, other = models()[name]
     file = io.BytesIO()
-    # Its own check compares names of classes, which depend on what was traced before.
-    torch.jit.save(torch.jit.trace(model, tuple(example), check_trace=False), file)
+    torch.jit.save(torch.jit.trace(model, tuple(example)), file)
     file.seek(0)
     loaded = torch.jit.load(file)
     assert torch.equal(loaded(*example), model(*example))

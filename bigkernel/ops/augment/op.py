@@ -359,5 +359,5 @@ def _per_channel(
         expected = f"a number or {channels} numbers, one a channel"
         raise _EXPECT.error(name, expected, shape_of(row))
     if name == "std" and (not isinstance(numbers, Tensor) or _is_readable(numbers)):
-        _EXPECT((row != 0).all(), "std", "without a zero", numbers)
+        _EXPECT(bool((row != 0).all()), "std", "without a zero", numbers)
     return row.expand(channels)
