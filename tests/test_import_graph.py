@@ -25,7 +25,13 @@ ROOMS: list[tuple[str, ...]] = [
     ("bigkernel.integrations", "bigkernel.optim", "bigkernel.transforms", "bigkernel.data"),
     ("bigkernel.ops", "bigkernel.reference"),
     ("bigkernel.registry", "bigkernel.backend"),
-    ("bigkernel._library", "bigkernel._eager", "bigkernel.errors", "bigkernel.expect", "bigkernel.random"),
+    (
+        "bigkernel._library",
+        "bigkernel._eager",
+        "bigkernel.errors",
+        "bigkernel.expect",
+        "bigkernel.random",
+    ),
     # The standard library alone, and no tensor: files, signals, words.
     (
         "bigkernel._command",
