@@ -24,7 +24,7 @@ QUICK = (
     "irregular_positions",
     "generation_matches",
     "attention_weights_are_eagers",
-    "accelerate_says",
+    "patch_says",
     "trains_as_transformers",
     "epochs_metrics",
     "callbacks_beside",
