@@ -840,6 +840,8 @@ SIGNALLED = {
 @pytest.fixture(scope="module")
 def signalled(tmp_path_factory):
     """A run that no signal reached."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the tests run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     trainer = text_trainer(tmp_path_factory.mktemp("whole"), **SIGNALLED)
     trainer.train()
