@@ -35,23 +35,22 @@ def cross_entropy_fwd(
     spread = (z - peak.unsqueeze(-1)).exp().sum(-1).log()
     distance = (peak.unsqueeze(-1) - z) + spread.unsqueeze(-1)  # lse - z
     if labels.dim() == 2:
+        ignored = None
         losses = (_mass(labels, weight, smoothing, z.dtype) * distance).sum(-1)
-        if z_loss != 0:
-            losses = losses + z_loss * (peak + spread).square()
-        total = losses.sum(dtype=torch.float64).to(z.dtype)
-        return losses, total, torch.stack([peak, spread])
-    ignored = labels == ignore_index
-    y = labels.masked_fill(ignored, 0).unsqueeze(1)
-    losses = (1 - smoothing) * distance.gather(1, y).squeeze(1)
-    if weight is not None:
-        weight = weight.to(z.dtype)
-        losses = losses * weight[y.squeeze(1)]
-    if smoothing != 0:
-        all_classes = distance if weight is None else distance * weight
-        losses = losses + smoothing * all_classes.mean(-1)
+    else:
+        ignored = labels == ignore_index
+        y = labels.masked_fill(ignored, 0).unsqueeze(1)
+        losses = (1 - smoothing) * distance.gather(1, y).squeeze(1)
+        if weight is not None:
+            weight = weight.to(z.dtype)
+            losses = losses * weight[y.squeeze(1)]
+        if smoothing != 0:
+            all_classes = distance if weight is None else distance * weight
+            losses = losses + smoothing * all_classes.mean(-1)
     if z_loss != 0:
         losses = losses + z_loss * (peak + spread).square()
-    losses = losses.masked_fill(ignored, 0.0)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
     total = losses.sum(dtype=torch.float64).to(z.dtype)
     return losses, total, torch.stack([peak, spread])
 
@@ -71,22 +70,24 @@ def cross_entropy_bwd(
     z = _capped(logits, softcap)
     classes = z.shape[-1]
     peak, spread = stats.unsqueeze(-1).unbind(0)
-    if labels.dim() == 2:
-        m = _mass(labels, weight, smoothing, z.dtype)
-        p = ((z - peak) - spread).exp()
-        dz = p * (m.sum(-1, keepdim=True) + 2 * z_loss * (peak + spread)) - m
-        dz = dz * scale.to(z.dtype).unsqueeze(1)
-        return (dz if softcap == 0 else dz * (1 - (z / softcap).square())).to(logits.dtype)
-    ignored = labels == ignore_index
-    y = labels.masked_fill(ignored, 0).unsqueeze(1)
-    weight = z.new_ones(classes) if weight is None else weight.to(z.dtype)
-    hit, each = (1 - smoothing) * weight[y], smoothing / classes * weight
     p = ((z - peak) - spread).exp()
-    dz = p * (hit + each.sum() + 2 * z_loss * (peak + spread)) - each
-    dz = dz.scatter_add(1, y, -hit) * scale.to(z.dtype).unsqueeze(1)
+    if labels.dim() == 2:
+        ignored = None
+        m = _mass(labels, weight, smoothing, z.dtype)
+        dz = p * (m.sum(-1, keepdim=True) + 2 * z_loss * (peak + spread)) - m
+    else:
+        ignored = (labels == ignore_index).unsqueeze(1)
+        y = labels.unsqueeze(1).masked_fill(ignored, 0)
+        weight = z.new_ones(classes) if weight is None else weight.to(z.dtype)
+        hit, each = (1 - smoothing) * weight[y], smoothing / classes * weight
+        dz = p * (hit + each.sum() + 2 * z_loss * (peak + spread)) - each
+        dz = dz.scatter_add(1, y, -hit)
+    dz = dz * scale.to(z.dtype).unsqueeze(1)
     if softcap != 0:
         dz = dz * (1 - (z / softcap).square())
-    return dz.masked_fill(ignored.unsqueeze(1), 0.0).to(logits.dtype)
+    if ignored is not None:
+        dz = dz.masked_fill(ignored, 0.0)
+    return dz.to(logits.dtype)
 
 
 def cross_entropy_bwd_inplace(
