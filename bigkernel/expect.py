@@ -6,18 +6,20 @@
     expect.device("k", k, q.device, "q")
     expect(dim > 0, "k's head dim", "positive", dim)
 
-and raises the sentence of ``errors.py`` where an argument is otherwise. Ops are called hundreds of
+and raises one sentence where an argument is otherwise. Ops are called hundreds of
 times in a step: what takes time to say is put together only where it is said, by ``raise
 expect.error(...)`` where no other word fits.
 """
 
 from collections.abc import Container, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bigkernel.errors import BadArgument, sentence
+from bigkernel.errors import BadArgument
 
+T = TypeVar("T")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 TO_FLOAT = "Convert it with .to(torch.float32)"
@@ -44,7 +46,8 @@ class Expect:
         cls: type[Exception] = BadArgument,
     ) -> Exception:
         """What to raise: which argument, what was expected, what was given, how to mend it."""
-        return cls(sentence(self.function, argument, expected, got, mend))
+        hint = f" {mend.rstrip('.')}." if mend else ""
+        return cls(f"bigkernel.{self.function}: {argument} must be {expected}, got {got}.{hint}")
 
     def __call__(
         self,
@@ -57,6 +60,12 @@ class Expect:
     ) -> None:
         if not condition:
             raise self.error(argument, expected, got, mend, cls)
+
+    def kind(self, name: str, x: object, kinds: type[T] | tuple[type[T], ...], expected: str) -> T:
+        """``x``, which is of one of the classes."""
+        if not isinstance(x, kinds):
+            raise self.error(name, expected, type(x).__name__, cls=TypeError)
+        return x
 
     def tensor(self, name: str, x: object, mend: str = "") -> Tensor:
         """``x``, which is a tensor."""

@@ -219,6 +219,8 @@ def test_only_what_is_named_is_replaced():
         assert told == ({name} if name != "gelu" else set())
     with pytest.raises(ValueError, match=r"only must be some of attention, norm, .*, got norms"):
         bigkernel.patch(model, only=["norms"])
+    with pytest.raises(TypeError, match=r"patch: model must be a torch\.nn\.Module, got int\."):
+        bigkernel.patch(3)
 
 
 # Back again, and what a patched model still is

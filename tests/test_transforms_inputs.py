@@ -639,11 +639,27 @@ def test_bad_arguments_raise_as_torchvisions(name: str, arguments: dict[str, Any
         pytest.param(lambda: bk.Normalize([0.5], [0.0]), "zero", id="zero-std"),
         pytest.param(lambda: bk.ToDtype(torch.complex64), "floating-point", id="complex"),
         pytest.param(lambda: bk.ToDtype({"x": torch.uint8}), "others", id="dict-without"),
+        pytest.param(lambda: bk.Pad(1, fill=[]), "fill must be at least one", id="no-fill"),
+        pytest.param(lambda: bk.Normalize([], [1.0]), "mean must be at least one", id="no-mean"),
+        pytest.param(lambda: bk.Compose([bk.Pad(1)]).explain([]), "one image, got none", id="none"),
     ],
 )
 def test_bad_arguments_of_our_own(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_bad_types_of_our_own() -> None:
+    with pytest.raises(TypeError, match=r"RandomAffine: scale must be numbers, got \('a', 1\)\."):
+        bk.RandomAffine(10, scale=("a", 1))
+    with pytest.raises(TypeError, match=r"Stage: function must be callable, got 3\."):
+        bk.Stage(3)
+
+
+def test_normalize_at_random_needs_floats() -> None:
+    chain = bk.RandomApply([bk.Normalize([0.5], [0.5])])
+    with pytest.raises(ValueError, match=r"results must be of one dtype, got .* Put ToDtype"):
+        chain(batch(), torch.Generator().manual_seed(0), range(4))
 
 
 @pytest.mark.parametrize("container", [bk.Compose, bk.RandomApply])

@@ -212,7 +212,7 @@ def _check_images(
     """(the op's list, N, C) after checking that the images can form one batch."""
     expect = _EXPECT
     if isinstance(images, Tensor):
-        check_plain("augment", "images", images)
+        check_plain(_EXPECT, "images", images)
         batch, names = [images], ["images"]
         layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
         expected, mend = (
@@ -227,7 +227,7 @@ def _check_images(
         layout = "[H, W, C]" if channels_last else "[C, H, W]"
         for name, image in zip(names, batch, strict=True):
             expect.tensor(name, image, "Convert PIL images and arrays first")
-            check_plain("augment", name, image)
+            check_plain(_EXPECT, name, image)
             expect.rank(name, image, 3, f"of shape {layout}")
     axis = -1 if channels_last else -3
     for name, image in zip(names, batch, strict=True):
@@ -248,9 +248,8 @@ def _check_images(
     return batch, n, batch[0].shape[axis] if batch else 0
 
 
-def check_plain(owner: str, name: str, x: Tensor) -> None:
+def check_plain(expect: Expect, name: str, x: Tensor) -> None:
     """``x`` is a dense tensor whose own data are the values, or is known to stand for one."""
-    expect = _EXPECT if owner == "augment" else Expect(owner)
     if x.is_nested:
         mend = "Pass the list of its images, from .unbind()"
         raise expect.error(name, "plain tensors", "a nested one", mend, TypeError)
@@ -295,7 +294,7 @@ def _check_table(
 ) -> None:
     expect = _EXPECT
     expect.tensor(name, table)
-    check_plain("augment", name, table)
+    check_plain(_EXPECT, name, table)
     _check_constant(name, table)
     if table.dtype != dtype:
         mend = f"Convert it with .to({dtype})"
@@ -317,7 +316,7 @@ def _check_size(size: Sequence[int]) -> tuple[int, int]:
 
 def _numbers(name: str, numbers: Numbers, dtype: torch.dtype) -> Tensor:
     if isinstance(numbers, Tensor):
-        check_plain("augment", name, numbers)
+        check_plain(_EXPECT, name, numbers)
         _EXPECT.dtype(name, numbers, OUT_DTYPES, "real")
         _check_constant(name, numbers)
         return numbers.to(dtype)
