@@ -33,18 +33,19 @@ def _plain(function: Any) -> str:
     return re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", shown)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """``code`` and all that is nested in it: functions inside functions, from outside in."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _names_in(cls: type) -> set[str]:
     """Every name that the functions of a class use for an attribute."""
     members = [getattr(member, "fget", member) for member in vars(cls).values()]
     functions = [inspect.unwrap(f) for f in members if inspect.isfunction(f)]
-    return {name for f in functions for code in _codes(f.__code__) for name in code.co_names}
+    return {name for f in functions for code in codes(f.__code__) for name in code.co_names}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Need:
             return f"a value of type {type(there).__name__}"
         shown = _plain(there)
         if " -> closure of " in self.expected:
-            inner = list(_codes(inspect.unwrap(there).__code__))[1:]
+            inner = list(codes(inspect.unwrap(there).__code__))[1:]
             shown += f" -> closure of {', '.join(inner[-1].co_freevars) if inner else 'nothing'}"
         return shown
 
