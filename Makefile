@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -69,6 +69,12 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 build: $(VENV)/.test
 	@$(BUILD_EXT) >build.log 2>&1 || { tail -40 build.log; exit 1; }
 	@grep '^bigkernel:' build.log
+
+# build/compile_commands.json, with which an editor opens each file of csrc as setup.py compiles it.
+# ISA=avx512 shows the bodies of the CPU kernels as they are for AVX-512.
+ISA ?= portable
+compile-commands: $(VENV)/.test
+	$(BIN)/python tools/compile_commands.py $(ISA)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """setup.py's choices: native or not, CUDA or not, and what it says about them."""
 
 import importlib.util
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,9 @@ from torch.utils import cpp_extension
 from bigkernel import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_ninja = pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("c++")), reason="no ninja or no c++ on the path"
+)
 
 
 def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -127,6 +133,49 @@ def test_cpu_sources_compile_for_arm():
     done = subprocess.run([ARM, *options, *map(str, sources)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compile_commands():
+    """The entries of build/compile_commands.json, by their files."""
+    tool = [sys.executable, "tools/compile_commands.py"]
+    environment = {**os.environ, "BIGKERNEL_CUDA": "0"}
+    done = subprocess.run(tool, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((ROOT / "build" / "compile_commands.json").read_text())
+    return {str(Path(entry["file"]).relative_to(ROOT)): entry for entry in entries}
+
+
+@needs_ninja
+def test_editors_are_told_the_flags_of_every_file(compile_commands):
+    native = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    kernels = {name for name in native if re.search(r"/cuda/|/cuda|/sm\d+_|\.cu$", name)}
+    assert {n for n in native - kernels if n.endswith((".h", ".cpp"))} <= set(compile_commands)
+    assert "-ffp-contract=fast" in compile_commands["csrc/norm/cpu.cpp"]["arguments"]
+    assert "-DBK_ISA=amx" in compile_commands["csrc/attention/cpu_amx.h"]["arguments"]
+
+
+# A body, what it includes in the middle of others, the words of all, and the one for AMX.
+FEW = ["norm/cpu_body.h", "attention/cpu_scores.h", "cpu/vec.h", "attention/cpu_amx.h"]
+HEADERS = [f"csrc/{path.parent.name}/{path.name}" for path in sorted(ROOT.glob("csrc/*/*.h"))]
+HEADERS = [name for name in HEADERS if not re.search(r"/cuda/|/cuda|/sm\d+_", name)]
+
+
+@needs_ninja
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(name, marks=() if name.removeprefix("csrc/") in FEW else pytest.mark.slow)
+        for name in HEADERS
+    ],
+)
+def test_a_header_stands_alone(compile_commands, header):
+    if header.endswith("amx.h") and platform.machine() != "x86_64":
+        pytest.skip("AMX is of x86")
+    done = subprocess.run(
+        compile_commands[header]["arguments"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_contradicting_switches_are_refused():
