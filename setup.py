@@ -153,6 +153,7 @@ def count_kernels(objects: dict[str, list[Path]]) -> Counter[str]:
 
 
 def extension() -> Extension:
+    """bigkernel._C: what it is made of, and how."""
     import pybind11
     import torch
     from torch.utils import cpp_extension
@@ -265,6 +266,8 @@ class BuildPython(build_py):
 
 
 class BuildPurePython(BuildPython):
+    """The same of a package without compiled kernels."""
+
     native = False
 
 
@@ -283,6 +286,8 @@ else:
         ) from error
 
     class Build(BuildExtension):
+        """Counts the CUDA kernels that were compiled."""
+
         def build_extensions(self) -> None:
             super().build_extensions()
             objects: dict[str, list[Path]] = {}

@@ -507,8 +507,9 @@ class _Work:
                 here.masters.append(tensors[-1])
 
     def unwrap(self, tensors: list[Tensor]) -> list[Tensor]:
-        """A parameter, its gradient and its state as plain real tensors: this rank's part of
-        DTensors, and the real view of complex ones.
+        """A parameter, its gradient and its state as plain real tensors.
+
+        This rank's part of DTensors, and the real view of complex ones.
         """
         from torch.distributed.tensor import DTensor
 

@@ -77,6 +77,7 @@ def header_entries(
 
 
 def main(isa: str = "portable") -> None:
+    """Writes the file and says how much is in it."""
     defined, sources = run_setup()
     if isa not in defined["ISAS"]:
         raise SystemExit(

@@ -156,12 +156,14 @@ def installed(module: str, skipped: dict[str, str], name: str) -> Any | None:
 
 
 def matrix_product(device: str, dtype: torch.dtype, side: int) -> Callable[[], object]:
+    """A call that multiplies two square matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
 
 def attention_specs(small: bool = False) -> list[Spec]:
+    """The shapes, dtypes and directions that attention is timed at; ``small`` ones for tests."""
     shapes = [(1, 24, 4608, 128), (8, 16, 1024, 64), (2, 16, 4096, 64), (2, 16, 4096, 128)]
     if small:
         shapes = [(1, 2, 40, 16)]

@@ -74,6 +74,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def build_text(steps: int) -> Ready:
+    """The default text model, with and without bigkernel."""
     settings = gather("train text", {})
     assert isinstance(settings, TextSettings)
     task = _prepared(lambda run: text.prepare(settings, run, {}))
@@ -81,6 +82,7 @@ def build_text(steps: int) -> Ready:
 
 
 def build_images(steps: int) -> Ready:
+    """The default image model, with and without bigkernel."""
     settings = gather("train images", {})
     assert isinstance(settings, ImageSettings)
     task = _prepared(lambda run: images.prepare(settings, run, {}))

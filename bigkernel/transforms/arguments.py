@@ -90,6 +90,7 @@ def crop_size(expect: Expect, size: object) -> tuple[int, int]:
 
 
 def probability(expect: Expect, p: float) -> float:
+    """``p``, a number from 0 to 1."""
     expect(is_number(p) and 0.0 <= p <= 1.0, "p", "a number in [0.0, 1.0]", repr(p))
     return p
 
@@ -131,6 +132,7 @@ def padding_sides(expect: Expect, padding: object) -> tuple[int, int, int, int]:
 
 
 def padding_mode(expect: Expect, mode: object) -> str:
+    """Constant or edge."""
     name, known = "padding_mode", ("constant", "edge", "reflect", "symmetric")
     expect(mode in known, name, "constant, edge, reflect or symmetric", repr(mode))
     mend = "Mirrored borders have no kernel here: pad with torch.nn.functional.pad before"

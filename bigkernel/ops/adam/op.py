@@ -111,9 +111,10 @@ def launch(
     found_inf: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> Tensor | None:
-    """``adam_groups_step_`` without the Python checks, for the optimizer, whose state fits by
-    construction; what memory safety depends on is checked again in C++. A ``seed`` that is a number
-    becomes a tensor where a parameter needs it.
+    """``adam_groups_step_`` without the Python checks, for the optimizer.
+
+    Its state fits by construction; what memory safety depends on is checked again in C++. A
+    ``seed`` that is a number becomes a tensor where a parameter needs it.
     """
     lists = _lists(groups)
     params, grads = lists["params"], lists["grads"]

@@ -51,6 +51,8 @@ def empty_results(q: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]
 
 
 class Block(NamedTuple):
+    """A tile of the scores: from and to which row, from and to which column."""
+
     rows: tuple[int, int]
     cols: tuple[int, int]
 

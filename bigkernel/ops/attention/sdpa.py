@@ -108,8 +108,11 @@ def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) ->
 
 
 def _lift(x: Tensor, rank: int) -> Tensor:
-    """x with dimensions of size 1 put in front; x itself if it has them, which what torch.compile
-    keeps for backward then still is: so it can tell that a second derivative is asked for."""
+    """x with dimensions of size 1 put in front; x itself if it has them.
+
+    What torch.compile keeps for backward then still is x: so it can tell that a second derivative
+    is asked for.
+    """
     return x if x.dim() >= rank else x[(None,) * (rank - x.dim())]
 
 

@@ -106,8 +106,9 @@ _OP = registry.register(
 
 
 class _InPlace(torch.autograd.Function):
-    """The gradient is written over the logits, and they are marked as changed: whoever has kept
-    them too, this function at a second backward included, gets autograd's error.
+    """The gradient is written over the logits, and they are marked as changed.
+
+    Whoever has kept them too, this function at a second backward included, gets autograd's error.
     """
 
     @staticmethod

@@ -263,8 +263,10 @@ def _number(number: int | float | Tensor, input: Tensor, dtype: torch.dtype) -> 
 def _autocast(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inside torch.autocast, the input in its dtype. The operator converts the others itself: so
-    their gradients are not rounded to 16 bits on the way.
+    """Inside torch.autocast, the input in its dtype.
+
+    The operator converts the others itself: so their gradients are not rounded to 16 bits on the
+    way.
     """
     if not isinstance(input, Tensor):
         return input, linear_weight, linear_bias

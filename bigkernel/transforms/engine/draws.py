@@ -117,6 +117,7 @@ def _philox4x32(
 
 
 def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
+    """Numbers in [low, high) from those in [0, 1)."""
     return low + (high - low) * u
 
 

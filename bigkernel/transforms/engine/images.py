@@ -128,8 +128,10 @@ def gather(images: Any, layout: str) -> Images:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    """Copied only where torch cannot see it: mirrored views (BGR to RGB), another byte order, or
-    where it would warn, of arrays that cannot be written (those of PIL images, for one).
+    """A tensor of an array, copied only where torch cannot see it, or would warn.
+
+    The first are mirrored views (BGR to RGB) and another byte order, the second arrays that cannot
+    be written (those of PIL images, for one).
     """
     array = np.atleast_3d(array)
     if min(array.strides) < 0 or not array.dtype.isnative or not array.flags.writeable:
