@@ -101,6 +101,7 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"cross_entropy": registry.InModels(1 << 18, compiled=True)},
     )
 )
 

@@ -59,6 +59,7 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"glu": registry.InModels(1 << 18)},
     )
 )
 

@@ -113,6 +113,11 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={
+            "rms_norm": registry.InModels(0),
+            # With a residual before it; alone, torch's is as fast at any size.
+            "layer_norm": registry.InModels(1 << 19),
+        },
     )
 )
 

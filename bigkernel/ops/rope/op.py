@@ -76,6 +76,7 @@ _OP = registry.register(
             registry.Function("rope_", _SCHEMA_INPLACE, reference.rope_inplace, _fake_inplace),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"rope": registry.InModels(0, compiled=True)},
     )
 )
 
