@@ -54,9 +54,9 @@ def interpolation_mode(expect: Expect, value: object) -> InterpolationMode:
     elif isinstance(name, int) and not isinstance(name, bool):
         mode = _PILLOW_CODES.get(name)
     if mode is None or mode not in _SUPPORTED:
-        mend = "Other filters have no kernel here: resize with torchvision before" if mode else ""
+        fix = "Other filters have no kernel here: resize with torchvision before" if mode else ""
         wanted = "nearest, nearest-exact or bilinear"
-        raise expect.error("interpolation", wanted, repr(value), mend)
+        raise expect.error("interpolation", wanted, repr(value), fix)
     return mode
 
 
@@ -135,8 +135,8 @@ def padding_mode(expect: Expect, mode: object) -> str:
     """Constant or edge."""
     name, known = "padding_mode", ("constant", "edge", "reflect", "symmetric")
     expect(mode in known, name, "constant, edge, reflect or symmetric", repr(mode))
-    mend = "Mirrored borders have no kernel here: pad with torch.nn.functional.pad before"
-    expect(mode in ("constant", "edge"), name, "constant or edge", repr(mode), mend)
+    fix = "Mirrored borders have no kernel here: pad with torch.nn.functional.pad before"
+    expect(mode in ("constant", "edge"), name, "constant or edge", repr(mode), fix)
     return str(mode)
 
 

@@ -78,5 +78,5 @@ class Normalize(Transform):
 
 
 def _check_tensors(expect: Expect, images: ImageInfo) -> None:
-    mend = f"Put ToImage() before {expect.function}"
-    expect(not images.pil, "images", "tensors", "PIL images", mend, TypeError)
+    fix = f"Put ToImage() before {expect.function}"
+    expect(not images.pil, "images", "tensors", "PIL images", fix, TypeError)

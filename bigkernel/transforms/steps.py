@@ -136,8 +136,8 @@ class Crop(Step):
         box = tuple(int(side[i]) for side in (self.top, self.left, self.height, self.width))
         which = "the box (top, left, height, width)"
         wanted = f"inside the image of {(int(height[i]), int(width[i]))} (height, width)"
-        got, mend = f"{box} for image {i}", "Put a steps.Pad before it"
-        raise Expect("transforms.steps.Crop").error(which, wanted, got, mend)
+        got, fix = f"{box} for image {i}", "Put a steps.Pad before it"
+        raise Expect("transforms.steps.Crop").error(which, wanted, got, fix)
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         return np.where(self.active, self.height, height), np.where(self.active, self.width, width)
@@ -368,8 +368,8 @@ class Color(Step):
         if self.active.any() and not modes <= BYTE_MODES:
             wanted = f"PIL images of mode {', '.join(sorted(BYTE_MODES))} for colour transforms"
             got = f"mode {', '.join(sorted(modes - BYTE_MODES))}"
-            mend = 'Convert with image.convert("RGB")'
-            raise Expect("transforms").error("images", wanted, got, mend)
+            fix = 'Convert with image.convert("RGB")'
+            raise Expect("transforms").error("images", wanted, got, fix)
         return self
 
     def fits(self, table: Table) -> Bools:

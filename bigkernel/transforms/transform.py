@@ -301,9 +301,9 @@ class Transform(nn.Module):
             and isinstance(drawn[1], (list, tuple))
         ):
             wanted = "a pair (parameters, list of steps)"
-            mend = "Such as Params(images.active), [steps.Flip(images.active, True)]"
+            fix = "Such as Params(images.active), [steps.Flip(images.active, True)]"
             got = f"{drawn!r:.80}"
-            raise self._expect.error("what its draw returns", wanted, got, mend, TypeError)
+            raise self._expect.error("what its draw returns", wanted, got, fix, TypeError)
         params, todo = drawn
         for step in todo:
             if not isinstance(step, Step):
@@ -312,8 +312,8 @@ class Transform(nn.Module):
             if len(step.active) != len(active) or (step.active & ~active).any():
                 which = f"active of its {type(step).__name__}"
                 wanted = f"[{len(active)}] booleans, true for images of images.active alone"
-                mend = "Start from images.active, and narrow it with &"
-                raise self._expect.error(which, wanted, f"{step.active!r:.80}", mend)
+                fix = "Start from images.active, and narrow it with &"
+                raise self._expect.error(which, wanted, f"{step.active!r:.80}", fix)
         walk.add(name, params, todo)
 
     def _name(self) -> str:
@@ -356,9 +356,9 @@ class Transform(nn.Module):
         root: Any = tracer.root  # type: ignore[attr-defined]
         if root is self or all(module is not self for module in root.modules()):
             which, got = "the module that torch.fx traces", "the transform itself"
-            mend = "It is one call: there is nothing to trace in it"
+            fix = "It is one call: there is nothing to trace in it"
             wanted = "a module that holds the transform"
-            raise _EXPECT.error(which, wanted, got, mend, NotImplementedError)
+            raise _EXPECT.error(which, wanted, got, fix, NotImplementedError)
         target = tracer.path_of_module(self)  # type: ignore[attr-defined]
         given = {name: value for name, value in arguments.items() if value is not None}
         return tracer.create_proxy("call_module", target, (images,), given)

@@ -69,8 +69,8 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
             continue
         if x.is_nested or (is_causal_bias(kind) and name == "attn_mask"):
             continue  # which the function itself refuses, or knows
-        mend = "Pass causal=True and align in place of a causal mask"
-        Expect(function.__name__).meaning(name, x, mend if is_causal_bias(kind) else "")
+        fix = "Pass causal=True and align in place of a causal mask"
+        Expect(function.__name__).meaning(name, x, fix if is_causal_bias(kind) else "")
     if distributed:
         from bigkernel.ops.attention.dtensor import on_shards
 

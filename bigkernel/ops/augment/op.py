@@ -63,8 +63,8 @@ def _with_derivatives(op: Any) -> Any:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, images, *rest)
         if detect_fake_mode() is not None:
             expected = "without gradient or tangent inside of a compiled torch.func transform"
-            mend = "Compile the function inside of the transform, or neither"
-            raise _EXPECT.error("images", expected, "images with one", mend, NotImplementedError)
+            fix = "Compile the function inside of the transform, or neither"
+            raise _EXPECT.error("images", expected, "images with one", fix, NotImplementedError)
         return reference.augment(images, *rest)
 
     return augment
@@ -87,8 +87,8 @@ def asks_derivative(x: Tensor) -> bool:
 
 def _check_constant(name: str, x: Any, tangent: bool = False) -> None:
     if isinstance(x, Tensor) and (tangent or asks_derivative(x)):
-        mend = "Only images have derivatives: pass a detached tensor"
-        raise _EXPECT.error(name, "without gradient or tangent", "a tensor with one", mend)
+        fix = "Only images have derivatives: pass a detached tensor"
+        raise _EXPECT.error(name, "without gradient or tangent", "a tensor with one", fix)
 
 
 def _followed(tensors: Sequence[Tensor]) -> str | None:
@@ -168,8 +168,8 @@ def augment(
     k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0
     _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
     if batch and k > 0 and channels not in (1, 3):
-        mend = "Leave color out, or select channels"
-        raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", mend)
+        fix = "Leave color out, or select channels"
+        raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", fix)
     wide = torch.float32 if source in _OP.dtypes else torch.float64
     fill_table = _fill(fill, n, channels if batch else None, wide)
     if not batch:
@@ -215,11 +215,11 @@ def _check_images(
         check_plain(_EXPECT, "images", images)
         batch, names = [images], ["images"]
         layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
-        expected, mend = (
+        expected, fix = (
             f"a batch {layout} or a list of images",
             "Add a batch dimension with images[None]",
         )
-        expect.rank("images", images, 4, expected, mend)
+        expect.rank("images", images, 4, expected, fix)
         n = images.shape[0]
     else:
         batch = list(images)
@@ -243,33 +243,33 @@ def _check_images(
         if image.shape[axis] != channels:
             expected = f"of {channels} channels like the first image"
             got = f"{image.shape[axis]} ({shape_of(image)})"
-            mend = "channels_last_in says which dimension holds the channels"
-            raise expect.error(name, expected, got, mend)
+            fix = "channels_last_in says which dimension holds the channels"
+            raise expect.error(name, expected, got, fix)
     return batch, n, batch[0].shape[axis] if batch else 0
 
 
 def check_plain(expect: Expect, name: str, x: Tensor) -> None:
     """``x`` is a dense tensor whose own data are the values, or is known to stand for one."""
     if x.is_nested:
-        mend = "Pass the list of its images, from .unbind()"
-        raise expect.error(name, "plain tensors", "a nested one", mend, TypeError)
+        fix = "Pass the list of its images, from .unbind()"
+        raise expect.error(name, "plain tensors", "a nested one", fix, TypeError)
     expect.dense(name, x, "dense", "Convert with .to_dense()")
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter:
         if not torch.compiler.is_compiling() and is_batchedtensor(x):
-            expected, mend = (
+            expected, fix = (
                 "outside of torch.vmap",
                 "A batch is one call already: pass [N, C, H, W]",
             )
-            raise expect.error(name, expected, "a tensor inside", mend, NotImplementedError)
+            raise expect.error(name, expected, "a tensor inside", fix, NotImplementedError)
         return
     if kind.__module__.startswith("torch._subclasses."):  # fake and functional tensors, of tracing
         if kind.__name__ == "FakeTensor" and detect_fake_mode() is None:
-            expected, mend = (
+            expected, fix = (
                 "within its FakeTensorMode",
                 "Call it inside `with fake_tensor.fake_mode:`",
             )
-            raise expect.error(name, expected, "a FakeTensor outside", mend, TypeError)
+            raise expect.error(name, expected, "a FakeTensor outside", fix, TypeError)
         return
     # A subclass that says itself what operations mean may hold anything in the place of its data.
     usual = getattr(Tensor.__torch_function__, "__func__", None)
@@ -277,11 +277,11 @@ def check_plain(expect: Expect, name: str, x: Tensor) -> None:
         getattr(kind.__torch_function__, "__func__", None) is usual
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
-    mend = (
+    fix = (
         "If its data are the values, pass x.as_subclass(torch.Tensor); a DTensor's part on this "
         "rank is x.to_local()"
     )
-    expect(ours, name, "a plain tensor", f"a {kind.__name__}", mend, TypeError)
+    expect(ours, name, "a plain tensor", f"a {kind.__name__}", fix, TypeError)
 
 
 def _check_table(
@@ -297,8 +297,8 @@ def _check_table(
     check_plain(_EXPECT, name, table)
     _check_constant(name, table)
     if table.dtype != dtype:
-        mend = f"Convert it with .to({dtype})"
-        raise expect.error(name, f"a {dtype} tensor", table.dtype, mend, TypeError)
+        fix = f"Convert it with .to({dtype})"
+        raise expect.error(name, f"a {dtype} tensor", table.dtype, fix, TypeError)
     if tuple(table.shape) != shape:
         expected = f"of shape {wanted} with N = {shape[0]} images"
         raise expect.error(name, expected, shape_of(table))

@@ -169,15 +169,15 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         if indexed[i] != indexed[0]:
             wanted = "a picture with colours or one without (modes P and 1), as the first image"
             got = f"mode {items[i].mode!r}" if pictures[i] else "a tensor"
-            mend = 'Convert them all with image.convert("RGB")'
-            raise _EXPECT.error(f"images[{i}]", wanted, got, mend)
+            fix = 'Convert them all with image.convert("RGB")'
+            raise _EXPECT.error(f"images[{i}]", wanted, got, fix)
         same = (tensors[i].dtype, tensors[i].device, extent[2])
         first = (tensors[0].dtype, tensors[0].device, extents[0][2])
         if same != first:
             wanted = f"{first[0]} on {first[1]} with {first[2]} channels, as the first image"
             got = f"{same[0]} on {same[1]} with {same[2]}"
-            mend = 'PIL images: convert them all with image.convert("RGB")' if pictures[i] else ""
-            raise _EXPECT.error(f"images[{i}]", wanted, got, mend)
+            fix = 'PIL images: convert them all with image.convert("RGB")' if pictures[i] else ""
+            raise _EXPECT.error(f"images[{i}]", wanted, got, fix)
     return Images(
         tensors=tensors,
         kind=kind,
@@ -196,22 +196,22 @@ def _wrapper(name: str, tensor: Tensor) -> type[Tensor] | None:
     if is_tracing() or get_proxy_mode() is not None:
         wanted = "outside of torch.jit.trace, torch.export and make_fx"
         got = "a call inside, which would be traced with one call's random numbers as constants"
-        mend = "Trace the model without its transforms"
-        raise _EXPECT.error(name, wanted, got, mend, NotImplementedError)
+        fix = "Trace the model without its transforms"
+        raise _EXPECT.error(name, wanted, got, fix, NotImplementedError)
     kind = type(tensor)
     if not kind.__module__.startswith("torchvision."):
         return None
-    mend = "Masks, boxes and videos need torchvision's own transforms"
+    fix = "Masks, boxes and videos need torchvision's own transforms"
     got = f"a tv_tensors.{kind.__name__}"
-    _EXPECT(kind.__name__ == "Image", name, "images", got, mend, TypeError)
+    _EXPECT(kind.__name__ == "Image", name, "images", got, fix, TypeError)
     return kind
 
 
 def _extent(tensor: Tensor, channels_last: bool) -> tuple[int, int, int]:
     """(height, width, channels), after checking dtype and size."""
     wanted = "of a floating-point, whole-number or bool dtype of torch's"
-    mend = "Convert with .to(torch.uint8) or .float()"
-    _EXPECT.dtype("images", tensor, OUT_DTYPES, wanted, mend)
+    fix = "Convert with .to(torch.uint8) or .float()"
+    _EXPECT.dtype("images", tensor, OUT_DTYPES, wanted, fix)
     shape = tensor.shape[-3:]
     height, width, channels = shape if channels_last else (shape[1], shape[2], shape[0])
     wanted = "at least one pixel high and wide, with at least one channel"
@@ -235,8 +235,8 @@ def _from_pil(picture: Any) -> Tensor:
     """[H, W, C] of a PIL image: bool (mode 1), uint16 (I;16), int32 (I), float32 (F) or uint8."""
     if picture.mode not in _PILLOW_MODES:
         wanted = f"PIL images of mode {', '.join(sorted(_PILLOW_MODES))}"
-        mend = 'Convert with image.convert("RGB")'
-        raise _EXPECT.error("images", wanted, f"mode {picture.mode!r}", mend)
+        fix = 'Convert with image.convert("RGB")'
+        raise _EXPECT.error("images", wanted, f"mode {picture.mode!r}", fix)
     return _from_numpy(np.array(picture))
 
 

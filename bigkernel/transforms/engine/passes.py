@@ -38,8 +38,8 @@ def run_pass(
     dtypes = {part.dtype for _, part in results}
     if len(dtypes) != 1:
         got = " and ".join(sorted(map(str, dtypes)))
-        mend = "Put ToDtype(torch.float32, scale=True) before a Normalize that is applied at random"
-        raise _EXPECT.error("the results", "of one dtype", got, mend)
+        fix = "Put ToDtype(torch.float32, scale=True) before a Normalize that is applied at random"
+        raise _EXPECT.error("the results", "of one dtype", got, fix)
     return join(results, batch.count), groups
 
 

@@ -116,8 +116,8 @@ def check_result(name: str, result: Any, images: Tensor) -> Tensor:
     wanted = f"{_KINDS} with one image for each of the {m} given"
     if not isinstance(result, Tensor):
         got = "None" if result is None else f"a {type(result).__name__}"
-        mend = "A tensor stage takes and returns tensors [N, C, H, W]"
-        raise _EXPECT.error(name, wanted, got, mend, TypeError)
+        fix = "A tensor stage takes and returns tensors [N, C, H, W]"
+        raise _EXPECT.error(name, wanted, got, fix, TypeError)
     if type(result).__module__.startswith("torchvision."):
         result = result.as_subclass(Tensor)
     check_plain(_EXPECT, name, result)

@@ -161,8 +161,8 @@ class Run(Walk):
         if expected is not None:
             told = [(np.asarray(a) == b) | ~active for a, b in zip(expected, found, strict=True)]
             wanted = "of the size that its sizes(height, width) says"
-            mend = f"Define sizes in {name}, to return the heights and widths after it, or None"
-            _EXPECT(np.all(told), f"the results of {name}", wanted, "another", mend)
+            fix = f"Define sizes in {name}, to return the heights and widths after it, or None"
+            _EXPECT(np.all(told), f"the results of {name}", wanted, "another", fix)
 
     def finish(self) -> tuple[Tensor | list[Tensor], bool]:
         """The images after all of it (one batch if they have one size), and their layout."""
