@@ -368,7 +368,7 @@ class Adam(Optimizer):
             what = f"the state of parameter {number} in the loaded state_dict"
             expected = f"of an Adam, with step, {' and '.join(MOMENTS[:2])}"
             got = ", ".join(map(str, saved))
-            fix = "another kind of optimizer's state cannot be gone on with"
+            fix = "the state of another kind of optimizer cannot be continued"
             raise self._expect.error(what, expected, got, fix)
         for key, value in saved.items():
             if key == "step":

@@ -304,7 +304,7 @@ class Trainer(transformers.Trainer):
         return NonFiniteLossError(f"{found}, and {where}. {advice}", step, last)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', without touching the random numbers that training goes on with."""
+        """As transformers', without touching the random numbers that training continues with."""
         shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
         with same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)

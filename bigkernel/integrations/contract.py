@@ -1,9 +1,9 @@
 """What bigkernel relies on in transformers beside its documented interface, all of it.
 
 Private methods that our Trainer overrides or calls, attributes that it reads, mask functions that
-are told apart by the variables they close over. Another version of transformers may have any of
-them otherwise, and then a result could be wrong in silence: so each is compared with what is
-expected here before it is first used. `make test-transformers` runs the tests at both ends of the
+are told apart by the variables they close over. Another version of transformers may change any
+of them, and a result could then be silently wrong: so each is compared with what is expected here
+before it is first used. `make test-transformers` runs the tests at both ends of the
 versions that are known to work.
 """
 
@@ -22,7 +22,7 @@ OLDEST, NEWEST = "5.23.0", "5.24.0"
 
 
 class TransformersChangedError(RuntimeError):
-    """The installed transformers has something otherwise than bigkernel relies on."""
+    """Something in the installed transformers is not as bigkernel relies on it being."""
 
 
 def _plain(function: Any) -> str:

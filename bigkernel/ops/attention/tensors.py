@@ -1,4 +1,4 @@
-"""What is no plain tensor at the public attention functions: understood, or refused in a sentence.
+"""What is no plain tensor at the public attention functions: understood, or a clear error.
 
 A subclass may mean something else than its data says, so that reading the data would give wrong
 numbers without a word. Those with a `__torch_function__` of their own are refused, except

@@ -50,7 +50,7 @@ _TABLES = ("geometry", "color", "fill", "mean", "std")
 def _with_derivatives(op: Any) -> Any:
     """What autograd calls in the op's place: the op has no derivative, its definition has.
 
-    Without this a custom op drops a tangent, and inside of torch.func.grad a gradient, in silence.
+    Without this a custom op drops a tangent, and inside of torch.func.grad a gradient, silently.
     """
 
     def augment(keyset: Any, images: list[Tensor], *rest: Any) -> Any:
