@@ -591,7 +591,7 @@ def test_surprises_are_one_sentence_too(
     def surprise() -> None:
         raise KeyError("unexpected")
 
-    monkeypatch.setattr("bigkernel.cli.env.report", surprise)
+    monkeypatch.setattr("bigkernel.cli.env.facts", surprise)
     assert main(["env"]) == 1
     assert "KeyError" in sentence_of(capsys.readouterr().err)
     monkeypatch.setenv("BIGKERNEL_TRACEBACK", "1")

@@ -284,9 +284,9 @@ def bench(
 @guarded
 def env() -> None:
     """Print versions, build, devices and the backend of each op: what a bug report pastes."""
-    from bigkernel.cli.env import report
+    from bigkernel.cli.env import facts
 
-    lines = report()
+    lines = facts()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
