@@ -116,7 +116,9 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "trainer": (
         *_needs(
             "transformers.trainer.Trainer",
+            autocast_smart_context_manager="(self, cache_enabled=True)",
             call_model_init="(self, trial=None)",
+            compute_loss="(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
             create_optimizer="(self, model=None)",
             evaluation_loop=(
                 "(self, dataloader, description, prediction_loss_only=None, "
