@@ -124,6 +124,7 @@ def build_text(steps: int) -> Ready:
 
 
 def build_llama(options: dict[str, Any], rows: int, length: int, small: bool, steps: int) -> Ready:
+    """A LLaMA of 16.9M parameters, or a `small` one, over random tokens."""
     width, layers = (64, 1) if small else (384, 6)
     config = transformers.LlamaConfig(
         vocab_size=256 if small else 8192,
