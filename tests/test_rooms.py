@@ -64,6 +64,20 @@ def test_kernels_include_no_torch_header(pattern):
         assert "#include <torch" not in path.read_text(), f"{path} includes a torch header"
 
 
+def test_kernels_are_named_by_their_generation():
+    sources = [path for op in OPS for path in ROOT.glob(f"csrc/{op.noun}/*")]
+    kernels = [path.name for path in sources if "__global__" in path.read_text()]
+    assert len(kernels) > 3
+    assert not [name for name in kernels if not re.match(r"sm\d+_", name)]
+
+
+def test_host_code_reads_nothing_that_depends_on_the_architecture():
+    """Of the two sides that see a header, only one knows __CUDA_ARCH__."""
+    sources = [path for path in ROOT.glob("csrc/*/*") if path.is_file()]
+    asking = [path.name for path in sources if "__CUDA_ARCH__" in path.read_text()]
+    assert asking == ["device.h"]  # kCompiledFor
+
+
 def test_every_test_that_the_documentation_names_exists():
     """tests/README.md lists features with the names of their tests."""
     text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))

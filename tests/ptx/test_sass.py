@@ -211,3 +211,10 @@ def test_occupancy_is_nvidias(nvidia, arch):
                 blocks, share = sass.occupancy(arch, *given)
                 assert blocks == theirs, (arch, given)
                 assert share == blocks * -(-threads // 32) / limits.warps
+
+
+def test_devices_of_the_emulator_have_the_limits_of_their_architecture():
+    assert {f"sm_{device.capability}" for device in ptx.DEVICES.values()} >= {*sass.LIMITS}
+    for device in ptx.DEVICES.values():
+        if limits := sass.LIMITS.get(f"sm_{device.capability}"):
+            assert device.shared_per_block == limits.shared_per_block
