@@ -1,11 +1,12 @@
-"""bigkernel.testing.sass on small kernels: resources, blocks, loops, occupancy."""
+"""tools/sass.py on small kernels: resources, blocks, loops, occupancy."""
 
 import ctypes
 import subprocess
 
 import pytest
 
-from bigkernel.testing import ptx, sass
+from bigkernel.testing import ptx
+from tools import sass
 
 SOURCE = """
 #include <mma.h>
