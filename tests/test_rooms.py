@@ -16,7 +16,10 @@ OPS = [op for op in registry.every() if not op.noun.startswith("test_only")]
 ALWAYS = ["bigkernel/ops/{op}/__init__.py", "tests/ops/test_{op}.py"]
 ROOMS: dict[registry.Level, list[str]] = {
     "cpu": ["csrc/{op}/{op}.h", "csrc/{op}/cpu.cpp", "csrc/{op}/cpu_body.h"],
-    "cuda": ["csrc/{op}/cuda.cpp", "csrc/{op}/cuda.h", "csrc/{op}/*.cu", "tests/ops/{op}_ptx.py"],
+    "cuda": [
+        *("csrc/{op}/cuda.cpp", "csrc/{op}/cuda.h", "csrc/{op}/sm*_*.cu"),
+        *("tests/ops/{op}_ptx.py", "bigkernel/bench/gpu_{op}.py"),
+    ],
     "benchmark": ["bigkernel/bench/{op}.py"],
 }
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.noun)

@@ -333,6 +333,8 @@ def every_kernel(arch: str) -> list[dict[str, Any]]:
     for source in sorted((ROOT / "csrc").glob("*/*.cu")):
         flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
         module = ptx.compile(source, arch, flags)
+        if not module.kernels:
+            continue
         cubin, found = sass.assemble(module.text, arch)
         code, names = sass.disassemble(cubin), sorted(found)
         for name, shown in zip(names, pretty(names), strict=True):
