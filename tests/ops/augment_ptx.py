@@ -24,7 +24,7 @@ from bigkernel.testing import ptx
 
 ROOT = Path(__file__).resolve().parents[2]
 P, I64 = ctypes.c_void_p, ctypes.c_int64
-layout = ptx.Structures(ROOT / "csrc", "augment/cuda.h")
+layout = ptx.Structures(ROOT / "csrc", "augment/cuda_plan.h")
 TYPE_CODES = {
     torch.float32: layout.DType.kFloat32,
     torch.bfloat16: layout.DType.kBFloat16,
