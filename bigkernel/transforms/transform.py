@@ -129,6 +129,15 @@ class Transform(nn.Module):
             "one that has both",
             cls=TypeError,
         )
+        check(
+            not hasattr(cls, "make_params"),
+            "transforms.Transform",
+            f"a subclass ({cls.__name__})",
+            "one that draws its numbers from u, which draw and transform are given",
+            "one with torchvision's make_params",
+            "A subclass of torchvision's Transform can stand in a chain as it is",
+            TypeError,
+        )
 
     def __init__(self) -> None:
         super().__init__()

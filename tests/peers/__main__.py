@@ -53,7 +53,7 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
             [
                 *(sys.executable, "-m", "pytest", "-p", "swap"),
                 *("-p", "no:cacheprovider", "-p", "no:benchmark"),
-                *("-q", "--tb=short", f"--rootdir={folder}", *arguments, str(path)),
+                *("-q", "--tb=line", f"--rootdir={folder}", *arguments, str(path)),
             ],
             cwd=folder,
             env={

@@ -32,8 +32,9 @@ class Key:
             "transforms",
             "generator",
             "a torch.Generator or None",
-            repr(generator),
-            cls=TypeError,
+            f"{generator!r:.80}",
+            "A call takes images alone: no label or target beside them",
+            TypeError,
         )
         self.ids = np.arange(count) if ids is None else sample_ids(ids, count)
         self._given = ids is not None

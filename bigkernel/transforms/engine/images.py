@@ -22,6 +22,7 @@ LAYOUTS = ("auto", "channels_first", "channels_last")
 _CHANNEL_COUNTS = (1, 3, 4)
 BYTE_MODES = frozenset(("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"))
 INDEXED_MODES = frozenset(("P", "1"))  # places in a palette, black and white: not to be blended
+_OF_A_SAMPLE = "Of a sample, with a label or a target, give the image alone"
 _PILLOW_MODES = BYTE_MODES | INDEXED_MODES | {"I", "F", "I;16", "I;16L", "I;16B"}
 
 
@@ -130,7 +131,8 @@ def gather(images: Any, layout: str) -> Images:
         "images",
         "a tensor, a PIL image, or a list of those",
         type(images).__name__,
-        cls=TypeError,
+        _OF_A_SAMPLE,
+        TypeError,
     )
     return _from_list(list(images), "list", layout)
 
@@ -163,7 +165,8 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
                 f"images[{i}]",
                 "a tensor or a PIL image",
                 type(item).__name__,
-                cls=TypeError,
+                _OF_A_SAMPLE,
+                TypeError,
             )
             _wrapper(f"images[{i}]", item)
             check(
