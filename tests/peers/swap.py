@@ -64,7 +64,9 @@ def swap_trainer() -> None:
     import transformers
 
     import bigkernel
+    from bigkernel.integrations import contract
 
+    contract.check("trainer")  # once, and of theirs
     for name in ("Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments"):
         ours = getattr(bigkernel, name)
         setattr(importlib.import_module(getattr(transformers, name).__module__), name, ours)
