@@ -106,11 +106,12 @@ def main(words: list[str] | None = None, folder: Path = HERE / "exceptions") -> 
     options, arguments = parser.parse_known_args(words)
     if not options.path.exists():
         parser.error(f"{options.path} does not exist; give the peer's test file or folder")
-    outcomes = [run(options.suite, options.path, side, arguments) for side in ("theirs", "ours")]
-    if not outcomes[0]:
+    theirs = run(options.suite, options.path, "theirs", arguments)
+    if not theirs:
         print(f"{options.suite}: no test of {options.path} was collected and chosen")
         return 1
-    counts, wrong, unneeded = compare(*outcomes, read_exceptions(options.suite, folder))
+    ours = run(options.suite, options.path, "ours", arguments)
+    counts, wrong, unneeded = compare(theirs, ours, read_exceptions(options.suite, folder))
     for test in wrong:
         print(f"fails with ours: {test}")
     for pattern in unneeded:
