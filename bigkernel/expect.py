@@ -61,10 +61,17 @@ class Expect:
         if not condition:
             raise self.error(argument, expected, got, fix, cls)
 
-    def kind(self, name: str, x: object, kinds: type[T] | tuple[type[T], ...], expected: str) -> T:
+    def kind(
+        self,
+        name: str,
+        x: object,
+        kinds: type[T] | tuple[type[T], ...],
+        expected: str,
+        fix: str = "",
+    ) -> T:
         """``x``, which is of one of the classes."""
         if not isinstance(x, kinds):
-            raise self.error(name, expected, type(x).__name__, cls=TypeError)
+            raise self.error(name, expected, type(x).__name__, fix, TypeError)
         return x
 
     def tensor(self, name: str, x: object, fix: str = "") -> Tensor:

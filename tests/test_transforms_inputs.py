@@ -482,7 +482,10 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
         pytest.param(torch.zeros(2, 3, 0, 8), ValueError, "at least one pixel", id="no-pixels"),
         pytest.param("image.png", TypeError, "str", id="path"),
         pytest.param(torch.zeros(3, 8, 8).to_sparse(), TypeError, "dense", id="sparse"),
-        pytest.param([torch.zeros(3, 8, 8), 5], TypeError, r"images\[1\]", id="list-item"),
+        pytest.param(
+            (torch.zeros(3, 8, 8), 5), TypeError, "got int. Of a sample.*alone", id="label"
+        ),
+        pytest.param({"image": torch.zeros(3, 8, 8)}, TypeError, "dict. Of a sample", id="dict"),
         pytest.param([torch.zeros(8, 8)], ValueError, r"images\[0\]", id="list-rank"),
         pytest.param(
             [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], ValueError, "channels", id="list-channels"
@@ -560,8 +563,8 @@ def test_bad_ids(ids: Any) -> None:
 
 
 def test_bad_generator() -> None:
-    with pytest.raises(TypeError, match="generator"):
-        CROP(batch(), 42)
+    with pytest.raises(TypeError, match=r"generator must be .* got 42\. A call takes images alone"):
+        CROP(batch(), 42)  # where torchvision's take a label
 
 
 BAD_ARGUMENTS = [
@@ -660,6 +663,23 @@ def test_normalize_at_random_needs_floats() -> None:
     chain = bk.RandomApply([bk.Normalize([0.5], [0.5])])
     with pytest.raises(ValueError, match=r"results must be of one dtype, got .* Put ToDtype"):
         chain(batch(), torch.Generator().manual_seed(0), range(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(
+            lambda: bk.RandomResizedCrop(8, scale=(1, 0)), "RandomResizedCrop: scale", id="scale"
+        ),
+        pytest.param(
+            lambda: bk.RandomResizedCrop(8, ratio=(1, 0.5)), "RandomResizedCrop: scale", id="ratio"
+        ),
+        pytest.param(lambda: bk.ToDtype({"others": None}, True), "ToDtype: scale", id="no-dtype"),
+    ],
+)
+def test_warnings_say_who_warns(make: Any, words: str) -> None:
+    with pytest.warns(UserWarning, match=rf"^bigkernel\.{words}"):
+        make()
 
 
 @pytest.mark.parametrize("container", [bk.Compose, bk.RandomApply])

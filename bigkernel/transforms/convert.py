@@ -45,7 +45,8 @@ class ToDtype(Transform):
         self.scale = scale
         if self._dtype is None and scale:
             warnings.warn(
-                "scale was set but no dtype for images: they stay as they are", stacklevel=2
+                "bigkernel.ToDtype: scale was set but no dtype for images: they stay as they are",
+                stacklevel=2,
             )
 
     def extra_repr(self) -> str:

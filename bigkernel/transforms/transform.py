@@ -129,6 +129,14 @@ class Transform(nn.Module):
             )
             which, got = f"a subclass ({cls.__name__})", "one that has both"
             raise Expect("transforms.Transform").error(which, wanted, got, cls=TypeError)
+        if hasattr(cls, "make_params"):
+            raise Expect("transforms.Transform").error(
+                f"a subclass ({cls.__name__})",
+                "one that draws its numbers from u, which draw and transform are given",
+                "one with torchvision's make_params",
+                "A subclass of torchvision's Transform can stand in a chain as it is",
+                TypeError,
+            )
 
     def __init__(self) -> None:
         super().__init__()

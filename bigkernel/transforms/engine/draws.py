@@ -29,8 +29,9 @@ class Key:
 
     def __init__(self, generator: torch.Generator | None, ids: Any, count: int) -> None:
         if not (generator is None or isinstance(generator, torch.Generator)):
-            wanted = "a torch.Generator or None"
-            raise _EXPECT.error("generator", wanted, repr(generator), cls=TypeError)
+            wanted, got = "a torch.Generator or None", f"{generator!r:.80}"
+            fix = "A call takes images alone: no label or target beside them"
+            raise _EXPECT.error("generator", wanted, got, fix, TypeError)
         self.ids = np.arange(count) if ids is None else sample_ids(ids, count)
         self._given = ids is not None
         self._generator = generator

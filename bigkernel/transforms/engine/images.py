@@ -23,6 +23,7 @@ LAYOUTS = ("auto", "channels_first", "channels_last")
 _CHANNEL_COUNTS = (1, 3, 4)
 BYTE_MODES = frozenset(("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"))
 INDEXED_MODES = frozenset(("P", "1"))  # places in a palette, black and white: not to be blended
+_OF_A_SAMPLE = "Of a sample, with a label or a target, give the image alone"
 _PILLOW_MODES = BYTE_MODES | INDEXED_MODES | {"I", "F", "I;16", "I;16L", "I;16B"}
 
 
@@ -123,7 +124,7 @@ def gather(images: Any, layout: str) -> Images:
         return _from_list([images], "pil", layout)
     if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
         wanted = "a tensor, a PIL image, or a list of those"
-        raise _EXPECT.error("images", wanted, type(images).__name__, cls=TypeError)
+        raise _EXPECT.error("images", wanted, type(images).__name__, _OF_A_SAMPLE, TypeError)
     return _from_list(list(images), "list", layout)
 
 
@@ -152,7 +153,7 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
             tensor, last = _from_numpy(item), True
         else:
             name = f"images[{i}]"
-            _EXPECT.kind(name, item, Tensor, "a tensor or a PIL image")
+            _EXPECT.kind(name, item, Tensor, "a tensor or a PIL image", _OF_A_SAMPLE)
             _wrapper(name, item)
             _EXPECT.rank(name, item, 3, "an image [C, H, W] or [H, W, C]")
             tensor, last = item.as_subclass(Tensor), _channels_last(item, layout)
