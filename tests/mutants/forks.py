@@ -1,11 +1,13 @@
-"""Runs Python programs as forks of one process that has torch loaded.
+"""Runs Python programs as forks of one process that has torch and other libraries loaded.
 
-Loading it takes longer than most tests that are to notice a small change. The process is this file
-run as a script, so that nothing of a tree is loaded in it; one line of JSON is a request.
+Loading them takes longer than most tests that are to notice a small change. The process is this
+file run as a script, so that nothing of a tree is loaded in it; one line of JSON is a request.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -15,6 +17,8 @@ import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
+
+LOADED = ("torch", "pytest", "torchvision.transforms.v2", "transformers.trainer")
 
 
 class Forks:
@@ -42,9 +46,9 @@ class Forks:
 
 
 def _serve() -> None:
-    import pytest  # noqa: F401
-    import torch  # noqa: F401
-
+    for name in LOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile() as output:
