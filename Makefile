@@ -137,11 +137,11 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 # that we build for, makes the record in benchmarks/results; fewer are written to build/cuda-report.
 ARCH ?= sm_80
 cuda-report: $(VENV)/.test
-	PYTHONPATH=. $(BIN)/python tests/ops/cuda_report.py --arch $(ARCH)
+	PYTHONPATH=. $(BIN)/python tools/cuda_report.py --arch $(ARCH)
 
 # For a machine with a GPU: builds for it, tests, sanitizes and measures, with what is installed there.
 gpu-check:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 wheel: $(VENV)/.torch
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
