@@ -171,7 +171,7 @@ struct DeviceScores {
 template <class M, int kRows, int kKeys, int kThreads>
 __device__ __forceinline__ bool mask_is_shut(const DeviceScores& scores, M shut, int first_row,
                                              int rows, int first_key, int keys) {
-  constexpr int kStep = kThreads / kKeys;  // a thread looks at one key and every so-manieth row
+  constexpr int kStep = kThreads / kKeys;  // a thread looks at one key and every kStep-th row
   constexpr int kBatch = kRows / kStep < 8 ? kRows / kStep : 8;
   static_assert(kThreads % kKeys == 0 && kRows % (kStep * kBatch) == 0, "warps stay together");
   const int key = int(threadIdx.x) % kKeys, last = keys > key ? rows : 0;
