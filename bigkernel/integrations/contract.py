@@ -116,6 +116,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         *_needs(
             "transformers.trainer.Trainer",
             call_model_init="(self, trial=None)",
+            compute_loss="(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
             create_optimizer="(self, model=None)",
             evaluation_loop=(
                 "(self, dataloader, description, prediction_loss_only=None, "
@@ -161,6 +162,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         ),
         *_needs(
             "transformers.trainer.Trainer",
+            compute_loss_func=_INSTANCE,
+            label_smoother=_INSTANCE,
             _tr_loss=_INSTANCE,
             _total_loss_scalar=_INSTANCE,
             _globalstep_last_logged=_INSTANCE,

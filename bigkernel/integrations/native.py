@@ -16,23 +16,26 @@ SMALLEST = {
     "glu": 1 << 18,
     "rope": 0,
     "cross_entropy": 1 << 18,
+    "linear_cross_entropy": 1 << 18,  # of the logits
 }
 # Ops that are faster inside torch.compile too; it makes one loop of a norm or a gated unit itself.
-COMPILED = frozenset({"rope", "cross_entropy"})
+COMPILED = frozenset({"rope", "cross_entropy", "linear_cross_entropy"})
 _FUNCTIONS = {
     "rms_norm": "norm_fwd",
     "layer_norm": "norm_fwd",
     "glu": "glu_fwd",
     "rope": "rope_fwd",
     "cross_entropy": "cross_entropy_fwd",
+    "linear_cross_entropy": "linear_cross_entropy_fwd",
 }
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def takes(op: str, *tensors: Tensor | None) -> bool:
+def takes(op: str, *tensors: Tensor | None, size: int | None = None) -> bool:
     """Whether ``op`` is to be used on these tensors: natively, and where that is faster.
 
-    A backend that was chosen by hand (`use_backend`) is obeyed.
+    size: how large the call is, where the first tensor does not say. A backend that was chosen by
+    hand (`use_backend`) is obeyed.
     """
     first = tensors[0]
     assert first is not None
@@ -46,9 +49,8 @@ def takes(op: str, *tensors: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling() and op not in COMPILED:
         return False
-    return (
-        _library.kernels.get((_FUNCTIONS[op], device.type), False) and first.numel() >= SMALLEST[op]
-    )
+    size = first.numel() if size is None else size
+    return _library.kernels.get((_FUNCTIONS[op], device.type), False) and size >= SMALLEST[op]
 
 
 def why_not(op: str, module: nn.Module) -> str | None:
