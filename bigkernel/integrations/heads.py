@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from transformers import PreTrainedModel
 
@@ -37,7 +38,9 @@ OP = "linear_cross_entropy"
 SKIP = "skip_logits"  # the argument's name is that of transformers' Trainer for Liger's kernels
 _SETTING = "_bigkernel_skips_logits"
 _MARK = "_bigkernel_head"
-_HEAD, _CAP, _LOSS, _SKIPS = (f"_bigkernel_{name}" for name in ("head", "cap", "loss", "skips"))
+_HEAD, _CAP, _LOSS, _TORCHS, _SKIPS = (
+    f"_bigkernel_{name}" for name in ("head", "cap", "loss", "torchs_loss", "skips")
+)
 _HELD = "_bigkernel_skip"
 
 
@@ -160,10 +163,22 @@ def _loss(function: Any, logits: Any, *arguments: Any, **options: Any) -> Any:
     """``function(logits, ..)``, a loss."""
     if not isinstance(logits, Logits):
         return function(logits, *arguments, **options)
-    made = loss.of_linear(
-        function, logits.hidden, logits.linear, logits.softcap, *arguments, **options
-    )
+    parts = logits.hidden, logits.linear, logits.softcap
+    made = loss.of_linear(function, *parts, *arguments, **options)
     return function(logits.made(), *arguments, **options) if made is None else made
+
+
+def _torchs_loss(function: Any, logits: Any, labels: Any) -> Any:
+    """``function(logits, labels)``, torch's cross-entropy with what it is called with by itself."""
+    # A module that is made where it is called is nothing to ask for its type while compiling.
+    if isinstance(logits, Logits) and (
+        torch.compiler.is_compiling() or type(function) is nn.CrossEntropyLoss
+    ):
+        parts = logits.hidden, logits.linear, logits.softcap
+        made = loss.of_linear(F.cross_entropy, *parts, labels)
+        if made is not None:
+            return made
+    return function(logits.made() if isinstance(logits, Logits) else logits, labels)
 
 
 # Heads
@@ -239,8 +254,9 @@ def _find(module: Any) -> tuple[str | None, str] | None:
     cls = original_class(module)
     used = names_in(cls)
     asks = "loss_function" in used and loss.is_known(module.loss_function)
+    own = inspect.unwrap(cls.forward).__globals__.get("CrossEntropyLoss") is nn.CrossEntropyLoss
     linear = module.get_output_embeddings()
-    if linear is None or not (asks or "CrossEntropyLoss" in used):
+    if linear is None or not (asks or (own and "CrossEntropyLoss" in used)):
         return None
     reason = why_no_subclass(module)
     if reason is not None:
@@ -262,7 +278,7 @@ def _find(module: Any) -> tuple[str | None, str] | None:
 def subclass(base: Any, head: str) -> dict[str, Any]:
     definition, function = read(base.forward)
     rewritten = _Rewrite(definition, head).definition
-    names = {_HEAD: _head, _CAP: _capped, _LOSS: _loss, _SKIPS: _skips}
+    names = {_HEAD: _head, _CAP: _capped, _LOSS: _loss, _TORCHS: _torchs_loss, _SKIPS: _skips}
     forward = compile_again(rewritten, function, names)
     forward.__doc__ = base.forward.__doc__
     return {
@@ -300,9 +316,7 @@ class _Rewrite(ast.NodeTransformer):
             for n in ast.walk(self.definition)
             if isinstance(n, ast.Assign)
             and isinstance(n.targets[0], ast.Name)
-            and isinstance(n.value, ast.Call)
-            and isinstance(n.value.func, ast.Name)
-            and n.value.func.id == "CrossEntropyLoss"
+            and ast.unparse(n.value) in _TORCHS_LOSSES
         }
         self.visit(self.definition)
         self.known = self.losses == 1 and uses == set(map(id, self.seen))
@@ -335,7 +349,7 @@ class _Rewrite(ast.NodeTransformer):
         if not named and _own(node.func) != "loss_function":
             return self.generic_visit(node)
         given = [*node.args[:1], *(k.value for k in node.keywords if k.arg == "logits")]
-        if len(given) != 1:
+        if len(given) != 1 or (named and (len(node.args) != 2 or node.keywords)):
             return self.generic_visit(node)
         if self._is_logits(given[0]):
             self.seen.append(given[0])
@@ -359,7 +373,8 @@ class _Rewrite(ast.NodeTransformer):
         self.losses += 1
         rest = [a for a in node.args if a is not given[0]]
         options = [k for k in node.keywords if k.value is not given[0]]
-        call = ast.Call(ast.Name(_LOSS, ast.Load()), [node.func, given[0], *rest], options)
+        name = _TORCHS if named else _LOSS
+        call = ast.Call(ast.Name(name, ast.Load()), [node.func, given[0], *rest], options)
         return ast.copy_location(call, node)
 
     def visit_Return(self, node: ast.Return) -> Any:
@@ -372,6 +387,7 @@ class _Rewrite(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+_TORCHS_LOSSES = ("CrossEntropyLoss()", "CrossEntropyLoss(ignore_index=-100)")
 _SOFTCAP = """
 if self.config.final_logit_softcapping is not None:
     {logits} = {logits} / self.config.final_logit_softcapping

@@ -124,11 +124,8 @@ def of_linear(
 
 def _rows(function: Any, *given: Any, **more: Any) -> tuple[Any, int | None, Any, int] | None:
     """(labels as they belong to the rows, classes, items, ignore_index) of a loss's arguments."""
-    if type(function) is nn.CrossEntropyLoss:
-        plain = function.weight is None and function.label_smoothing == 0
-        if not plain or function.reduction != "mean" or len(given) != 1 or more:
-            return None
-        return given[0], None, None, function.ignore_index
+    if function is F.cross_entropy:
+        return given[0], None, None, -100
     if function in (loss_utils.ForCausalLMLoss, causal_lm_loss):
         return _shifted(*given, **more)
     return _standing(*given, **more) if is_known(function) else None
