@@ -213,12 +213,12 @@ def test_a_call_without_logits_makes_none_even_where_torch_computes_it(calls, mo
     """So that what a script sees does not hang on sizes or devices."""
     model, given = patched(build("llama")), batch()
     expected = model(**given)
-    monkeypatch.setitem(native.SMALLEST, "linear_cross_entropy", 33 * VOCAB + 1)
+    monkeypatch.setitem(native.SMALLEST, "linear_cross_entropy", 33 * VOCAB * 4 + 1)
     got = model(**given, skip_logits=True)
     assert got.logits is None
     assert torch.equal(got.loss, expected.loss)
     assert calls == []
-    monkeypatch.setitem(native.SMALLEST, "linear_cross_entropy", 33 * VOCAB)
+    monkeypatch.setitem(native.SMALLEST, "linear_cross_entropy", 33 * VOCAB * 4)
     assert model(**given, skip_logits=True).loss.isfinite()
     assert len(calls) == 1
 

@@ -146,7 +146,8 @@ def _serves(hidden: Any, linear: nn.Linear) -> bool:
     same = hidden.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
     kind = hidden.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    size = hidden.numel() // max(hidden.shape[-1], 1) * weight.shape[0]
+    dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
+    size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
     return (same or cast) and native.takes(OP, hidden, weight, bias, size=size)
 
 
