@@ -35,8 +35,8 @@ _PLAIN = (Tensor, nn.Parameter)
 def takes(op: str, *tensors: Tensor | None, size: int | None = None) -> bool:
     """Whether ``op`` is to be used on these tensors: natively, and where that is faster.
 
-    size: how large the call is, where the first tensor's elements do not say. A backend that was chosen by
-    hand (`use_backend`) is obeyed.
+    size: how large the call is, where it is not the number of the first tensor's elements. A
+    backend that was chosen by hand (`use_backend`) is obeyed.
     """
     first = tensors[0]
     assert first is not None
