@@ -563,8 +563,8 @@ def test_other_models_are_not_asked_to_skip(tmp_path, calls):
             return self.inside(input_ids, attention_mask=attention_mask, labels=labels)
 
     class Taught(bigkernel.Trainer):
-        def compute_loss(self, model, inputs, *arguments, **options):
-            return super().compute_loss(Around(), inputs, *arguments, **options)
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(Around(), inputs), {}
 
     trainer_of(tmp_path, model=Around()).train()
     assert trainer_of(tmp_path, kind=Taught).evaluate()["eval_loss"] > 0
