@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -69,6 +69,12 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 build: $(VENV)/.test
 	@$(BUILD_EXT) >build.log 2>&1 || { tail -40 build.log; exit 1; }
 	@grep '^bigkernel:' build.log
+
+# build/compile_commands.json, with which an editor opens each file of csrc as setup.py compiles it.
+# ISA=avx512 shows the bodies of the CPU kernels as they are for AVX-512.
+ISA ?= portable
+compile-commands: $(VENV)/.test
+	$(BIN)/python tools/compile_commands.py $(ISA)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -131,11 +137,11 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 # that we build for, makes the record in benchmarks/results; fewer are written to build/cuda-report.
 ARCH ?= sm_80
 cuda-report: $(VENV)/.test
-	PYTHONPATH=. $(BIN)/python tests/ops/cuda_report.py --arch $(ARCH)
+	PYTHONPATH=. $(BIN)/python tools/cuda_report.py --arch $(ARCH)
 
 # For a machine with a GPU: builds for it, tests, sanitizes and measures, with what is installed there.
 gpu-check:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 wheel: $(VENV)/.torch
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
@@ -19,6 +21,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 __doc__ += runpy.run_path(str(ROOT / "bigkernel" / "environment.py"))["as_text"]("build")
 DEVELOPER_ARCHS = "8.0;9.0+PTX"
+OLDEST = 80  # the generation of GPUs that kernels are for unless their file names another
 ALL_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX for those to come
 
 # The stable ABI's version that the binary asks for; any torch from 2.11 on loads it.
@@ -133,12 +136,70 @@ def write_headers() -> None:
     write_if_changed(ROOT / "csrc" / "augment" / "codes.h", table["header"]())
 
 
-def names_of_archs(flags: list[str]) -> str:
-    """What nvcc is told to compile for: "sm_80, sm_90, PTX for sm_90"."""
+def codes_of(flags: Sequence[str]) -> set[tuple[bool, str]]:
+    """What nvcc is told to compile for: (False, "80") machine code, (True, "90") PTX."""
     codes = [re.fullmatch(r"-gencode=arch=\w+,code=(sm|compute)_(\w+)", f) for f in flags]
-    found = {(code[1] == "compute", code[2]) for code in codes if code}
+    return {(code[1] == "compute", code[2]) for code in codes if code}
+
+
+def names_of_archs(flags: Sequence[str]) -> str:
+    """The same in words: "sm_80, sm_90, PTX for sm_90"."""
+    found = codes_of(flags)
     ordered = sorted(found, key=lambda x: (x[0], int(re.sub(r"\D", "", x[1])), x[1]))
     return ", ".join(f"PTX for sm_{arch}" if ptx else f"sm_{arch}" for ptx, arch in ordered)
+
+
+def generation_of(source: str) -> int:
+    """The GPUs that a file is for: 90 of ``sm90_fwd.cu``; the oldest of all where it names none."""
+    named = re.fullmatch(r"sm(\d+)_\w+\.cu", Path(source).name)
+    return int(named[1]) if named else OLDEST
+
+
+def flags_of_generation(generation: int, flags: Sequence[str]) -> tuple[str, ...]:
+    """Those of nvcc's flags for architectures that kernels of a generation are compiled with.
+
+    What sm_80 has, all later ones have too. Each of these has instructions that the next one lacks
+    again: sm90's kernels are compiled for sm_90a alone, if sm_90 is wanted at all, and without PTX,
+    which no other GPU could take.
+    """
+    number = {flag: int(re.sub(r"\D", "", a)) for flag in flags for _, a in codes_of([flag])}
+    if generation == OLDEST:
+        return tuple(flag for flag in flags if number.get(flag, generation) >= generation)
+    own = f"{generation}a"
+    wanted = generation in number.values()
+    return (f"-gencode=arch=compute_{own},code=sm_{own}",) if wanted else ()
+
+
+def choose_generations(files: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The CUDA files that are compiled, and what says to the others which later ones are there.
+
+    Kernels of a later generation are left out where its architecture is not wanted: a plan that
+    may take those of sm90 asks ``#ifdef BIGKERNEL_SM90``.
+    """
+    there = {g for g in map(generation_of, files) if flags_of_generation(g, flags)}
+    if OLDEST not in there:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST must have compute capability {OLDEST / 10} or later, which the "
+            f"CUDA kernels need, got {os.environ.get('TORCH_CUDA_ARCH_LIST')!r}. "
+            "BIGKERNEL_CUDA=0 builds for the CPU only."
+        )
+    defines = [f"-DBIGKERNEL_SM{generation}" for generation in sorted(there - {OLDEST})]
+    return [file for file in files if generation_of(file) in there], defines
+
+
+def compile_by_generation(compiler: Callable[..., list[str]], flags: Sequence[str]) -> Any:
+    """The compiler's ``compile``, once for each generation: it gives all files the same flags."""
+
+    def compile_groups(sources: list[str], *args: Any, **options: Any) -> list[str]:
+        given, objects = options.pop("extra_postargs"), []
+        for generation in sorted({*map(generation_of, sources)}):
+            group = [source for source in sources if generation_of(source) == generation]
+            archs = flags_of_generation(generation, flags)
+            postargs = {**given, "nvcc": [*given["nvcc"], *archs]}
+            objects += compiler(group, *args, extra_postargs=postargs, **options)
+        return objects
+
+    return compile_groups
 
 
 def count_kernels(objects: dict[str, list[Path]]) -> Counter[str]:
@@ -153,6 +214,7 @@ def count_kernels(objects: dict[str, list[Path]]) -> Counter[str]:
 
 
 def extension() -> Extension:
+    """bigkernel._C: what it is made of, and how."""
     import pybind11
     import torch
     from torch.utils import cpp_extension
@@ -205,7 +267,7 @@ def extension() -> Extension:
         target = target if os.path.isdir(target) else found[0]
         include.append(f"{target}/include")
     if toolkit is not None:
-        sources += relative("csrc/*/cuda.cpp") + relative("csrc/*/*.cu")
+        sources += relative("csrc/*/cuda.cpp")
         cpp_extension.CUDA_HOME = toolkit[0]
         if torch.version.cuda is None:
             cpp_extension._check_cuda_version = lambda *_: None
@@ -214,7 +276,14 @@ def extension() -> Extension:
             os.environ["TORCH_CUDA_ARCH_LIST"] = ALL_ARCHS
         elif not wanted and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = DEVELOPER_ARCHS
-        archs = names_of_archs(cpp_extension._get_cuda_arch_flags())
+        arch_flags = cpp_extension._get_cuda_arch_flags()
+        kernels, defines = choose_generations(relative("csrc/*/*.cu"), arch_flags)
+        sources += kernels
+        nvcc += defines
+        compiled = {
+            f for file in kernels for f in flags_of_generation(generation_of(file), arch_flags)
+        }
+        archs = names_of_archs(sorted(compiled))
         print(
             f"bigkernel: building for CPU and CUDA (toolkit {toolkit[1]} in {toolkit[0]}; {archs})"
         )
@@ -265,6 +334,8 @@ class BuildPython(build_py):
 
 
 class BuildPurePython(BuildPython):
+    """The same of a package without compiled kernels."""
+
     native = False
 
 
@@ -283,6 +354,16 @@ else:
         ) from error
 
     class Build(BuildExtension):
+        """Gives each CUDA file its architectures, and counts the kernels that were compiled."""
+
+        def build_extension(self, ext: Extension) -> None:
+            if any(source.endswith(".cu") for source in ext.sources):
+                from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+                flags = _get_cuda_arch_flags()
+                self.compiler.compile = compile_by_generation(self.compiler.compile, flags)
+            super().build_extension(ext)
+
         def build_extensions(self) -> None:
             super().build_extensions()
             objects: dict[str, list[Path]] = {}

@@ -1,15 +1,16 @@
 """What each replacement of ``bigkernel.patch`` gives: seconds of a training step, on and off.
 
-    python benchmarks/replacements.py [--model llama|tiny] [--vocab N] [--dtype fp32|bf16]
+    python benchmarks/replacements.py [--model llama|tiny] [--vocab N] [--dtype fp32|bf16|default]
                                       [--compile] [--rows ROW..] [--memory]
 
 LLaMA with 16.9M parameters (vocabulary 8192, hidden 384, 6 layers, 6 heads, intermediate 1024),
 batch 4 x 512; "tiny" has 32 hidden, 2 layers, batch 2 x 32: there a call's Python counts most. The
-rows: transformers' Trainer; ours with nothing replaced (our AdamW); then with one replacement
-alone, with all but one, and with all. Rounds alternate; shown are the median over the rounds, the
-fastest, the seconds of the processor in the cheapest step (which other work on the machine hardly
-changes), and the last loss. With --memory, each row in a process of its own: the memory that
-training takes at its peak above what the process held before, parameters and data included.
+dtype "default" leaves bf16 to each Trainer. The rows: transformers' Trainer; ours with nothing
+replaced (our AdamW); then with one replacement alone, with all but one, and with all. Rounds
+alternate; shown are the median over the rounds, the fastest, the seconds of the processor in the
+cheapest step (which other work on the machine hardly changes), and the last loss. With --memory,
+each row in a process of its own: the memory that training takes at its peak above what the process
+held before, parameters and data included.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class _Clock(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SIZES, default="llama")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "default"], default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0)
@@ -91,7 +92,7 @@ def main() -> None:
             "max_steps": steps + 2,
             "per_device_train_batch_size": batch,
             "use_cpu": True,
-            "bf16": given.dtype == "bf16",
+            **({} if given.dtype == "default" else {"bf16": given.dtype == "bf16"}),
             "torch_compile": given.compile,
             "save_strategy": "no",
             "logging_steps": steps + 2,

@@ -1,7 +1,7 @@
-"""While the ``bigkernel`` command still loads torch: a line that says so, and an exit code, no
-traceback, where a signal comes.
+"""What the ``bigkernel`` command says while it still loads torch.
 
-Imported before everything else; does nothing in any other program.
+A line that it does so, and where a signal comes an exit code, no traceback. Imported before
+everything else; does nothing in any other program.
 """
 
 import os

@@ -132,8 +132,9 @@ def _fall_back(op: str, why: str) -> None:
 
 
 def _level_of_caller() -> int:
-    """The stack level, as `_fall_back` counts, of the first frame outside this package and torch,
-    whose modules and decorators stand between a caller and a transform or an optimizer's step.
+    """The stack level, as `_fall_back` counts, of the first frame outside this package and torch.
+
+    Torch's modules and decorators stand between a caller and a transform or an optimizer's step.
     """
     inner = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
     level, frame = 1, sys._getframe(1)

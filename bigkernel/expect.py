@@ -6,18 +6,20 @@
     expect.device("k", k, q.device, "q")
     expect(dim > 0, "k's head dim", "positive", dim)
 
-and raises the sentence of ``errors.py`` where an argument is otherwise. Ops are called hundreds of
+and raises one sentence where an argument is otherwise. Ops are called hundreds of
 times in a step: what takes time to say is put together only where it is said, by ``raise
 expect.error(...)`` where no other word fits.
 """
 
 from collections.abc import Container, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bigkernel.errors import BadArgument, sentence
+from bigkernel.errors import BadArgument
 
+T = TypeVar("T")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATING_NAMES = "float16, bfloat16, float32 or float64"
 TO_FLOAT = "Convert it with .to(torch.float32)"
@@ -40,11 +42,12 @@ class Expect:
         argument: str,
         expected: str,
         got: object,
-        mend: str = "",
+        fix: str = "",
         cls: type[Exception] = BadArgument,
     ) -> Exception:
-        """What to raise: which argument, what was expected, what was given, how to mend it."""
-        return cls(sentence(self.function, argument, expected, got, mend))
+        """What to raise: which argument, what was expected, what was given, how to fix it."""
+        hint = f" {fix.rstrip('.')}." if fix else ""
+        return cls(f"bigkernel.{self.function}: {argument} must be {expected}, got {got}.{hint}")
 
     def __call__(
         self,
@@ -52,16 +55,29 @@ class Expect:
         argument: str,
         expected: str,
         got: object,
-        mend: str = "",
+        fix: str = "",
         cls: type[Exception] = BadArgument,
     ) -> None:
         if not condition:
-            raise self.error(argument, expected, got, mend, cls)
+            raise self.error(argument, expected, got, fix, cls)
 
-    def tensor(self, name: str, x: object, mend: str = "") -> Tensor:
+    def kind(
+        self,
+        name: str,
+        x: object,
+        kinds: type[T] | tuple[type[T], ...],
+        expected: str,
+        fix: str = "",
+    ) -> T:
+        """``x``, which is of one of the classes."""
+        if not isinstance(x, kinds):
+            raise self.error(name, expected, type(x).__name__, fix, TypeError)
+        return x
+
+    def tensor(self, name: str, x: object, fix: str = "") -> Tensor:
         """``x``, which is a tensor."""
         if not isinstance(x, Tensor):
-            raise self.error(name, "a tensor", type(x).__name__, mend, TypeError)
+            raise self.error(name, "a tensor", type(x).__name__, fix, TypeError)
         return x
 
     def dense(
@@ -69,14 +85,14 @@ class Expect:
         name: str,
         x: Tensor,
         expected: str = "a dense tensor",
-        mend: str = "Convert it with .to_dense()",
+        fix: str = "Convert it with .to_dense()",
         cls: type[Exception] = TypeError,
     ) -> None:
         """Not sparse, and not one of mkldnn's."""
         if x.layout is not torch.strided:
-            raise self.error(name, expected, x.layout, mend, cls)
+            raise self.error(name, expected, x.layout, fix, cls)
 
-    def meaning(self, name: str, x: Tensor, mend: str = "") -> None:
+    def meaning(self, name: str, x: Tensor, fix: str = "") -> None:
         """No subclass with a ``__torch_function__`` of its own: anything may stand in its data.
 
         Those with ``__torch_dispatch__`` alone (FakeTensor, wrappers) see the operator themselves.
@@ -88,7 +104,7 @@ class Expect:
         if getattr(function, "__func__", function) not in _DEFAULTS:
             got = f"a {kind.__name__}, whose data alone may not say what it means"
             usual = "Convert it with .as_subclass(torch.Tensor), if its data is all there is to it"
-            raise self.error(name, "a plain tensor", got, mend or usual, TypeError)
+            raise self.error(name, "a plain tensor", got, fix or usual, TypeError)
 
     def dtype(
         self,
@@ -96,11 +112,11 @@ class Expect:
         x: Tensor,
         allowed: Container[torch.dtype],
         expected: str,
-        mend: str = "",
+        fix: str = "",
         cls: type[Exception] = TypeError,
     ) -> None:
         if x.dtype not in allowed:
-            raise self.error(name, expected, x.dtype, mend, cls)
+            raise self.error(name, expected, x.dtype, fix, cls)
 
     def device(self, name: str, x: Tensor, device: torch.device, whose: str = "") -> None:
         """``whose`` names the argument that ``device`` is of."""
@@ -114,10 +130,10 @@ class Expect:
             raise self.error(name, f"of {other}'s dtype, {y.dtype}", x.dtype, cls=TypeError)
         self.device(name, x, y.device, other)
 
-    def rank(self, name: str, x: Tensor, rank: int, expected: str, mend: str = "") -> None:
+    def rank(self, name: str, x: Tensor, rank: int, expected: str, fix: str = "") -> None:
         """``expected`` names the dimensions: "[N, C, H, W]"."""
         if x.dim() != rank:
-            raise self.error(name, expected, shape_of(x), mend)
+            raise self.error(name, expected, shape_of(x), fix)
 
     def shape(self, name: str, x: Tensor, *shapes: Sequence[int], of: str = "shape") -> None:
         """One of ``shapes``, which ``of`` may explain: "x's shape"."""
@@ -147,8 +163,8 @@ class Expect:
                 raise self.error(name, "a tensor", type(x).__name__, cls=TypeError)
             if x.is_nested or x.layout is not torch.strided:
                 got = "a nested one" if x.is_nested else x.layout
-                mend = "Convert it with .to_dense()"
-                raise self.error(name, "a dense tensor", got, mend, TypeError)
+                fix = "Convert it with .to_dense()"
+                raise self.error(name, "a dense tensor", got, fix, TypeError)
             self.meaning(name, x)
             if x.dtype not in FLOATING:
                 raise self.error(name, FLOATING_NAMES, x.dtype, TO_FLOAT, TypeError)

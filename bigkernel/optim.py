@@ -153,9 +153,9 @@ class Adam(Optimizer):
         try:
             _check_options(expect, group)
             for key in _OWN_SETTINGS:
-                mend = "Give it to the optimizer: it holds for all groups"
+                fix = "Give it to the optimizer: it holds for all groups"
                 given = group.get(key, "none")
-                expect(key not in group, f"{key} of a group", "left out", given, mend)
+                expect(key not in group, f"{key} of a group", "left out", given, fix)
             for i, p in enumerate(group["params"]):
                 what = f"params[{i}] of group {len(self.param_groups) - 1}"
                 expected = "float32, bfloat16, float16, float64, complex or float8 with a sign"
@@ -245,8 +245,8 @@ class Adam(Optimizer):
                     what = "what a step compiled with fullgraph=True updates"
                     expected = "dense, real, not sharded, and on one device a group"
                     got = "other parameters or gradients"
-                    mend = "Compile without fullgraph, or leave the step out"
-                    raise self._expect.error(what, expected, got, mend, RuntimeError)
+                    fix = "Compile without fullgraph, or leave the step out"
+                    raise self._expect.error(what, expected, got, fix, RuntimeError)
                 work.add_one_by_one(options, lists)
         return work
 
@@ -337,9 +337,9 @@ class Adam(Optimizer):
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         expected = f"for groups of {sizes} parameters"
-        mend = "build the optimizer with the groups that it was saved with"
+        fix = "build the optimizer with the groups that it was saved with"
         fits = sizes == saved_sizes
-        self._expect(fits, "the loaded state_dict", expected, saved_sizes, mend)
+        self._expect(fits, "the loaded state_dict", expected, saved_sizes, fix)
         parameter_of = dict(
             zip(
                 chain.from_iterable(group["params"] for group in saved_groups),
@@ -368,8 +368,8 @@ class Adam(Optimizer):
             what = f"the state of parameter {number} in the loaded state_dict"
             expected = f"of an Adam, with step, {' and '.join(MOMENTS[:2])}"
             got = ", ".join(map(str, saved))
-            mend = "another kind of optimizer's state cannot be gone on with"
-            raise self._expect.error(what, expected, got, mend)
+            fix = "the state of another kind of optimizer cannot be continued"
+            raise self._expect.error(what, expected, got, fix)
         for key, value in saved.items():
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32, device=p.device)
@@ -507,15 +507,16 @@ class _Work:
                 here.masters.append(tensors[-1])
 
     def unwrap(self, tensors: list[Tensor]) -> list[Tensor]:
-        """A parameter, its gradient and its state as plain real tensors: this rank's part of
-        DTensors, and the real view of complex ones.
+        """A parameter, its gradient and its state as plain real tensors.
+
+        This rank's part of DTensors, and the real view of complex ones.
         """
         from torch.distributed.tensor import DTensor
 
         param, grad = tensors[0], tensors[1]
         what = f"the gradient of a parameter of shape {tuple(param.shape)}"
-        mend = "use torch.optim.SparseAdam for it, or Embedding(sparse=False)"
-        self.expect.dense(what, grad, "dense", mend, RuntimeError)
+        fix = "use torch.optim.SparseAdam for it, or Embedding(sparse=False)"
+        self.expect.dense(what, grad, "dense", fix, RuntimeError)
         if isinstance(param, DTensor) and isinstance(grad, DTensor):
             if grad.placements != param.placements:
                 grad = grad.redistribute(param.device_mesh, param.placements)
@@ -593,8 +594,8 @@ def _check_types(expect: Expect, options: dict[str, Any]) -> None:
         _number(expect, f"betas[{i}]", beta)
     for key, none in _FLAGS.items():
         _check_flag(expect, key, options[key], none)
-    mend = "torch.optim's own optimizers can be differentiated through"
-    expect(not options["differentiable"], "differentiable", "False", True, mend)
+    fix = "torch.optim's own optimizers can be differentiated through"
+    expect(not options["differentiable"], "differentiable", "False", True, fix)
 
 
 def _check_options(expect: Expect, options: dict[str, Any]) -> None:

@@ -35,6 +35,18 @@ class Function(NamedTuple):
     autograd: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None = None
 
 
+class InModels(NamedTuple):
+    """When a module of a patched model uses a function of an op, and not the torch code it has.
+
+    smallest: from how many elements of its first tensor on it is faster: below, its call costs more
+    in Python than it saves (`benchmarks/replacements.py`). compiled: it is faster inside
+    torch.compile too, which makes one loop of a norm or a gated unit itself.
+    """
+
+    smallest: int
+    compiled: bool = False
+
+
 @dataclass(frozen=True)
 class Op:
     """What an op says of itself.
@@ -43,7 +55,8 @@ class Op:
         noun: its name in every room: ``bigkernel/ops/<noun>``, ``csrc/<noun>``,
             ``tests/ops/test_<noun>.py``, ``bigkernel/bench/<noun>.py``.
         title: what it is, for tables in the documentation.
-        functions: its operators; none if it is composed of torch's and other ops.
+        functions: its operators, forward first; none if it is composed of torch's and other ops.
+        in_models: what ``bigkernel.patch`` puts into models, by the names of public functions.
         absent: the levels that it does without, each with the reason.
         dtypes: what the native kernels take.
         limits: what else they take only, for tables ("head dims to 256").
@@ -58,6 +71,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES
     limits: str = ""
     limit: Callable[[Sequence[Tensor]], str | None] | None = None
+    in_models: Mapping[str, InModels] = field(default_factory=dict)
 
     def why_not_native(self, tensors: Sequence[Tensor]) -> str | None:
         """Why no native kernel can take these tensors, wherever they are; None if one can."""

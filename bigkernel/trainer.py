@@ -40,7 +40,7 @@ with needs("train", "bigkernel.Trainer"):
         is_progress_bar_enabled,
     )
 
-from bigkernel import checkpoint
+from bigkernel import checkpoint, precision
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.integrations import contract, heads
@@ -51,12 +51,28 @@ from bigkernel.optim import Adam, AdamW
 from bigkernel.run_lock import RunLockedError, writing_to
 
 STATE_FILE = "bigkernel_state.json"
+_DTYPE = {False: "float32", True: "bfloat16"}
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments, and switches for what bigkernel changes (all on)."""
+    """transformers' arguments, and switches for what bigkernel changes (all on).
 
+    ``bf16=None``, the default, leaves it to the Trainer: training steps of a transformers model
+    that is in float32 and wide enough compute in bfloat16 (autocast) where the processor or GPU
+    multiplies it clearly faster (:func:`bigkernel.precision.bf16_pays`). Weights, gradients,
+    optimizer, evaluation and what is saved stay float32. True and False are obeyed as ever; with
+    fp16, DeepSpeed, FSDP, ``accelerate launch`` or a loss of one's own, None is False.
+    """
+
+    # Not "bool | None": for that, HfArgumentParser no longer takes "--bf16" without a value.
+    bf16: bool = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Compute in bfloat16 (autocast): true, false, or by default where training "
+            "steps are faster so."
+        },
+    )
     use_bigkernel_attention: bool = field(
         default=True, metadata={"help": "Use bigkernel's attention where the model allows it."}
     )
@@ -82,6 +98,13 @@ class TrainingArguments(transformers.TrainingArguments):
     announce: bool = field(
         default=True, metadata={"help": "Print what bigkernel replaced and what it could not."}
     )
+
+    def __post_init__(self) -> None:
+        # Each of these decides on the precision itself.
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        if self.bf16 is None and (self.fp16 or self.deepspeed or self.fsdp or launched):
+            self.bf16 = False
+        super().__post_init__()
 
 
 class Trainer(transformers.Trainer):
@@ -126,6 +149,8 @@ class Trainer(transformers.Trainer):
         self._saved_step: int | None = None
         self._resumed_losses: dict[str, float] | None = None
         self._clipping_paused: tuple[Adam, float | None] | None = None
+        self._steps_in_bf16 = False
+        self._steps_were_in_bf16: bool | None = None
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
 
@@ -256,6 +281,7 @@ class Trainer(transformers.Trainer):
         if not self._has_begun:
             self._has_begun = True
             self._check_before_first_step()
+            self._choose_precision()
             self._continue_losses()
         if self._evaluation_due:
             self._make_up_evaluation(**kwargs)
@@ -265,6 +291,38 @@ class Trainer(transformers.Trainer):
             return
         shield_workers(kwargs.get("train_dataloader"), self._stop_request)
         super()._run_epoch(*args, **kwargs)
+
+    def _choose_precision(self) -> None:
+        """Let training steps compute in bfloat16 where the arguments leave it open and it pays."""
+        model: Any = self._module()
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+        self._steps_in_bf16 = (
+            self.args.bf16 is None
+            # A loss of one's own may use what float32 alone has.
+            and type(self).compute_loss is super(Trainer, Trainer).compute_loss
+            and self.compute_loss_func is None
+            and isinstance(base, transformers.PreTrainedModel)
+            and precision.bf16_pays(model, self.args.device)
+        )
+        before, now = self._steps_were_in_bf16, self._steps_in_bf16
+        if before not in (None, now) and self.is_world_process_zero():
+            checkpoint.notify(
+                f"the run computed in {_DTYPE[not now]} and goes on in {_DTYPE[now]}, since bf16 "
+                "is None and the machine or the model is another; bf16=True or False decides."
+            )
+        if now and self._announces():
+            print(
+                "bigkernel: training steps compute in bfloat16, which is faster here; weights, "
+                "optimizer and evaluation stay float32 (bf16=False: everything)"
+            )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """As transformers', and bfloat16 in training steps where it was chosen."""
+        if self._steps_in_bf16 and self._in_training_step:
+            return torch.autocast(
+                self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled
+            )
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def _continue_losses(self) -> None:
         """Put back the losses summed since the last log, which transformers starts from zero."""
@@ -322,7 +380,7 @@ class Trainer(transformers.Trainer):
         return NonFiniteLossError(f"{found}, and {where}. {advice}", step, last)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', without touching the random numbers that training goes on with."""
+        """As transformers', without touching the random numbers that training continues with."""
         shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
         with same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)
@@ -587,6 +645,7 @@ class Trainer(transformers.Trainer):
             "step_of_last_log": self._globalstep_last_logged,
             "augmentation": self._batch_augmentation.state_dict(),
             "evaluation_due": self._evaluation_due,
+            "steps_in_bf16": self._steps_in_bf16 if self.args.bf16 is None else None,
         }
 
     def _load_own_state(self, folder: Path) -> dict[str, float] | None:
@@ -596,6 +655,8 @@ class Trainer(transformers.Trainer):
         state = json.loads(file.read_text())
         self._batch_augmentation.load_state_dict(state["augmentation"])
         self._evaluation_due = bool(state.get("evaluation_due", False))
+        if self.args.bf16 is None:
+            self._steps_were_in_bf16 = state.get("steps_in_bf16")
         return {"sum": state["loss_since_log"], "step": state["step_of_last_log"]}
 
     def _run_folder(self) -> Path:

@@ -295,6 +295,7 @@ def parts() -> str:
     wide = RIGHT - LEFT
     layers = [
         ("Command line", "bigkernel train, generate, evaluate, bench", "box"),
+        ("recipes", "from data to a trained model, in Python", "box"),
         ("Trainer", "transformers' own, with what is below inside", "box"),
     ]
     for i, (name, words, fill) in enumerate(layers):
@@ -307,12 +308,12 @@ def parts() -> str:
         [("attention", "torch's SDPA"), ("optim", "torch's AdamW"), ("transforms", "torchvision's")]
     ):
         x = LEFT + k * (third + 6)
-        pen.rect(x, 166, third, 54, "soft", "ours")
-        pen.text(x + 8, 189, name, 15, bold=True)
-        pen.text(x + 8, 209, words, 13, "dim")
-    pen.rect(LEFT, 228, wide, 54, "box", "line")
-    pen.text(LEFT + 12, 251, "Kernels", 15, bold=True)
-    pen.text(LEFT + 12, 271, "CPU, CUDA, and plain PyTorch for the rest", 13.5, "dim")
+        pen.rect(x, 228, third, 54, "soft", "ours")
+        pen.text(x + 8, 251, name, 15, bold=True)
+        pen.text(x + 8, 271, words, 13, "dim")
+    pen.rect(LEFT, 290, wide, 54, "box", "line")
+    pen.text(LEFT + 12, 313, "Kernels", 15, bold=True)
+    pen.text(LEFT + 12, 333, "CPU, CUDA, and plain PyTorch for the rest", 13.5, "dim")
     return pen.svg()
 
 

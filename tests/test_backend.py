@@ -117,6 +117,35 @@ def test_explain_knows_the_widest_head_dim():
     assert text.startswith("attention: torch, because head dim 300 is above")
 
 
+@pytest.mark.skipif("amx" not in bigkernel.cpu_isas(), reason="no AMX")
+def test_amx_is_avx512_where_it_has_no_products():
+    """Hence tests/conftest.py runs under AMX only what multiplies bf16 in attention."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 64)
+    image = torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8)
+
+    def results() -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(x[0, 0].clone())
+        weight.grad = x[0, 1].clone()
+        bigkernel.optim.AdamW([weight]).step()
+        half = x.half()
+        return [
+            weight.detach(),
+            bigkernel.scaled_dot_product_attention(x, x, x, is_causal=True),
+            bigkernel.scaled_dot_product_attention(half, half, half),
+            bigkernel.ops.rms_norm(x.bfloat16(), x[0, 0, 0].bfloat16()),
+            bigkernel.ops.glu(x, x),
+            bigkernel.ops.cross_entropy(x[0, 0], torch.arange(40)),
+            bigkernel.transforms.Normalize([0.5], [0.5])(image.float()),
+        ]
+
+    of_each = []
+    for isa in ("amx", "avx512"):
+        with bigkernel.use_cpu_isa(isa):
+            of_each.append(results())
+    assert all(torch.equal(*pair) for pair in zip(*of_each, strict=True))
+
+
 def test_select_traces_without_a_graph_break():
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))

@@ -155,7 +155,7 @@ def test_case_is_checked_and_native(op, case):
 
 
 @needs_native
-@pytest.mark.parametrize("case", cases_of("train", small=True), ids=["text", "images"])
+@pytest.mark.parametrize("case", cases_of("train", small=True), ids=lambda case: case.name)
 def test_trainers_agree_and_report_their_own_time(case):
     got = run_case(case, ONCE)
     assert set(got.timings) | set(got.skipped) == set(case.competitors)

@@ -1,11 +1,16 @@
 """setup.py's choices: native or not, CUDA or not, and what it says about them."""
 
 import importlib.util
+import json
 import os
+import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch.utils import cpp_extension
@@ -13,6 +18,9 @@ from torch.utils import cpp_extension
 from bigkernel import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_ninja = pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("c++")), reason="no ninja or no c++ on the path"
+)
 
 
 def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +110,72 @@ def test_architectures_are_chosen_and_named(wanted, compiled):
     assert f"; {compiled})" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def setup():
+    """setup.py as a module, with nothing set up."""
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, BIGKERNEL_NATIVE="0"):
+        return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def archs(*names: str) -> list[str]:
+    """nvcc's flags for sm_80, PTX for compute_90 ..."""
+    number = re.compile(r"\w+_(\w+)")
+    return [f"-gencode=arch=compute_{number.match(n)[1]},code={n}" for n in names]
+
+
+def test_each_generation_has_its_own_architectures(setup):
+    wanted = archs("sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
+    of = {name: setup["generation_of"](f"csrc/op/{name}.cu")
+          for name in ("fwd", "sm80_fwd", "sm90_fwd", "sm100_fwd")}  # fmt: skip
+    assert of == {"fwd": 80, "sm80_fwd": 80, "sm90_fwd": 90, "sm100_fwd": 100}
+    flags = setup["flags_of_generation"]
+    assert flags(80, wanted) == tuple(wanted)
+    assert flags(80, archs("sm_75", "sm_80")) == tuple(archs("sm_80"))
+    assert flags(90, wanted) == tuple(archs("sm_90a"))
+    assert flags(90, archs("sm_80", "sm_90a")) == tuple(archs("sm_90a"))
+    assert flags(90, archs("sm_80", "sm_100")) == flags(100, wanted) == ()
+
+
+def test_kernels_of_a_generation_that_is_not_wanted_are_left_out(setup):
+    files = ["csrc/op/fwd.cu", "csrc/op/sm80_fwd.cu", "csrc/op/sm90_fwd.cu"]
+    choose = setup["choose_generations"]
+    assert choose(files, archs("sm_80", "sm_90")) == (files, ["-DBIGKERNEL_SM90"])
+    assert choose(files, archs("sm_80")) == (files[:2], [])
+    with pytest.raises(SystemExit, match=r"must have compute capability 8\.0 or later"):
+        choose(files, archs("sm_75"))
+
+
+def test_the_compiler_is_told_the_architectures_of_each_file(setup):
+    calls = []
+
+    def compiler(sources, *, extra_postargs, output_dir):
+        calls.append((sources, extra_postargs, output_dir))
+        return [f"{output_dir}/{source}.o" for source in sources]
+
+    wanted = archs("sm_80", "sm_90", "compute_90")
+    compile_all = setup["compile_by_generation"](compiler, wanted)
+    given = {"cxx": ["-O3"], "nvcc": ["-lineinfo"]}
+    sources = ["op/cpu.cpp", "op/sm90_fwd.cu", "op/sm80_fwd.cu", "op/fwd.cu"]
+    objects = compile_all(sources, extra_postargs=given, output_dir="o")
+    assert sorted(objects) == sorted(f"o/{source}.o" for source in sources)
+    assert calls == [
+        (["op/cpu.cpp", "op/sm80_fwd.cu", "op/fwd.cu"],
+         {"cxx": ["-O3"], "nvcc": ["-lineinfo", *wanted]}, "o"),
+        (["op/sm90_fwd.cu"], {"cxx": ["-O3"], "nvcc": ["-lineinfo", *archs("sm_90a")]}, "o"),
+    ]  # fmt: skip
+    assert given == {"cxx": ["-O3"], "nvcc": ["-lineinfo"]}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+def test_architectures_that_no_kernel_takes_are_refused():
+    done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST must have compute capability 8.0 or later" in done.stderr
+    assert "got '7.5'. BIGKERNEL_CUDA=0 builds for the CPU only." in done.stderr
+    done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5;8.0")
+    assert "; sm_80)" in done.stdout
+
+
 ARM = shutil.which("aarch64-linux-gnu-g++")
 
 
@@ -127,6 +201,49 @@ def test_cpu_sources_compile_for_arm():
     done = subprocess.run([ARM, *options, *map(str, sources)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compile_commands():
+    """The entries of build/compile_commands.json, by their files."""
+    tool = [sys.executable, "tools/compile_commands.py"]
+    environment = {**os.environ, "BIGKERNEL_CUDA": "0"}
+    done = subprocess.run(tool, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((ROOT / "build" / "compile_commands.json").read_text())
+    return {str(Path(entry["file"]).relative_to(ROOT)): entry for entry in entries}
+
+
+@needs_ninja
+def test_editors_are_told_the_flags_of_every_file(compile_commands):
+    native = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    kernels = {name for name in native if re.search(r"/cuda/|/cuda|/sm\d+_|\.cu$", name)}
+    assert {n for n in native - kernels if n.endswith((".h", ".cpp"))} <= set(compile_commands)
+    assert "-ffp-contract=fast" in compile_commands["csrc/norm/cpu.cpp"]["arguments"]
+    assert "-DBK_ISA=amx" in compile_commands["csrc/attention/cpu_amx.h"]["arguments"]
+
+
+# A body, what it includes in the middle of others, the words of all, and the one for AMX.
+FEW = ["norm/cpu_body.h", "attention/cpu_scores.h", "cpu/vec.h", "attention/cpu_amx.h"]
+HEADERS = [f"csrc/{path.parent.name}/{path.name}" for path in sorted(ROOT.glob("csrc/*/*.h"))]
+HEADERS = [name for name in HEADERS if not re.search(r"/cuda/|/cuda|/sm\d+_", name)]
+
+
+@needs_ninja
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(name, marks=() if name.removeprefix("csrc/") in FEW else pytest.mark.slow)
+        for name in HEADERS
+    ],
+)
+def test_a_header_stands_alone(compile_commands, header):
+    if header.endswith("amx.h") and platform.machine() != "x86_64":
+        pytest.skip("AMX is of x86")
+    done = subprocess.run(
+        compile_commands[header]["arguments"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_contradicting_switches_are_refused():

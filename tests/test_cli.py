@@ -591,7 +591,7 @@ def test_surprises_are_one_sentence_too(
     def surprise() -> None:
         raise KeyError("unexpected")
 
-    monkeypatch.setattr("bigkernel.cli.env.report", surprise)
+    monkeypatch.setattr("bigkernel.cli.env.facts", surprise)
     assert main(["env"]) == 1
     assert "KeyError" in sentence_of(capsys.readouterr().err)
     monkeypatch.setenv("BIGKERNEL_TRACEBACK", "1")
@@ -927,17 +927,17 @@ def test_the_card_has_parameters_versions_and_time_and_agrees_with_the_curve(
     assert final[0] == 8
     assert f"{final[1]:.4f}" == figures["loss"]
     assert re.fullmatch(r"32 of \d+ sequences", looked_at)
-    assert "by heart" not in card
+    assert "memorized" not in card
 
 
-def test_a_text_learnt_by_heart_is_called_so() -> None:
+def test_a_memorized_text_is_called_so() -> None:
     records = [{"step": step, "loss": 5.0 / step} for step in range(1, 101)]
-    said = report.learnt_by_heart(records, 8.95)
+    said = report.memorized(records, 8.95)
     assert "0.05 nats" in said
     assert "8.95" in said
-    assert "learnt its training part by heart" in said
-    assert report.learnt_by_heart(records, 0.5) == ""
-    assert report.learnt_by_heart([], 8.95) == ""
+    assert "memorized its training part" in said
+    assert report.memorized(records, 0.5) == ""
+    assert report.memorized([], 8.95) == ""
 
 
 def test_accuracy_is_shown_while_images_train(

@@ -5,7 +5,7 @@ Tensors that the package makes inside say their dtype and device themselves.
 
 import pytest
 import torch
-import transformers
+from families import text_model
 from torch import nn
 
 import bigkernel.transforms as T
@@ -245,14 +245,7 @@ def test_trainer_under_another_default_dtype(tmp_path, packed):
     """
     ends = []
     for dtype in (torch.float32, torch.float64):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                **{"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24},
-                **{"num_hidden_layers": 1, "num_attention_heads": 2, "attention_dropout": 0.2},
-                **{"bos_token_id": None, "eos_token_id": None},
-            )
-        )
+        model = text_model()
         torch.set_default_dtype(dtype)
         try:
             options = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1}

@@ -128,9 +128,11 @@ def test_wheel_in_an_environment_with_torch_and_numpy_alone(tmp_path):
             source = Path(str(distribution.locate_file(top)))
             if source.exists() and not (packages / top).exists():
                 (packages / top).symlink_to(source)
-    install = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install"]
-    subprocess.run([*install, "--no-deps", "--no-index", "--quiet", str(wheel)], check=True)
+    # Without what PYTHONPATH names, which pip would take for installed.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    install = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install"]
+    install += ["--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, env=env)
 
     def inside(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from bigkernel.bench import gpu
+from bigkernel.bench import gpu, gpu_attention
 from bigkernel.bench.case import OURS, REFERENCE
+from tools import gpu_check
 
 MACHINE = {"gpu": "NVIDIA Test 100", "torch": "0"}
 
@@ -113,7 +113,9 @@ def test_a_peer_that_cannot_run_is_named_and_ours_has_to():
 
 def test_two_runs_that_differ_are_found(monkeypatch):
     draws = iter(range(100))
-    monkeypatch.setattr(gpu.Attention, "ours", lambda self: [torch.tensor(float(next(draws)))])
+    monkeypatch.setattr(
+        gpu_attention.Attention, "ours", lambda self: [torch.tensor(float(next(draws)))]
+    )
     with pytest.raises(AssertionError, match="attention: run 1 differs"):
         gpu.deterministic("cpu", 3)
 
@@ -159,7 +161,10 @@ def test_the_sanitized_tests_are_there_and_need_a_gpu():
     words = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only")
     listed = gpu_check.command(*words, "-p", "no:cacheprovider", *gpu_check.SANITIZED)
     assert [line for line in listed.splitlines() if "::" in line] == [*gpu_check.SANITIZED]
-    assert {"tests/ops/test_adam.py", "tests/ops/test_augment.py"} < {*gpu_check.TESTS}
+    files = {f"tests/ops/test_{op}.py" for op in gpu.OPS}
+    assert len(files) > 2
+    assert files < {*gpu_check.TESTS}
+    assert files <= {name.split("::")[0] for name in gpu_check.SANITIZED}
 
 
 def test_machine_facts():

@@ -30,6 +30,7 @@ ROOMS: list[tuple[str, ...]] = [
         "bigkernel._eager",
         "bigkernel.errors",
         "bigkernel.expect",
+        "bigkernel.precision",
         "bigkernel.random",
     ),
     # The standard library alone, and no tensor: files, signals, words.

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import image_model, text_model
 from torchmetrics.functional.classification import multiclass_auroc
 
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
@@ -89,28 +90,16 @@ def image_figures(part: slice) -> dict[str, Any]:
 
 def command_figures() -> dict[str, Any]:
     """What the commands measure, each process the whole, as printed and written to the card."""
-    import transformers
-
     from bigkernel.recipes import augmentation, images, text
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
     tokenizer = build_tokenizer("bytes")
     rows = text.held_back_rows(DOCUMENTS, tokenizer, 32)
-    words = text.measure(transformers.LlamaForCausalLM(config), rows, 2)
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_channels=1, num_labels=CLASSES,
-    )  # fmt: skip
+    words = text.measure(text_model(), rows, 2)
     pixels = torch.randint(0, 256, (13, 1, 8, 8), dtype=torch.uint8)
     data = ImageData(pixels, torch.arange(13) % CLASSES, ["a", "b", "c"], "noise", "")
     _, plain = augmentation.pipelines([], 8, [0.5], [0.5])
-    vit = transformers.ViTForImageClassification(config)
     fit = images.Channels(1, 1)
-    metrics = images.measure(vit, ImageDataset(data), plain, fit, 4)
+    metrics = images.measure(image_model(), ImageDataset(data), plain, fit, 4)
     return {
         "text": report.figures(words),
         "images": report.figures(metrics.compute()),

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import ROOT, Mutant, MutantError, choose, read_mutants, try_mutant
+from tests.mutants.__main__ import (
+    ROOT,
+    Mutant,
+    MutantError,
+    choose,
+    put_back,
+    read_mutants,
+    try_mutant,
+)
 
 MODULE = "def largest(a, b):\n    return a if a > b else b\n"
 TESTS = """
@@ -51,6 +59,17 @@ def test_a_mutant_that_cannot_be_tried_is_an_error(tree, changes, expected):
     with pytest.raises(MutantError, match=expected):
         try_mutant(mutant(**changes), tree)
     assert (tree / "module.py").read_text() == MODULE
+
+
+def test_what_a_stopped_call_set_aside_comes_back(tree):
+    aside = tree / "build" / "aside" / "bigkernel" / "_C.so"
+    aside.parent.mkdir(parents=True)
+    aside.write_text("built")
+    (tree / "bigkernel").mkdir()
+    put_back(tree)
+    assert (tree / "bigkernel" / "_C.so").read_text() == "built"
+    assert not (tree / "build" / "aside").exists()
+    put_back(tree)  # nothing to do
 
 
 def test_names_rooms_and_patterns_choose():

@@ -31,6 +31,11 @@ def test_module_of_adam():
     assert small(torch.optim.Adam)[1].__module__ == "torch.optim.adam"
 
 
+def test_adam_says_no_in_its_own_words():
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Adam([torch.nn.Parameter(torch.ones(2))], lr=-1.0)
+
+
 def test_adam_is_wrong():
     raise AssertionError
 
@@ -50,7 +55,7 @@ def test_a_peers_tests_run_on_theirs_and_on_ours(tmp_path, capfd):
     assert "fails with ours: test_module_of_adam\n" in out
     assert "fails with ours: test_differentiable_adam" not in out
     assert "not needed in this run: the exception nothing" in out
-    assert "optim: 4 pass with theirs, 2 pass with ours, 1 are exceptions" in out
+    assert "optim: 5 pass with theirs, 3 pass with ours, 1 are exceptions" in out
     assert "1 fail with ours, 1 do not pass with theirs" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["optim.txt", "test_peer.py"]
 

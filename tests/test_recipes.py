@@ -82,7 +82,9 @@ def test_quiet_is_quiet_and_otherwise_lines_tell(texts, tmp_path, capfd):
 
 
 def test_a_run_goes_on_and_is_not_overwritten(run, texts):
-    with pytest.raises(recipes.UsageError, match=r"Use force=True .*, resume='auto' to go on"):
+    with pytest.raises(
+        recipes.UsageError, match=r"Use force=True .*, resume='auto' to continue it"
+    ):
         recipes.train_text(data=texts, out=run.folder, quiet=True, **SMALL)
     more = recipes.train_text(out=run.folder, resume="auto", max_steps=4, quiet=True)
     assert more.settings.max_steps == 4

@@ -16,7 +16,10 @@ OPS = [op for op in registry.every() if not op.noun.startswith("test_only")]
 ALWAYS = ["bigkernel/ops/{op}/__init__.py", "tests/ops/test_{op}.py"]
 ROOMS: dict[registry.Level, list[str]] = {
     "cpu": ["csrc/{op}/{op}.h", "csrc/{op}/cpu.cpp", "csrc/{op}/cpu_body.h"],
-    "cuda": ["csrc/{op}/cuda.cpp", "csrc/{op}/cuda.h", "csrc/{op}/*.cu", "tests/ops/{op}_ptx.py"],
+    "cuda": [
+        *("csrc/{op}/cuda.cpp", "csrc/{op}/cuda.h", "csrc/{op}/sm*_*.cu"),
+        *("tests/ops/{op}_ptx.py", "bigkernel/bench/gpu_{op}.py"),
+    ],
     "benchmark": ["bigkernel/bench/{op}.py"],
 }
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.noun)
@@ -62,6 +65,20 @@ def test_kernels_include_no_torch_header(pattern):
         if path.parent.name in ("common", "cpu", "cuda"):
             continue
         assert "#include <torch" not in path.read_text(), f"{path} includes a torch header"
+
+
+def test_kernels_are_named_by_their_generation():
+    sources = [path for op in OPS for path in ROOT.glob(f"csrc/{op.noun}/*")]
+    kernels = [path.name for path in sources if "__global__" in path.read_text()]
+    assert len(kernels) > 3
+    assert not [name for name in kernels if not re.match(r"sm\d+_", name)]
+
+
+def test_host_code_reads_nothing_that_depends_on_the_architecture():
+    """Of the two sides that see a header, only one knows __CUDA_ARCH__."""
+    sources = [path for path in ROOT.glob("csrc/*/*") if path.is_file()]
+    asking = [path.name for path in sources if "__CUDA_ARCH__" in path.read_text()]
+    assert asking == ["device.h"]  # kCompiledFor
 
 
 def test_every_test_that_the_documentation_names_exists():

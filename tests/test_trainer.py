@@ -23,6 +23,7 @@ import time
 import pytest
 import torch
 import transformers
+from families import image_model, text_model
 from torch.utils.data import Dataset
 
 import bigkernel
@@ -61,42 +62,10 @@ def text_data():
     )
 
 
-def text_model(dropout=0.2):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=dropout,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 def image_data(count=20):
     pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(1))
     labels = torch.arange(count) % 3
     return ImageDataset(ImageData(pixels.byte(), labels, ["a", "b", "c"], "noise", ""))
-
-
-def image_model(dropout=0.0):
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        num_labels=3,
-        hidden_dropout_prob=dropout,
-    )
-    return transformers.ViTForImageClassification(config)
 
 
 def arguments(out, cls=TrainingArguments, **changes):

@@ -482,7 +482,10 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
         pytest.param(torch.zeros(2, 3, 0, 8), ValueError, "at least one pixel", id="no-pixels"),
         pytest.param("image.png", TypeError, "str", id="path"),
         pytest.param(torch.zeros(3, 8, 8).to_sparse(), TypeError, "dense", id="sparse"),
-        pytest.param([torch.zeros(3, 8, 8), 5], TypeError, r"images\[1\]", id="list-item"),
+        pytest.param(
+            (torch.zeros(3, 8, 8), 5), TypeError, "got int. Of a sample.*alone", id="label"
+        ),
+        pytest.param({"image": torch.zeros(3, 8, 8)}, TypeError, "dict. Of a sample", id="dict"),
         pytest.param([torch.zeros(8, 8)], ValueError, r"images\[0\]", id="list-rank"),
         pytest.param(
             [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], ValueError, "channels", id="list-channels"
@@ -560,8 +563,8 @@ def test_bad_ids(ids: Any) -> None:
 
 
 def test_bad_generator() -> None:
-    with pytest.raises(TypeError, match="generator"):
-        CROP(batch(), 42)
+    with pytest.raises(TypeError, match=r"generator must be .* got 42\. A call takes images alone"):
+        CROP(batch(), 42)  # where torchvision's take a label
 
 
 BAD_ARGUMENTS = [
@@ -639,10 +642,43 @@ def test_bad_arguments_raise_as_torchvisions(name: str, arguments: dict[str, Any
         pytest.param(lambda: bk.Normalize([0.5], [0.0]), "zero", id="zero-std"),
         pytest.param(lambda: bk.ToDtype(torch.complex64), "floating-point", id="complex"),
         pytest.param(lambda: bk.ToDtype({"x": torch.uint8}), "others", id="dict-without"),
+        pytest.param(lambda: bk.Pad(1, fill=[]), "fill must be at least one", id="no-fill"),
+        pytest.param(lambda: bk.Normalize([], [1.0]), "mean must be at least one", id="no-mean"),
+        pytest.param(lambda: bk.Compose([bk.Pad(1)]).explain([]), "one image, got none", id="none"),
     ],
 )
 def test_bad_arguments_of_our_own(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_bad_types_of_our_own() -> None:
+    with pytest.raises(TypeError, match=r"RandomAffine: scale must be numbers, got \('a', 1\)\."):
+        bk.RandomAffine(10, scale=("a", 1))
+    with pytest.raises(TypeError, match=r"Stage: function must be callable, got 3\."):
+        bk.Stage(3)
+
+
+def test_normalize_at_random_needs_floats() -> None:
+    chain = bk.RandomApply([bk.Normalize([0.5], [0.5])])
+    with pytest.raises(ValueError, match=r"results must be of one dtype, got .* Put ToDtype"):
+        chain(batch(), torch.Generator().manual_seed(0), range(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(
+            lambda: bk.RandomResizedCrop(8, scale=(1, 0)), "RandomResizedCrop: scale", id="scale"
+        ),
+        pytest.param(
+            lambda: bk.RandomResizedCrop(8, ratio=(1, 0.5)), "RandomResizedCrop: scale", id="ratio"
+        ),
+        pytest.param(lambda: bk.ToDtype({"others": None}, True), "ToDtype: scale", id="no-dtype"),
+    ],
+)
+def test_warnings_say_who_warns(make: Any, words: str) -> None:
+    with pytest.warns(UserWarning, match=rf"^bigkernel\.{words}"):
         make()
 
 

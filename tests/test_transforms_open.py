@@ -230,6 +230,15 @@ def test_subclasses_say_one_thing() -> None:
             def draw(self, u: Any, images: bk.ImageInfo) -> Any:
                 return bk.Params(images.active), []
 
+    with pytest.raises(TypeError, match=r"\(Torchvisions\) must be .* torchvision's make_params"):
+
+        class Torchvisions(bk.Transform):
+            def make_params(self, flat_inputs: Any) -> dict[str, Any]:
+                return {}
+
+            def transform(self, images: Any, params: Any) -> Any:
+                return images
+
     class Nothing(bk.Transform):
         pass
 

@@ -27,6 +27,7 @@ def contents(wheel: Path) -> str:
 
 
 def main(files: list[str]) -> int:
+    """One line a wheel; 2 where none is named."""
     if not files:
         print(__doc__.strip(), file=sys.stderr)
         return 2

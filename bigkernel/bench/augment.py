@@ -33,9 +33,9 @@ DEGREES, JITTER = 15.0, (0.4, 0.4, 0.4, 0.1)
 
 @dataclass(frozen=True)
 class Spec:
-    """What is done to ``count`` images of ``size`` (height, width), or of sizes from that down to
-    half of it (``ragged``).
+    """What is done to ``count`` images of ``size`` (height, width).
 
+    ragged: sizes from that down to half of it.
     full: rotation and colour jitter besides crop, flip and normalisation. crop: a random resized
     crop; without it the whole image is resized.
     """

@@ -40,6 +40,7 @@ def case(
 
 
 def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers, rounded to ``dtype``."""
     return torch.randn(shape, generator=generator).to(dtype)
 
 

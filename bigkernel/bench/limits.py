@@ -13,8 +13,10 @@ SIDE = 2048
 
 
 def matrix_product(dtype: torch.dtype, side: int = SIDE) -> tuple[Callable[[], object], float, str]:
-    """torch's fastest product of two square matrices of ``dtype``, its floating-point operations,
-    and what it is in words."""
+    """torch's fastest product of two square matrices of ``dtype``.
+
+    Also its floating-point operations, and what it is in words.
+    """
     fastest = fastest_product(dtype)
     a, b = torch.randn(side, side).to(fastest), torch.randn(side, side).to(fastest)
     out = torch.empty_like(a)
@@ -26,8 +28,10 @@ def matrix_product(dtype: torch.dtype, side: int = SIDE) -> tuple[Callable[[], o
 
 @functools.cache
 def fastest_product(dtype: torch.dtype, side: int = 256) -> torch.dtype:
-    """``dtype``, or float32 where torch multiplies that faster: without AVX-512 it has no product
-    of 16-bit matrices but a loop, a hundredth as fast."""
+    """``dtype``, or float32 where torch multiplies that faster.
+
+    Without AVX-512 it has no product of 16-bit matrices but a loop, a hundredth as fast.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype
     seconds = {}

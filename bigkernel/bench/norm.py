@@ -80,10 +80,12 @@ def llama(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def torch_rms(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's RMS norm."""
     return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
 
 def torch_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's layer norm."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 

@@ -22,6 +22,7 @@ FEW = 5  # below so many runs a table says how many
 
 
 def human(seconds: float) -> str:
+    """In the unit that fits: 12.3 ms."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

@@ -1,9 +1,11 @@
-"""bigkernel's Trainer against transformers' on the demo recipes: tokens and images per second.
+"""bigkernel's Trainer against transformers': tokens and images per second.
 
 Both train the model of `bigkernel train text|images --preset demo` on the same data, with the same
 clipping and learning rate; transformers' with torch's SDPA and its own choice of AdamW. Images are
 augmented by the demo's recipe: ours on the batch, for transformers by torchvision v2, image by
-image in the collator. A run is some steps of training, timed from the end of the first ones on.
+image in the collator. A LLaMA of 16.9M parameters is trained on random tokens, 4 x 512, in the
+precision that each Trainer takes by itself, in float32 and in bfloat16 (autocast). A run is some
+steps of training, timed from the end of the first ones on.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from bigkernel import precision
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.measure import Run
 from bigkernel.recipes import images, models, presets, text
@@ -32,28 +36,66 @@ from bigkernel.trainer import Trainer, TrainingArguments
 
 THEIRS = "transformers Trainer"
 WARM, STEPS = 3, 15
+LLAMA_STEPS, ROWS, LENGTH = 4, 4, 512
 
 
 def cases(small: bool = False) -> list[Case]:
-    """The table; ``small`` times one step."""
-    steps = 1 if small else STEPS
+    """The table; ``small`` times one step, and the LLaMA is a small one."""
     recipe = presets.TEXT_RECIPES["demo"]
-    table: list[tuple[str, Callable[[int], Ready], str, int]] = [
-        ("demo text, LLaMA", build_text, "tokens/s", recipe["batch_size"] * recipe["max_length"]),
-        ("demo images, ViT", build_images, "images/s", presets.IMAGE_RECIPES["demo"]["batch_size"]),
+    demo = 1 if small else STEPS
+    # What this machine can gain by itself: bfloat16, or no more than the rest of a step.
+    default = 2.0 if precision.bf16_speedup(torch.device("cpu")) >= 1.5 else 1.3
+    table: list[tuple[str, Callable[[int], Ready], str, int, int, float]] = [
+        (
+            "demo text, LLaMA",
+            build_text,
+            "tokens/s",
+            recipe["batch_size"] * recipe["max_length"],
+            demo,
+            1.0,
+        ),
+        (
+            "demo images, ViT",
+            build_images,
+            "images/s",
+            presets.IMAGE_RECIPES["demo"]["batch_size"],
+            demo,
+            1.0,
+        ),
     ]
+    llama, rows, length = (1, 2, 32) if small else (LLAMA_STEPS, ROWS, LENGTH)
+    precisions: list[tuple[str, dict[str, Any], float]] = [
+        ("as it comes", {}, default),
+        ("float32", {"bf16": False}, 1.3),
+        ("bfloat16", {"bf16": True}, 1.5),
+    ]
+    for name, options, bar in precisions:
+        build = partial(build_llama, options, rows, length, small)
+        table.append((f"LLaMA 16.9M, {name}", build, "tokens/s", rows * length, llama, bar))
     return [
         Case(
             "train",
             name,
             (OURS, REFERENCE, THEIRS),
             partial(build, steps),
-            (Bar(1.0, THEIRS),),
+            (Bar(bar, THEIRS),),
             unit,
             items * steps,
         )
-        for name, build, unit, items in table
+        for name, build, unit, items, steps, bar in table
     ]
+
+
+@dataclass
+class _Training:
+    """What both Trainers are given. ``their_collate``: theirs, where it is another."""
+
+    model: Any
+    data: Any
+    options: dict[str, Any]
+    collate: Callable[..., Any] | None = None
+    their_collate: Callable[..., Any] | None = None
+    ours: dict[str, Any] = field(default_factory=dict)
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
@@ -74,13 +116,34 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def build_text(steps: int) -> Ready:
+    """The default text model, with and without bigkernel."""
     settings = gather("train text", {})
     assert isinstance(settings, TextSettings)
     task = _prepared(lambda run: text.prepare(settings, run, {}))
-    return _ready(task, steps, task.collate, {}, op="attention", alike=True)
+    return _ready(_training(task, task.collate), steps, {}, op="attention", alike=True)
+
+
+def build_llama(options: dict[str, Any], rows: int, length: int, small: bool, steps: int) -> Ready:
+    """A LLaMA of 16.9M parameters, or a `small` one, over random tokens."""
+    width, layers = (64, 1) if small else (384, 6)
+    config = transformers.LlamaConfig(
+        vocab_size=256 if small else 8192,
+        hidden_size=width,
+        intermediate_size=128 if small else 1024,
+        num_hidden_layers=layers,
+        num_attention_heads=6 if not small else 2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        tokens = torch.randint(0, config.vocab_size, (rows * (WARM + steps), length))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    options = {**options, "per_device_train_batch_size": rows}
+    return _ready(_Training(model, data, options), steps, {}, op="attention", alike=True)
 
 
 def build_images(steps: int) -> Ready:
+    """The default image model, with and without bigkernel."""
     settings = gather("train images", {})
     assert isinstance(settings, ImageSettings)
     task = _prepared(lambda run: images.prepare(settings, run, {}))
@@ -90,7 +153,7 @@ def build_images(steps: int) -> Ready:
         collate = _torchvision(task)
     except ImportError as error:
         skipped[THEIRS] = str(error)
-    return _ready(task, steps, collate, skipped, op="augment", alike=False)
+    return _ready(_training(task, collate), steps, skipped, op="augment", alike=False)
 
 
 def _prepared(prepare: Callable[[Path], Task]) -> Task:
@@ -115,33 +178,36 @@ def _torchvision(task: Task) -> Callable[..., Any]:
 
 
 def _ready(
-    task: Task,
+    training: _Training,
     steps: int,
-    their_collate: Callable[..., Any] | None,
     skipped: dict[str, str],
     op: str,
     alike: bool,
 ) -> Ready:
     losses: dict[str, list[float]] = {}
 
+    def arguments(folder: str) -> dict[str, Any]:
+        own = {"output_dir": folder, "max_steps": WARM + steps}
+        return {**_ARGUMENTS, **training.options, **own}
+
     def ours(name: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
-                model=copy.deepcopy(task.model),
-                args=TrainingArguments(**_arguments(task, steps, folder), announce=False),
-                train_dataset=task.train,
-                data_collator=task.collate,
-                **task.trainer_options,
+                model=copy.deepcopy(training.model),
+                args=TrainingArguments(**arguments(folder), announce=False),
+                train_dataset=training.data,
+                data_collator=training.collate,
+                **training.ours,
             )
             return _timed(name, trainer)
 
     def theirs() -> float:
         with tempfile.TemporaryDirectory() as folder:
             trainer = transformers.Trainer(
-                model=copy.deepcopy(task.model),
-                args=transformers.TrainingArguments(**_arguments(task, steps, folder)),
-                train_dataset=task.train,
-                data_collator=their_collate,
+                model=copy.deepcopy(training.model),
+                args=transformers.TrainingArguments(**arguments(folder)),
+                train_dataset=training.data,
+                data_collator=training.their_collate,
             )
             return _timed(THEIRS, trainer)
 
@@ -170,28 +236,33 @@ def _ready(
                 assert abs(mine - other) < 2e-3 * abs(other), f"loss {mine} beside {name}'s {other}"
         return f"the loss of every step, to 0.2%, beside {' and '.join(compared)}"
 
-    sample: Tensor = next(iter(task.model.parameters())).detach()
+    sample: Tensor = next(iter(training.model.parameters())).detach()
     tensors = (sample[None, None],) if op == "attention" else (sample,)
     return Ready(runs, check, op, tensors, skipped=skipped)
 
 
-def _arguments(task: Task, steps: int, folder: str) -> dict[str, Any]:
+def _training(task: Task, their_collate: Callable[..., Any] | None) -> _Training:
     settings = task.settings
-    return {
-        "output_dir": folder,
-        "max_steps": WARM + steps,
+    options = {
         "per_device_train_batch_size": settings.batch_size,
         "learning_rate": settings.lr,
         "weight_decay": settings.weight_decay,
         "adam_beta2": settings.beta2,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
     }
+    return _Training(
+        task.model, task.train, options, task.collate, their_collate, task.trainer_options
+    )
+
+
+_ARGUMENTS = {
+    "use_cpu": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+}

@@ -91,7 +91,7 @@ class _TrainCommand(TyperCommand):
 
 Data = Annotated[str | None, _text("Text: a file, a folder, .jsonl. Images: a folder of classes.")]
 ModelOption = Annotated[str | None, _text("A model preset, or a config file (JSON or YAML).")]
-InitFrom = Annotated[str | None, _text("A trained model to go on with: a folder or a hub name.")]
+InitFrom = Annotated[str | None, _text("A trained model to start from: a folder or a hub name.")]
 Out = Annotated[str | None, _text("The run folder.")]
 Preset = Annotated[str | None, _text("A recipe: demo, small, ... (see presets.py).")]
 Config = Annotated[str | None, _text("A YAML file of settings, such as a run's config.yaml.")]
@@ -105,7 +105,7 @@ Device = Annotated[str | None, _text("auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, _text("auto, float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, _text("CPU threads.")]
 SaveSteps = Annotated[int | None, _text("A checkpoint every so many steps.")]
-Resume = Annotated[str | None, _text("auto, or a run or checkpoint folder to go on with.")]
+Resume = Annotated[str | None, _text("auto, or a run or checkpoint folder to continue.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
 TrustRemoteCode = Annotated[
     bool,
@@ -200,7 +200,7 @@ def _train(command: str, options: dict[str, Any]) -> None:
 @guarded
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = "",
     max_new_tokens: Annotated[
         int | None, _text("Tokens to add (default: 200, or what the context has room for).")
     ] = None,
@@ -284,9 +284,9 @@ def bench(
 @guarded
 def env() -> None:
     """Print versions, build, devices and the backend of each op: what a bug report pastes."""
-    from bigkernel.cli.env import report
+    from bigkernel.cli.env import facts
 
-    lines = report()
+    lines = facts()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")

@@ -17,7 +17,7 @@ PACKAGES = ("transformers", "tokenizers", "accelerate", "safetensors", "torchmet
 OPTIONAL = ("torchvision", "scikit-learn", "pillow")
 
 
-def report() -> list[tuple[str, str]]:
+def facts() -> list[tuple[str, str]]:
     """(name, value) lines about versions, build, devices and the backend of each op."""
     return [*_versions(), *_native(), *_machine(), *_settings(), *_ops()]
 

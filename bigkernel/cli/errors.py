@@ -31,7 +31,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" for {error.filename}" if error.filename else ""
         return (
-            f"the disk is full: no space left{where}. Free some and go on with --resume auto; "
+            f"the disk is full: no space left{where}. Free some and continue with --resume auto; "
             "the last whole checkpoint is intact."
         )
     if isinstance(error, OSError) and error.strerror and error.filename:

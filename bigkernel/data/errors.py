@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """The user's data cannot be used; the message says what, where and how to mend it."""
+    """The user's data cannot be used; the message says what, where and how to fix it."""

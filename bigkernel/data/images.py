@@ -227,11 +227,11 @@ def find_parts(root: Path) -> Parts:
 
     if not named and not flat:
         return Parts(root)
-    mend = f"expected {root}/train/<class>/<image>, and val/<class>/<image> beside it"
+    fix = f"expected {root}/train/<class>/<image>, and val/<class>/<image> beside it"
     if not named:
         if not others:
             raise DataError(
-                f"{root} holds {names(flat)} with images and no class folders in them; {mend}. "
+                f"{root} holds {names(flat)} with images and no class folders in them; {fix}. "
                 "Where these are the classes, rename one of them."
             )
         note = f"{names(flat)}: taken for a class, having images and no class folders in it."
@@ -247,14 +247,14 @@ def find_parts(root: Path) -> Parts:
     if others:
         raise DataError(
             f"{root} holds a split ({names(named)}) and other folders with images beside it "
-            f"({', '.join(folder.name for folder in others)}); {mend}, and nothing else."
+            f"({', '.join(folder.name for folder in others)}); {fix}, and nothing else."
         )
     twice = next((role for role in by_role.values() if len(role) > 1), None)
     if twice is not None:
         raise DataError(f"{root} holds {names(twice)}, which are for the same part; keep one.")
     if not train:
         raise DataError(
-            f"{root} holds {names(named)} and no train folder; {mend}. To measure a model on it: "
+            f"{root} holds {names(named)} and no train folder; {fix}. To measure a model on it: "
             f"bigkernel evaluate RUN --data {held[0]}"
         )
     rest = [folder for folder in by_role["test"] if folder not in held]

@@ -88,6 +88,8 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
 
 
 def subclass(base: type[nn.Module], approximate: str) -> dict[str, Any]:
+    """What a subclass has that calls torch's gelu instead."""
+
     def forward(self: Any, input: Tensor) -> Tensor:
         return F.gelu(input, approximate=approximate)
 

@@ -1,9 +1,9 @@
 """What bigkernel relies on in transformers beside its documented interface, all of it.
 
 Private methods that our Trainer overrides or calls, attributes that it reads, mask functions that
-are told apart by the variables they close over. Another version of transformers may have any of
-them otherwise, and then a result could be wrong in silence: so each is compared with what is
-expected here before it is first used. `make test-transformers` runs the tests at both ends of the
+are told apart by the variables they close over. Another version of transformers may change any
+of them, and a result could then be silently wrong: so each is compared with what is expected here
+before it is first used. `make test-transformers` runs the tests at both ends of the
 versions that are known to work.
 """
 
@@ -22,7 +22,7 @@ OLDEST, NEWEST = "5.23.0", "5.24.0"
 
 
 class TransformersChangedError(RuntimeError):
-    """The installed transformers has something otherwise than bigkernel relies on."""
+    """Something in the installed transformers is not as bigkernel relies on it being."""
 
 
 def _plain(function: Any) -> str:
@@ -33,18 +33,19 @@ def _plain(function: Any) -> str:
     return re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", shown)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """``code`` and all that is nested in it: functions inside functions, from outside in."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _names_in(cls: type) -> set[str]:
     """Every name that the functions of a class use for an attribute."""
     members = [getattr(member, "fget", member) for member in vars(cls).values()]
     functions = [inspect.unwrap(f) for f in members if inspect.isfunction(f)]
-    return {name for f in functions for code in _codes(f.__code__) for name in code.co_names}
+    return {name for f in functions for code in codes(f.__code__) for name in code.co_names}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Need:
             return f"a value of type {type(there).__name__}"
         shown = _plain(there)
         if " -> closure of " in self.expected:
-            inner = list(_codes(inspect.unwrap(there).__code__))[1:]
+            inner = list(codes(inspect.unwrap(there).__code__))[1:]
             shown += f" -> closure of {', '.join(inner[-1].co_freevars) if inner else 'nothing'}"
         return shown
 
@@ -115,6 +116,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "trainer": (
         *_needs(
             "transformers.trainer.Trainer",
+            autocast_smart_context_manager="(self, cache_enabled=True)",
             call_model_init="(self, trial=None)",
             compute_loss="(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
             create_optimizer="(self, model=None)",

@@ -143,6 +143,7 @@ def subclass(
     gate: tuple[str, Any, str] | None,
     rotates: bool,
 ) -> dict[str, Any]:
+    """What a subclass has whose forward is compiled again with the ops that are named."""
     definition, function = read(base.forward)
     names: dict[str, Any] = {}
     if added:
@@ -269,7 +270,7 @@ class _Rewrite(ast.NodeTransformer):
     # Expressions
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        """``self.act(gate) * up``"""
+        """Replaces ``self.act(gate) * up``."""
         self.generic_visit(node)
         if not (isinstance(node.op, ast.Mult) and self._is_activation(node.left)):
             return node
@@ -279,7 +280,7 @@ class _Rewrite(ast.NodeTransformer):
         return ast.copy_location(call, node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """``self.norm(a + b)``"""
+        """Replaces ``self.norm(a + b)``."""
         self.generic_visit(node)
         norm = self._norm_called_on(node, ast.BinOp)
         if norm is None or not isinstance(node.args[0].op, ast.Add):  # type: ignore[attr-defined]

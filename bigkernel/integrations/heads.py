@@ -277,6 +277,7 @@ def _find(module: Any) -> tuple[str | None, str] | None:
 
 
 def subclass(base: Any, head: str) -> dict[str, Any]:
+    """The body of a subclass of ``base``, a model whose head has this name."""
     definition, function = read(base.forward)
     rewritten = _Rewrite(definition, head).definition
     names = {_HEAD: _head, _CAP: _capped, _LOSS: _loss, _TORCHS: _torchs_loss, _SKIPS: _skips}

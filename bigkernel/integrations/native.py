@@ -6,29 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
+import bigkernel.ops  # noqa: F401 - which fills the registry
 from bigkernel import _library, backend, registry
 
-# From how many elements of its first tensor on an op is faster than the torch code that it stands
-# for: below, its call costs more in Python than it saves (`benchmarks/replacements.py`).
-SMALLEST = {
-    "rms_norm": 0,
-    "layer_norm": 1 << 19,  # with a residual before it; alone, torch's is as fast at any size
-    "glu": 1 << 18,
-    "rope": 0,
-    "cross_entropy": 1 << 18,
-    # Bytes of logits. Below, they are no burden, and in bf16 their products are faster whole.
-    "linear_cross_entropy": 1 << 26,
-}
-# Ops that are faster inside torch.compile too; it makes one loop of a norm or a gated unit itself.
-COMPILED = frozenset({"rope", "cross_entropy", "linear_cross_entropy"})
-_FUNCTIONS = {
-    "rms_norm": "norm_fwd",
-    "layer_norm": "norm_fwd",
-    "glu": "glu_fwd",
-    "rope": "rope_fwd",
-    "cross_entropy": "cross_entropy_fwd",
-    "linear_cross_entropy": "linear_cross_entropy_fwd",
-}
+# By public function, as its op's registration says (`registry.InModels`).
+_FUNCTIONS = {name: op.functions[0].name for op in registry.every() for name in op.in_models}
+_CHOICES = {name: registry.find(function).in_models[name] for name, function in _FUNCTIONS.items()}
+SMALLEST = {name: choice.smallest for name, choice in _CHOICES.items()}
+COMPILED = frozenset(name for name, choice in _CHOICES.items() if choice.compiled)
 _PLAIN = (Tensor, nn.Parameter)
 
 

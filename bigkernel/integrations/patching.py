@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.integrations import activations, attention, forwards, heads, loss, norms
 from bigkernel.integrations.report import Change, Report
 
@@ -100,8 +100,8 @@ def patch(
     _check_module("patch", model)
     names = frozenset(NAMES if only is None else only)
     unknown = sorted(names.difference(NAMES))
-    check(not unknown, "patch", "only", f"some of {', '.join(NAMES)}", ", ".join(unknown))
-    check(isinstance(logits, bool), "patch", "logits", "True or False", repr(logits), cls=TypeError)
+    Expect("patch")(not unknown, "only", f"some of {', '.join(NAMES)}", ", ".join(unknown))
+    Expect("patch").kind("logits", logits, bool, "True or False")
     names |= frozenset() if logits else {heads.SKIP}
     known = model.__dict__.get(_PATCHED)
     if known is None or known.names != names or any(map(attention.is_stale, known.undo)):
@@ -148,10 +148,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _check_module(name: str, model: object) -> None:
-    expected = "a torch.nn.Module"
-    check(
-        isinstance(model, nn.Module), name, "model", expected, type(model).__name__, cls=TypeError
-    )
+    Expect(name).kind("model", model, nn.Module, "a torch.nn.Module")
 
 
 # The names that these had when attention was all they knew.

@@ -15,6 +15,8 @@ from typing import Any
 
 import transformers
 
+from bigkernel.integrations.contract import codes
+
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
 _CHECKPOINTING = "forward_with_checkpointing"  # put around a layer by its class, not by a decorator
 _DOCUMENTS = "auto_docstring"  # a decorator that writes documentation and returns what it got
@@ -99,16 +101,11 @@ def _is_what_runs(code: types.CodeType) -> bool:
 @functools.cache
 def _codes_in(file: str) -> dict[tuple[int, str], bytes]:
     """The code of each function in a file, by its first line and name."""
-    found: dict[tuple[int, str], bytes] = {}
     try:
-        rest = [compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)]
+        whole = compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
-        return found
-    while rest:
-        code = rest.pop()
-        found[code.co_firstlineno, code.co_qualname] = code.co_code
-        rest += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return found
+        return {}
+    return {(code.co_firstlineno, code.co_qualname): code.co_code for code in codes(whole)}
 
 
 def normal_form(*texts: str | ast.FunctionDef) -> str:

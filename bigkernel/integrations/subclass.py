@@ -34,6 +34,7 @@ class Swapped:
 
 
 def is_swapped(module: nn.Module) -> bool:
+    """Whether the class of a module is a subclass that was made for it."""
     return "_bigkernel_base" in vars(type(module))
 
 

@@ -20,7 +20,7 @@ def has_other_names(model: nn.Module, folder: str | Path) -> bool:
     """Whether the weights in ``folder`` are saved under names that the model does not have.
 
     transformers saves some models (ViT, for one) under the names of an older layout, which
-    ``from_pretrained`` translates and ``load_state_dict(strict=False)`` passes over in silence.
+    ``from_pretrained`` translates and ``load_state_dict(strict=False)`` silently passes over.
     """
     if not isinstance(model, PreTrainedModel):
         return False

@@ -1,4 +1,4 @@
-"""New models from presets and config files, and models to go on with."""
+"""New models from presets and config files, and trained models to start from."""
 
 import contextlib
 from collections.abc import Iterator

@@ -66,7 +66,7 @@ def save_loss_curve(
 _GAP = 1.2
 
 
-def learnt_by_heart(records: Sequence[Mapping[str, Any]], held_back: float) -> str:
+def memorized(records: Sequence[Mapping[str, Any]], held_back: float) -> str:
     """A sentence for a model that knows its training part far better than the rest, or nothing."""
     losses = [r["loss"] for r in records if math.isfinite(r.get("loss", math.nan))]
     last = losses[-max(1, len(losses) // 20) :]
@@ -74,9 +74,9 @@ def learnt_by_heart(records: Sequence[Mapping[str, Any]], held_back: float) -> s
         return ""
     return (
         f"The loss on the training part ended at {sum(last) / len(last):.2f} nats, on the part "
-        f"held back it is {held_back:.2f}: the model has learnt its training part by heart, and "
-        "figures on the rest, such as the perplexity, say little but that there was too little to "
-        "learn from."
+        f"held back it is {held_back:.2f}: the model has memorized its training part, and figures "
+        "on the rest, such as the perplexity, say little except that there was too little to learn "
+        "from."
     )
 
 

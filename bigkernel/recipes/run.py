@@ -49,7 +49,7 @@ def train_text(
         config: a YAML file of settings, such as the ``config.yaml`` of a run. Settings given here
             are stronger than the file, and the file is stronger than a preset.
         sample: a text that ships with the package, in place of ``data``: ``"zh"``.
-        resume: ``"auto"``, or a run or checkpoint folder, to go on with; a run that has not begun
+        resume: ``"auto"``, or a run or checkpoint folder, to continue; a run that has not begun
             starts. On the CPU, with as many threads, its losses are those of an uninterrupted run.
         force: replace the run that ``out`` holds.
         trust_remote_code: run Python code that a model or tokenizer folder brings.
@@ -163,7 +163,7 @@ def _start(
     """Work out the settings, prepare the task, and train."""
     if force and resume is not None:
         raise UsageError(
-            f"{option('force', True)} replaces a run and {option('resume')} goes on with it: give "
+            f"{option('force', True)} replaces a run and {option('resume')} continues it: give "
             "one of the two."
         )
     _check_text({**options, "out": out, "config": config, "resume": resume, "sample": sample})
@@ -254,5 +254,5 @@ def _check_same(settings: Settings, stored: Mapping[str, Any], run: Path) -> Non
             name = option(field.name)
             raise UsageError(
                 f"{run} was begun with {name} {was}, and {now} would make it another run. "
-                f"Leave {name} out to go on, or start a new run with {option('init_from')}."
+                f"Leave {name} out to continue, or start a new run with {option('init_from')}."
             )

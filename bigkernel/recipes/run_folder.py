@@ -129,7 +129,7 @@ def check_new(path: Path, force: bool) -> None:
     if not force:
         raise UsageError(
             f"{path} holds a run already. Use {option('force', True)} to replace it, "
-            f"{option('resume', 'auto')} to go on with it, or another {option('out')}."
+            f"{option('resume', 'auto')} to continue it, or another {option('out')}."
         )
 
 

@@ -37,7 +37,7 @@ class Settings:
         preset: a recipe of ``bigkernel.recipes.presets``, which the settings below change.
         data: a file or folder; None is the data that every install has.
         model: a model preset, a ``config.json`` or YAML file, or its content.
-        init_from: a trained model to go on with, a folder or a hub name.
+        init_from: a trained model to start from, a folder or a hub name.
         out: the run folder.
         epochs: passes over the training part.
         max_steps: optimizer steps; counts where both are given.

@@ -214,7 +214,7 @@ def _leave(
         model.save_pretrained(aside)
         task.save_inputs(aside)
         figures, sample = task.finish(model, aside)
-        about = report.learnt_by_heart(history, figures["loss"])
+        about = report.memorized(history, figures["loss"])
         report.save_loss_curve(
             history,
             aside / run_folder.LOSS,

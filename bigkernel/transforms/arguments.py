@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from bigkernel.errors import BadArgument, check
+from bigkernel.errors import BadArgument
+from bigkernel.expect import Expect
 from bigkernel.ops.augment.reference import OUT_DTYPES
 
 
@@ -44,7 +45,7 @@ _PILLOW_CODES = {
 Fill = float | Sequence[float] | None | Mapping[Any, "float | Sequence[float] | None"]
 
 
-def interpolation_mode(owner: str, value: object) -> InterpolationMode:
+def interpolation_mode(expect: Expect, value: object) -> InterpolationMode:
     """A string, torchvision's or this package's InterpolationMode, or a Pillow code."""
     name = getattr(value, "value", value)
     mode: InterpolationMode | None = None
@@ -52,15 +53,10 @@ def interpolation_mode(owner: str, value: object) -> InterpolationMode:
         mode = next((m for m in InterpolationMode if m.value == name), None)
     elif isinstance(name, int) and not isinstance(name, bool):
         mode = _PILLOW_CODES.get(name)
-    check(
-        mode in _SUPPORTED,
-        owner,
-        "interpolation",
-        "nearest, nearest-exact or bilinear",
-        repr(value),
-        "Other filters have no kernel here: resize with torchvision before" if mode else "",
-    )
-    assert mode is not None
+    if mode is None or mode not in _SUPPORTED:
+        fix = "Other filters have no kernel here: resize with torchvision before" if mode else ""
+        wanted = "nearest, nearest-exact or bilinear"
+        raise expect.error("interpolation", wanted, repr(value), fix)
     return mode
 
 
@@ -74,131 +70,94 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def crop_size(owner: str, size: object) -> tuple[int, int]:
+def _sequence(expect: Expect, name: str, value: object, wanted: str) -> Sequence[Any]:
+    """``value``, which is a sequence and no string."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise expect.error(name, wanted, repr(value), cls=TypeError)
+    return value
+
+
+def crop_size(expect: Expect, size: object) -> tuple[int, int]:
     """(height, width) from a number or a sequence of one or two."""
     if is_number(size):
         size = (size, size)
-    check(
-        isinstance(size, Sequence) and not isinstance(size, str),
-        owner,
-        "size",
-        "an int or a sequence (height, width)",
-        repr(size),
-        cls=TypeError,
-    )
-    assert isinstance(size, Sequence)
-    check(
-        len(size) in (1, 2), owner, "size", "an int or two dimensions (height, width)", repr(size)
-    )
+    size = _sequence(expect, "size", size, "an int or a sequence (height, width)")
+    expect(len(size) in (1, 2), "size", "an int or two dimensions (height, width)", repr(size))
     pair = (size[0], size[-1])
-    check(
-        all(is_number(s) and s == int(s) and s > 0 for s in pair),
-        owner,
-        "size",
-        "positive whole numbers",
-        repr(size),
-    )
+    whole = all(is_number(s) and s == int(s) and s > 0 for s in pair)
+    expect(whole, "size", "positive whole numbers", repr(size))
     return int(pair[0]), int(pair[1])
 
 
-def probability(owner: str, p: float) -> float:
-    check(is_number(p) and 0.0 <= p <= 1.0, owner, "p", "a number in [0.0, 1.0]", repr(p))
+def probability(expect: Expect, p: float) -> float:
+    """``p``, a number from 0 to 1."""
+    expect(is_number(p) and 0.0 <= p <= 1.0, "p", "a number in [0.0, 1.0]", repr(p))
     return p
 
 
-def number_pair(owner: str, name: str, value: object, sizes: tuple[int, ...] = (2,)) -> list[float]:
+def number_pair(
+    expect: Expect, name: str, value: object, sizes: tuple[int, ...] = (2,)
+) -> list[float]:
     """A sequence of numbers with one of the lengths ``sizes``."""
     wanted = f"a sequence of length {' or '.join(map(str, sizes))}"
-    check(
-        isinstance(value, Sequence) and not isinstance(value, str),
-        owner,
-        name,
-        wanted,
-        repr(value),
-        cls=TypeError,
-    )
-    assert isinstance(value, Sequence)
-    check(len(value) in sizes, owner, name, wanted, repr(value))
-    check(all(is_number(v) for v in value), owner, name, "numbers", repr(value), cls=TypeError)
-    check(all(math.isfinite(v) for v in value), owner, name, "finite", repr(value))
+    value = _sequence(expect, name, value, wanted)
+    expect(len(value) in sizes, name, wanted, repr(value))
+    expect(all(is_number(v) for v in value), name, "numbers", repr(value), cls=TypeError)
+    expect(all(math.isfinite(v) for v in value), name, "finite", repr(value))
     return [float(v) for v in value]
 
 
-def angle_range(owner: str, name: str, value: object, sizes: tuple[int, ...] = (2,)) -> list[float]:
+def angle_range(
+    expect: Expect, name: str, value: object, sizes: tuple[int, ...] = (2,)
+) -> list[float]:
     """[-value, value] from a number, or the sequence itself."""
     if is_number(value):
-        check(
-            0 <= value < math.inf,
-            owner,
-            name,
-            "positive and finite when it is a single number",
-            repr(value),
-        )
+        wanted = "positive and finite when it is a single number"
+        expect(0 <= value < math.inf, name, wanted, repr(value))
         return [-float(value), float(value)]
-    return number_pair(owner, name, value, sizes)
+    return number_pair(expect, name, value, sizes)
 
 
-def padding_sides(owner: str, padding: object) -> tuple[int, int, int, int]:
+def padding_sides(expect: Expect, padding: object) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) from an int or a sequence of 1, 2 or 4 ints."""
     wanted = "an int or a sequence of 1, 2 or 4 ints"
     sides = [padding] if is_int(padding) else padding
-    check(isinstance(sides, (list, tuple)), owner, "padding", wanted, repr(padding))
-    assert isinstance(sides, (list, tuple))
-    check(
-        len(sides) in (1, 2, 4) and all(is_int(s) for s in sides),
-        owner,
-        "padding",
-        wanted,
-        repr(padding),
-    )
+    if not isinstance(sides, (list, tuple)):
+        raise expect.error("padding", wanted, repr(padding))
+    fits = len(sides) in (1, 2, 4) and all(is_int(s) for s in sides)
+    expect(fits, "padding", wanted, repr(padding))
     left, top = sides[0], sides[1 % len(sides)]
     right, bottom = sides[2 % len(sides)], sides[3 % len(sides)]
     return int(left), int(top), int(right), int(bottom)
 
 
-def padding_mode(owner: str, mode: object) -> str:
-    check(
-        mode in ("constant", "edge", "reflect", "symmetric"),
-        owner,
-        "padding_mode",
-        "constant, edge, reflect or symmetric",
-        repr(mode),
-    )
-    check(
-        mode in ("constant", "edge"),
-        owner,
-        "padding_mode",
-        "constant or edge",
-        repr(mode),
-        "Mirrored borders have no kernel here: pad with torch.nn.functional.pad before",
-    )
+def padding_mode(expect: Expect, mode: object) -> str:
+    """Constant or edge."""
+    name, known = "padding_mode", ("constant", "edge", "reflect", "symmetric")
+    expect(mode in known, name, "constant, edge, reflect or symmetric", repr(mode))
+    fix = "Mirrored borders have no kernel here: pad with torch.nn.functional.pad before"
+    expect(mode in ("constant", "edge"), name, "constant or edge", repr(mode), fix)
     return str(mode)
 
 
-def fill_values(owner: str, fill: Fill) -> tuple[float, ...] | None:
+def fill_values(expect: Expect, fill: Fill) -> tuple[float, ...] | None:
     """The fill for images, one number or one per channel; None stays None (torchvision's black)."""
     if isinstance(fill, Mapping):
         fill = _fill_for_images(fill)
     if fill is None:
         return None
     values = [fill] if is_number(fill) else fill
-    check(
-        isinstance(values, (list, tuple)) and all(is_number(v) for v in values),
-        owner,
-        "fill",
-        "a number, a tuple or list of numbers, a dict of those, or None",
-        repr(fill),
-        cls=TypeError,
-    )
-    assert isinstance(values, (list, tuple))
-    check(len(values) > 0, owner, "fill", "at least one number", repr(fill))
+    if not (isinstance(values, (list, tuple)) and all(is_number(v) for v in values)):
+        wanted = "a number, a tuple or list of numbers, a dict of those, or None"
+        raise expect.error("fill", wanted, repr(fill), cls=TypeError)
+    expect(len(values) > 0, "fill", "at least one number", repr(fill))
     return tuple(float(v) for v in values)
 
 
-def channel_values(owner: str, name: str, value: Any) -> tuple[float, ...]:
+def channel_values(expect: Expect, name: str, value: Any) -> tuple[float, ...]:
     """A number, or one a channel."""
     values = (value,) if is_number(value) else tuple(value)
-    check(len(values) > 0, owner, name, "at least one number", repr(value))
+    expect(len(values) > 0, name, "at least one number", repr(value))
     return tuple(float(v) for v in values)
 
 
@@ -214,7 +173,7 @@ def _entry_for_images(mapping: Mapping[Any, Any], default: Any) -> Any:
     return mapping.get(torch.Tensor, mapping.get("others", default))
 
 
-def image_dtype(owner: str, dtype: object) -> torch.dtype | None:
+def image_dtype(expect: Expect, dtype: object) -> torch.dtype | None:
     """The dtype for images out of a dtype or a {type: dtype} mapping; None: leave it."""
     if isinstance(dtype, Mapping):
         missing = object()
@@ -223,15 +182,9 @@ def image_dtype(owner: str, dtype: object) -> torch.dtype | None:
             return None
         if dtype is missing:
             raise BadArgument(
-                f'bigkernel.{owner}: dtype must name images or "others", got neither.'
+                f'bigkernel.{expect.function}: dtype must name images or "others", got neither.'
             )
-    check(isinstance(dtype, torch.dtype), owner, "dtype", "a torch.dtype or a dict", repr(dtype))
-    check(
-        dtype in OUT_DTYPES,
-        owner,
-        "dtype",
-        "a floating-point, whole-number or bool dtype",
-        dtype,
-    )
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise expect.error("dtype", "a torch.dtype or a dict", repr(dtype))
+    expect(dtype in OUT_DTYPES, "dtype", "a floating-point, whole-number or bool dtype", dtype)
     return dtype

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.engine.draws import integers, uniform
 from bigkernel.transforms.engine.samples import Floats, Ints
 from bigkernel.transforms.steps import BRIGHTNESS, CONTRAST, GREYSCALE, HUE, SATURATION
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
+_JITTER = Expect("ColorJitter")
 _ORDERS = np.asarray(list(itertools.permutations(range(4))), dtype=np.int64)
 _CODES = np.asarray([BRIGHTNESS, CONTRAST, SATURATION, HUE], dtype=np.int64)
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -86,27 +87,17 @@ def _factor_range(
     if value is None:
         return None
     if arguments.is_number(value):
-        check(value >= 0, "ColorJitter", name, "not negative when it is a single number", value)
+        _JITTER(value >= 0, name, "not negative when it is a single number", value)
         low, high = center - value, center + value
         if name != "hue":
             low = max(low, 0.0)
     else:
-        check(
-            isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2,
-            "ColorJitter",
-            name,
-            "a number or a sequence of length 2",
-            repr(value),
-            cls=TypeError,
-        )
-        low, high = arguments.number_pair("ColorJitter", name, value)
-    check(
-        bound[0] <= low <= high <= bound[1],
-        "ColorJitter",
-        name,
-        f"increasing and between {bound[0]} and {bound[1]}",
-        f"{low} to {high}",
-    )
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            wanted = "a number or a sequence of length 2"
+            raise _JITTER.error(name, wanted, repr(value), cls=TypeError)
+        low, high = arguments.number_pair(_JITTER, name, value)
+    wanted = f"increasing and between {bound[0]} and {bound[1]}"
+    _JITTER(bound[0] <= low <= high <= bound[1], name, wanted, f"{low} to {high}")
     return None if low == high == center else (float(low), float(high))
 
 
@@ -117,7 +108,7 @@ class RandomGrayscale(Transform):
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
-        self.p = arguments.probability("RandomGrayscale", p)
+        self.p = arguments.probability(Expect("RandomGrayscale"), p)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         active = images.active & (u[0, :, 0] < self.p)

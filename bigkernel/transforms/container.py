@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms import arguments
 from bigkernel.transforms.engine.passes import Part
 from bigkernel.transforms.engine.samples import Bools, Ints
@@ -31,7 +31,7 @@ class Stage(Transform):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], blocks: int = 1) -> None:
         super().__init__()
-        check(callable(function), "Stage", "function", "callable", repr(function), cls=TypeError)
+        Expect("Stage")(callable(function), "function", "callable", repr(function), cls=TypeError)
         self._function = function
         self.blocks = blocks
         self._block_count()
@@ -82,16 +82,10 @@ class _Container(Transform):
         self, transforms: Sequence[Transform | Callable[..., Any]] | nn.ModuleList
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        check(
-            isinstance(transforms, (Sequence, nn.ModuleList)),
-            name,
-            "transforms",
-            "a sequence of transforms",
-            type(transforms).__name__,
-            cls=TypeError,
-        )
-        check(len(transforms) > 0, name, "transforms", "at least one transform", "none")
+        expect = self._expect
+        kinds = (Sequence, nn.ModuleList)
+        expect.kind("transforms", transforms, kinds, "a sequence of transforms")
+        expect(len(transforms) > 0, "transforms", "at least one transform", "none")
         self.transforms = transforms
         list(self._inner())
 
@@ -103,9 +97,7 @@ class _Container(Transform):
                 continue
             is_class = isinstance(transform, type)
             if is_class or not callable(transform):
-                check(
-                    False,
-                    type(self).__name__,
+                raise self._expect.error(
                     f"transforms[{i}]",
                     "a transform or another callable, from images to images",
                     f"the class {transform.__name__}" if is_class else repr(transform),
@@ -181,7 +173,7 @@ class RandomApply(_Container):
         p: float = 0.5,
     ) -> None:
         super().__init__(transforms)
-        self.p = arguments.probability("RandomApply", p)
+        self.p = arguments.probability(Expect("RandomApply"), p)
 
     def extra_repr(self) -> str:
         return "\n".join(filter(None, [super().extra_repr(), f"p={self.p}"]))

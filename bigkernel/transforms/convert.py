@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.engine.samples import Floats
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
+
+_TO_DTYPE, _NORMALIZE = Expect("ToDtype"), Expect("Normalize")
 
 
 class ToImage(Transform):
@@ -39,18 +41,19 @@ class ToDtype(Transform):
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        self._dtype = arguments.image_dtype("ToDtype", dtype)
+        self._dtype = arguments.image_dtype(_TO_DTYPE, dtype)
         self.scale = scale
         if self._dtype is None and scale:
             warnings.warn(
-                "scale was set but no dtype for images: they stay as they are", stacklevel=2
+                "bigkernel.ToDtype: scale was set but no dtype for images: they stay as they are",
+                stacklevel=2,
             )
 
     def extra_repr(self) -> str:
         return f"dtype={self.dtype}, scale={self.scale}"
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
-        _check_tensors("ToDtype", images)
+        _check_tensors(_TO_DTYPE, images)
         if self._dtype is None:
             return Params(images.active), []
         return Params(images.active), [steps.ToDtype(images.active, self._dtype, self.scale)]
@@ -64,24 +67,17 @@ class Normalize(Transform):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
         super().__init__()
-        self.mean = list(arguments.channel_values("Normalize", "mean", mean))
-        self.std = list(arguments.channel_values("Normalize", "std", std))
-        check(all(s != 0 for s in self.std), "Normalize", "std", "without a zero", repr(std))
+        self.mean = list(arguments.channel_values(_NORMALIZE, "mean", mean))
+        self.std = list(arguments.channel_values(_NORMALIZE, "std", std))
+        _NORMALIZE(all(s != 0 for s in self.std), "std", "without a zero", repr(std))
         self.inplace = inplace
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
-        _check_tensors("Normalize", images)
+        _check_tensors(_NORMALIZE, images)
         step = steps.Normalize(images.active, tuple(self.mean), tuple(self.std))
         return Params(images.active), [step]
 
 
-def _check_tensors(owner: str, images: ImageInfo) -> None:
-    check(
-        not images.pil,
-        owner,
-        "images",
-        "tensors",
-        "PIL images",
-        f"Put ToImage() before {owner}",
-        TypeError,
-    )
+def _check_tensors(expect: Expect, images: ImageInfo) -> None:
+    fix = f"Put ToImage() before {expect.function}"
+    expect(not images.pil, "images", "tensors", "PIL images", fix, TypeError)

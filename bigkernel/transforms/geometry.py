@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from bigkernel.errors import BadArgument, check
+from bigkernel.errors import BadArgument
+from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.arguments import Fill, InterpolationMode
 from bigkernel.transforms.engine.draws import integers, uniform
@@ -24,7 +25,7 @@ class _RandomFlip(Transform):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = arguments.probability(type(self).__name__, p)
+        self.p = arguments.probability(self._expect, p)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         active = images.active & (u[0, :, 0] < self.p)
@@ -59,7 +60,7 @@ class CenterCrop(Transform):
 
     def __init__(self, size: int | Sequence[int]) -> None:
         super().__init__()
-        self.size = arguments.crop_size("CenterCrop", size)
+        self.size = arguments.crop_size(Expect("CenterCrop"), size)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         size = np.stack([images.width, images.height], axis=1)
@@ -91,12 +92,13 @@ class RandomCrop(Transform):
         padding_mode: str = "constant",
     ) -> None:
         super().__init__()
-        self.size = arguments.crop_size("RandomCrop", size)
-        self.padding = None if padding is None else arguments.padding_sides("RandomCrop", padding)
+        expect = Expect("RandomCrop")
+        self.size = arguments.crop_size(expect, size)
+        self.padding = None if padding is None else arguments.padding_sides(expect, padding)
         self.pad_if_needed = pad_if_needed
         self.fill = fill
-        self._fill = arguments.fill_values("RandomCrop", fill)
-        self.padding_mode = arguments.padding_mode("RandomCrop", padding_mode)
+        self._fill = arguments.fill_values(expect, fill)
+        self.padding_mode = arguments.padding_mode(expect, padding_mode)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         active = images.active
@@ -145,11 +147,12 @@ class Pad(Transform):
         self, padding: int | Sequence[int], fill: Fill = 0, padding_mode: str = "constant"
     ) -> None:
         super().__init__()
+        expect = Expect("Pad")
         self.padding = padding
-        self._sides = arguments.padding_sides("Pad", padding)
+        self._sides = arguments.padding_sides(expect, padding)
         self.fill = fill
-        self._fill = arguments.fill_values("Pad", fill)
-        self.padding_mode = arguments.padding_mode("Pad", padding_mode)
+        self._fill = arguments.fill_values(expect, fill)
+        self.padding_mode = arguments.padding_mode(expect, padding_mode)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         active = images.active
@@ -197,8 +200,9 @@ class Resize(Transform):
         antialias: bool | None = True,
     ) -> None:
         super().__init__()
-        self.size = _resize_size(size, max_size)
-        self.interpolation = arguments.interpolation_mode("Resize", interpolation)
+        expect = Expect("Resize")
+        self.size = _resize_size(expect, size, max_size)
+        self.interpolation = arguments.interpolation_mode(expect, interpolation)
         self.max_size = max_size
         self.antialias = antialias
 
@@ -238,31 +242,21 @@ class Resize(Transform):
         return np.where(upright, new_long, new_short), np.where(upright, new_short, new_long)
 
 
-def _resize_size(size: object, max_size: int | None) -> list[int] | None:
-    check(
-        max_size is None or arguments.is_int(max_size),
-        "Resize",
-        "max_size",
-        "an int or None",
-        repr(max_size),
-    )
+def _resize_size(expect: Expect, size: object, max_size: int | None) -> list[int] | None:
+    fits = max_size is None or arguments.is_int(max_size)
+    expect(fits, "max_size", "an int or None", repr(max_size))
     if size is None:
-        check(max_size is not None, "Resize", "max_size", "an int when size is None", "None")
+        expect(max_size is not None, "max_size", "an int when size is None", "None")
         return None
     sides = [size] if arguments.is_int(size) else size
     wanted = "an int, a sequence of one or two ints, or None"
-    check(isinstance(sides, Sequence) and len(sides) in (1, 2), "Resize", "size", wanted, size)
-    assert isinstance(sides, Sequence)
-    check(
-        all(arguments.is_int(s) and s > 0 for s in sides),
-        "Resize",
-        "size",
-        "positive whole numbers",
-        repr(size),
-    )
+    if not isinstance(sides, Sequence) or len(sides) not in (1, 2):
+        raise expect.error("size", wanted, size)
+    positive = all(arguments.is_int(s) and s > 0 for s in sides)
+    expect(positive, "size", "positive whole numbers", repr(size))
     if max_size is not None:
-        check(len(sides) == 1, "Resize", "max_size", "None when size is (height, width)", max_size)
-        check(max_size > sides[0], "Resize", "max_size", f"greater than size {sides[0]}", max_size)
+        expect(len(sides) == 1, "max_size", "None when size is (height, width)", max_size)
+        expect(max_size > sides[0], "max_size", f"greater than size {sides[0]}", max_size)
     return [int(s) for s in sides]
 
 
@@ -295,30 +289,21 @@ class RandomResizedCrop(Transform):
         antialias: bool | None = True,
     ) -> None:
         super().__init__()
-        name = "RandomResizedCrop"
-        self.size = arguments.crop_size(name, size)
-        for argument, value in (("scale", scale), ("ratio", ratio)):
-            check(
-                isinstance(value, Sequence) and len(value) == 2,
-                name,
-                argument,
-                "a sequence of two floats",
-                repr(value),
-                cls=TypeError,
-            )
-            least = 0.0 if argument == "scale" else math.ulp(0.0)
-            check(
-                all(arguments.is_number(v) and least <= v < math.inf for v in value),
-                name,
-                argument,
-                "positive numbers" if least else "numbers from 0 on",
-                repr(value),
-            )
+        expect = Expect("RandomResizedCrop")
+        self.size = arguments.crop_size(expect, size)
+        for name, value in (("scale", scale), ("ratio", ratio)):
+            pair = isinstance(value, Sequence) and len(value) == 2
+            expect(pair, name, "a sequence of two floats", repr(value), cls=TypeError)
+            least = 0.0 if name == "scale" else math.ulp(0.0)
+            fits = all(arguments.is_number(v) and least <= v < math.inf for v in value)
+            wanted = "positive numbers" if least else "numbers from 0 on"
+            expect(fits, name, wanted, repr(value))
         if scale[0] > scale[1] or ratio[0] > ratio[1]:
-            warnings.warn("scale and ratio should be of kind (min, max)", stacklevel=2)
+            message = f"bigkernel.{name}: scale and ratio should be of kind (min, max)"
+            warnings.warn(message, stacklevel=2)
         self.scale = scale
         self.ratio = ratio
-        self.interpolation = arguments.interpolation_mode(name, interpolation)
+        self.interpolation = arguments.interpolation_mode(expect, interpolation)
         self.antialias = antialias
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:

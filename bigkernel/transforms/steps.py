@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.ops.augment.reference import bound
 from bigkernel.ops.augment.table import (
     BRIGHTNESS,
@@ -75,6 +75,9 @@ __all__ = [
     "ToDtype",
 ]
 
+_AFFINE, _COLOR, _NORMALIZE = (
+    Expect(f"transforms.steps.{name}") for name in ("Affine", "Color", "Normalize")
+)
 _STEP = 1 / 65536  # pixels; what nearest sampling rounds positions to, before it looks at ties
 
 
@@ -82,14 +85,14 @@ def _interpolation(step: Affine | Resize) -> InterpolationMode:
     given = step.interpolation
     if isinstance(given, InterpolationMode):
         return given
-    return arguments.interpolation_mode(f"transforms.steps.{type(step).__name__}", given)
+    return arguments.interpolation_mode(step._expect, given)
 
 
 def _fill(step: Affine | Pad) -> tuple[float, ...] | None:
     given = step.fill
     if given is None or isinstance(given, tuple):
         return given
-    return arguments.fill_values(f"transforms.steps.{type(step).__name__}", given)
+    return arguments.fill_values(step._expect, given)
 
 
 @dataclass
@@ -131,14 +134,10 @@ class Crop(Step):
             return
         i = int(np.flatnonzero(outside)[0])
         box = tuple(int(side[i]) for side in (self.top, self.left, self.height, self.width))
-        check(
-            False,
-            "transforms.steps.Crop",
-            "the box (top, left, height, width)",
-            f"inside the image of {(int(height[i]), int(width[i]))} (height, width)",
-            f"{box} for image {i}",
-            "Put a steps.Pad before it",
-        )
+        which = "the box (top, left, height, width)"
+        wanted = f"inside the image of {(int(height[i]), int(width[i]))} (height, width)"
+        got, fix = f"{box} for image {i}", "Put a steps.Pad before it"
+        raise Expect("transforms.steps.Crop").error(which, wanted, got, fix)
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         return np.where(self.active, self.height, height), np.where(self.active, self.width, width)
@@ -172,7 +171,7 @@ class Pad(Step):
     def check(self, height: Ints, width: Ints) -> None:
         if (self.sides < 0).any():
             least, how = self.sides.min(), "Cut pixels off with steps.Crop"
-            check(False, "transforms.steps.Pad", "sides", "0 or more", least, how)
+            raise Expect("transforms.steps.Pad").error("sides", "0 or more", least, how)
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         grown_height, grown_width = self._grown(height, width)
@@ -233,13 +232,8 @@ class Affine(Step):
 
     def check(self, height: Ints, width: Ints) -> None:
         a, b, _, d, e, _ = self.matrix.T
-        check(
-            bool(np.isfinite(self.matrix).all() and (a * e != b * d).all()),
-            "transforms.steps.Affine",
-            "matrix",
-            "finite and invertible",
-            "one that is not",
-        )
+        fits = np.isfinite(self.matrix).all() and (a * e != b * d).all()
+        _AFFINE(fits, "matrix", "finite and invertible", "one that is not")
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         return np.where(self.active, self.height, height), np.where(self.active, self.width, width)
@@ -363,27 +357,19 @@ class Color(Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.codes.shape == self.factors.shape,
-            "transforms.steps.Color",
-            "factors",
-            f"of shape {list(self.codes.shape)}, as codes",
-            f"shape {list(self.factors.shape)}",
-        )
+        codes, factors = list(self.codes.shape), list(self.factors.shape)
+        _COLOR(codes == factors, "factors", f"of shape {codes}, as codes", f"shape {factors}")
         if ((self.codes < 0) | (self.codes > GREYSCALE)).any():
             wanted = "BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE or 0"
             got = sorted(set(self.codes.ravel().tolist()))
-            check(False, "transforms.steps.Color", "codes", wanted, got)
+            raise _COLOR.error("codes", wanted, got)
 
     def of_pictures(self, modes: frozenset[str]) -> Step:
-        check(
-            not self.active.any() or modes <= BYTE_MODES,
-            "transforms",
-            "images",
-            f"PIL images of mode {', '.join(sorted(BYTE_MODES))} for colour transforms",
-            f"mode {', '.join(sorted(modes - BYTE_MODES))}",
-            'Convert with image.convert("RGB")',
-        )
+        if self.active.any() and not modes <= BYTE_MODES:
+            wanted = f"PIL images of mode {', '.join(sorted(BYTE_MODES))} for colour transforms"
+            got = f"mode {', '.join(sorted(modes - BYTE_MODES))}"
+            fix = 'Convert with image.convert("RGB")'
+            raise Expect("transforms").error("images", wanted, got, fix)
         return self
 
     def fits(self, table: Table) -> Bools:
@@ -404,11 +390,10 @@ class Normalize(Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        owner = "transforms.steps.Normalize"
         if not (type(self.mean) is tuple and type(self.std) is tuple):
-            self.mean = arguments.channel_values(owner, "mean", self.mean)
-            self.std = arguments.channel_values(owner, "std", self.std)
-        check(0.0 not in self.std, owner, "std", "without a zero", self.std)
+            self.mean = arguments.channel_values(_NORMALIZE, "mean", self.mean)
+            self.std = arguments.channel_values(_NORMALIZE, "std", self.std)
+        _NORMALIZE(0.0 not in self.std, "std", "without a zero", self.std)
 
     def fits(self, table: Table) -> Bools:
         return np.full(len(self.active), not table.rounded)

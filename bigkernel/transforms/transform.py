@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigkernel._eager import eager
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.images import Images, gather
 from bigkernel.transforms.engine.passes import Part
@@ -20,6 +20,8 @@ from bigkernel.transforms.engine.samples import Bools, Floats, Ints
 from bigkernel.transforms.engine.stages import Given, call_keyed
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
+
+_EXPECT = Expect("transforms")
 
 
 @dataclass
@@ -120,19 +122,29 @@ class Transform(nn.Module):
         super().__init_subclass__(**options)
         drawn = cls.draw is not Transform.draw
         cls._is_stage = (cls.transform, cls._call) != (Transform.transform, Transform._call)
-        check(
-            not (drawn and cls._is_stage),
-            "transforms.Transform",
-            f"a subclass ({cls.__name__})",
-            "one that defines draw(u, images), which gives steps, or transform(images, u), which "
-            "gives tensors",
-            "one that has both",
-            cls=TypeError,
-        )
+        if drawn and cls._is_stage:
+            wanted = (
+                "one that defines draw(u, images), which gives steps, or transform(images, u), "
+                "which gives tensors"
+            )
+            which, got = f"a subclass ({cls.__name__})", "one that has both"
+            raise Expect("transforms.Transform").error(which, wanted, got, cls=TypeError)
+        if hasattr(cls, "make_params"):
+            raise Expect("transforms.Transform").error(
+                f"a subclass ({cls.__name__})",
+                "one that draws its numbers from u, which draw and transform are given",
+                "one with torchvision's make_params",
+                "A subclass of torchvision's Transform can stand in a chain as it is",
+                TypeError,
+            )
 
     def __init__(self) -> None:
         super().__init__()
         self.layout = "auto"
+
+    @property
+    def _expect(self) -> Expect:
+        return Expect(type(self).__name__)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         """What is to be done to the images, as steps that the chain folds.
@@ -218,7 +230,7 @@ class Transform(nn.Module):
         table = np.asarray(sizes)
         whole = np.issubdtype(table.dtype, np.integer) or table.size == 0
         fits = whole and (table.size == 0 or (table.shape[1:] == (2,) and table.min() > 0))
-        check(fits, "transforms", "sizes", "positive pairs (height, width)", repr(sizes))
+        _EXPECT(fits, "sizes", "positive pairs (height, width)", repr(sizes))
         table = table.astype(np.int64).reshape(-1, 2)
         walk = Walk(self._draws(generator, ids, len(table)), table[:, 0], table[:, 1])
         params = self._walk(walk).params
@@ -240,7 +252,7 @@ class Transform(nn.Module):
         if images is not None:
             batch = gather(images, self.layout)
             count = batch.count // batch.frames if batch.count else 0
-            check(count > 0, type(self).__name__, "images", "at least one image", "none")
+            self._expect(count > 0, "images", "at least one image", "none")
             key = self._draws(torch.Generator().manual_seed(0), range(count), count)
             said = [f" ({done})" for done in self._run(batch, key)[1].done]
         lines = [
@@ -268,7 +280,7 @@ class Transform(nn.Module):
         count = self.blocks
         if type(count) is not int or count < 0:
             what = "how many blocks of four random numbers it takes an image, a whole number"
-            check(False, type(self).__name__, "blocks", what, repr(count))
+            raise self._expect.error("blocks", what, repr(count))
         return count
 
     def _walk(self, walk: Walk) -> Walk:
@@ -296,29 +308,20 @@ class Transform(nn.Module):
             and isinstance(drawn[0], Params)
             and isinstance(drawn[1], (list, tuple))
         ):
-            check(
-                False,
-                name,
-                "what its draw returns",
-                "a pair (parameters, list of steps)",
-                f"{drawn!r:.80}",
-                "Such as Params(images.active), [steps.Flip(images.active, True)]",
-                TypeError,
-            )
+            wanted = "a pair (parameters, list of steps)"
+            fix = "Such as Params(images.active), [steps.Flip(images.active, True)]"
+            got = f"{drawn!r:.80}"
+            raise self._expect.error("what its draw returns", wanted, got, fix, TypeError)
         params, todo = drawn
         for step in todo:
             if not isinstance(step, Step):
-                kinds = "a step of bigkernel.transforms.steps"
-                check(False, name, "what its draw lists", kinds, f"{step!r:.80}", cls=TypeError)
+                wanted, got = "a step of bigkernel.transforms.steps", f"{step!r:.80}"
+                raise self._expect.error("what its draw lists", wanted, got, cls=TypeError)
             if len(step.active) != len(active) or (step.active & ~active).any():
-                check(
-                    False,
-                    name,
-                    f"active of its {type(step).__name__}",
-                    f"[{len(active)}] booleans, true for images of images.active alone",
-                    f"{step.active!r:.80}",
-                    "Start from images.active, and narrow it with &",
-                )
+                which = f"active of its {type(step).__name__}"
+                wanted = f"[{len(active)}] booleans, true for images of images.active alone"
+                fix = "Start from images.active, and narrow it with &"
+                raise self._expect.error(which, wanted, f"{step.active!r:.80}", fix)
         walk.add(name, params, todo)
 
     def _name(self) -> str:
@@ -358,16 +361,12 @@ class Transform(nn.Module):
     def _symbolic(self, images: torch.fx.Proxy, **arguments: Any) -> torch.fx.Proxy:
         """This call in the graph of torch.fx.symbolic_trace, as that of a layer of torch's."""
         tracer = images.tracer
-        owned = any(module is self for module in tracer.root.modules())  # type: ignore[attr-defined]
-        check(
-            owned and tracer.root is not self,  # type: ignore[attr-defined]
-            "transforms",
-            "the module that torch.fx traces",
-            "a module that holds the transform",
-            "the transform itself",
-            "It is one call: there is nothing to trace in it",
-            NotImplementedError,
-        )
+        root: Any = tracer.root  # type: ignore[attr-defined]
+        if root is self or all(module is not self for module in root.modules()):
+            which, got = "the module that torch.fx traces", "the transform itself"
+            fix = "It is one call: there is nothing to trace in it"
+            wanted = "a module that holds the transform"
+            raise _EXPECT.error(which, wanted, got, fix, NotImplementedError)
         target = tracer.path_of_module(self)  # type: ignore[attr-defined]
         given = {name: value for name, value in arguments.items() if value is not None}
         return tracer.create_proxy("call_module", target, (images,), given)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.arguments import Fill, InterpolationMode
 from bigkernel.transforms.engine.affine import expanded_size, quarter_turns, warp_matrix
@@ -16,10 +16,10 @@ from bigkernel.transforms.engine.samples import Bools, Floats, Ints
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
-def _center(owner: str, center: Sequence[float] | None) -> tuple[float, float] | None:
+def _center(expect: Expect, center: Sequence[float] | None) -> tuple[float, float] | None:
     if center is None:
         return None
-    x, y = arguments.number_pair(owner, "center", center)
+    x, y = arguments.number_pair(expect, "center", center)
     return x, y
 
 
@@ -51,14 +51,14 @@ class RandomRotation(Transform):
         fill: Fill = 0,
     ) -> None:
         super().__init__()
-        name = "RandomRotation"
-        self.degrees = arguments.angle_range(name, "degrees", degrees)
-        self.interpolation = arguments.interpolation_mode(name, interpolation)
+        expect = Expect("RandomRotation")
+        self.degrees = arguments.angle_range(expect, "degrees", degrees)
+        self.interpolation = arguments.interpolation_mode(expect, interpolation)
         self.expand = expand
         self.center = center
-        self._center = _center(name, center)
+        self._center = _center(expect, center)
         self.fill = fill
-        self._fill = arguments.fill_values(name, fill)
+        self._fill = arguments.fill_values(expect, fill)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         angle = uniform(u[0, :, 0], *self.degrees)
@@ -118,23 +118,25 @@ class RandomAffine(Transform):
         center: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        name = "RandomAffine"
-        self.degrees = arguments.angle_range(name, "degrees", degrees)
+        expect = Expect("RandomAffine")
+        self.degrees = arguments.angle_range(expect, "degrees", degrees)
         if translate is not None:
-            fractions = arguments.number_pair(name, "translate", translate)
+            fractions = arguments.number_pair(expect, "translate", translate)
             in_range = all(0.0 <= f <= 1.0 for f in fractions)
-            check(in_range, name, "translate", "between 0 and 1", repr(translate))
+            expect(in_range, "translate", "between 0 and 1", repr(translate))
         if scale is not None:
-            factors = arguments.number_pair(name, "scale", scale)
-            check(all(f > 0 for f in factors), name, "scale", "positive", repr(scale))
+            factors = arguments.number_pair(expect, "scale", scale)
+            expect(all(f > 0 for f in factors), "scale", "positive", repr(scale))
         self.translate = translate
         self.scale = scale
-        self.shear = None if shear is None else arguments.angle_range(name, "shear", shear, (2, 4))
-        self.interpolation = arguments.interpolation_mode(name, interpolation)
+        self.shear = (
+            None if shear is None else arguments.angle_range(expect, "shear", shear, (2, 4))
+        )
+        self.interpolation = arguments.interpolation_mode(expect, interpolation)
         self.fill = fill
-        self._fill = arguments.fill_values(name, fill)
+        self._fill = arguments.fill_values(expect, fill)
         self.center = center
-        self._center = _center(name, center)
+        self._center = _center(expect, center)
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         active, height, width = images.active, images.height, images.width

@@ -8,6 +8,9 @@
 // sums, before they join C.
 #pragma once
 
+#include "attention/cpu_gemm.h"
+#include "attention/cpu_tiling.h"
+
 namespace bigkernel::BK_ISA {
 
 constexpr int kTile = 16;                                 // rows of a tile, and words of a row

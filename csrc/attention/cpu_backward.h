@@ -9,6 +9,8 @@
 // shapes alone, and their sum has one order too: results do not depend on the number of threads.
 #pragma once
 
+#include "attention/cpu_forward.h"
+
 namespace bigkernel::BK_ISA {
 
 struct BackwardScratch {

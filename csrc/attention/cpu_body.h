@@ -8,15 +8,6 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "cpu/philox_vec.h"
-#include "attention/cpu_words.h"
-#include "attention/cpu_gemm.h"
-#include "attention/cpu_pack.h"
-#include "attention/cpu_tiling.h"
-#if defined(BK_ISA_AMX)
-#include "attention/cpu_amx.h"
-#endif
-#include "attention/cpu_scores.h"
 #include "attention/cpu_forward.h"
 #include "attention/cpu_backward.h"
 #include "attention/cpu_mask_gradient.h"

@@ -6,6 +6,8 @@
 // padded to whole vectors. A is row-major, or read transposed (A[m, k] at a[k * lda + m]).
 #pragma once
 
+#include "attention/cpu_words.h"
+
 namespace bigkernel::BK_ISA {
 
 #if defined(BK_ISA_AMX)

@@ -9,6 +9,8 @@
 // has one order. Sums are held in fp64: a mask of one row may sum up every score of the batch.
 #pragma once
 
+#include "attention/cpu_backward.h"
+
 namespace bigkernel::BK_ISA {
 
 struct MaskGradientScratch {

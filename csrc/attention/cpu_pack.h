@@ -2,6 +2,9 @@
 // which the products read them.
 #pragma once
 
+#include "attention/attention.h"
+#include "attention/cpu_words.h"
+
 namespace bigkernel::BK_ISA {
 
 constexpr int64_t kMostDim = 256;  // the binding checks it

@@ -2,6 +2,10 @@
 // that causality and window leave, dropout.
 #pragma once
 
+#include "attention/attention.h"
+#include "attention/cpu_pack.h"
+#include "cpu/philox_vec.h"
+
 namespace bigkernel::BK_ISA {
 
 constexpr float kLog2E = 1.44269504088896341f;

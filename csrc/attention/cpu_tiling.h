@@ -1,6 +1,8 @@
 // Tile sizes, and how a worker's scratch is cut up.
 #pragma once
 
+#include "attention/cpu_pack.h"
+
 namespace bigkernel::BK_ISA {
 
 constexpr int64_t kBlockQ = 96;  // forward: multiple of kMr

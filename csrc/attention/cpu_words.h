@@ -8,6 +8,8 @@
 // forward and backward are written once.
 #pragma once
 
+#include "cpu/vec.h"
+
 namespace bigkernel::BK_ISA {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "cuda/device.h"
 
 namespace bigkernel {
 
@@ -53,6 +54,7 @@ inline bool rows_aligned(const AttentionTensor& t, int64_t dim, DType dtype) {
 struct AttentionLaunch {
   const char* name;
   const void* kernel;        // takes an AttentionCudaArgs
+  int32_t generation;        // of GPUs that run it: this compute capability and later
   uint32_t blocks, threads;  // no blocks: nothing to do
   size_t shared;
   int32_t tile_rows, tile_keys, tile_dim;
@@ -60,13 +62,14 @@ struct AttentionLaunch {
   int32_t general;  // the kernel with every feature, not the one for plain and causal attention
 };
 
-// Throw std::runtime_error, naming the kernel, the grid and CUDA's message. Launches go to `stream`
-// (a cudaStream_t) of `device` and return at once.
-AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args);
+// Throw std::runtime_error, naming the kernel and why the device cannot run it, or the grid and
+// CUDA's message. Launches go to `stream` (a cudaStream_t) of `device` and return at once.
+AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args, const DeviceTraits& device);
 void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* stream);
 
 // Backward: one launch after the other. dmask.kind says whether a mask's gradient is wanted.
-std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args);
+std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args,
+                                                const DeviceTraits& device);
 void launch_attention_bwd(const AttentionCudaArgs& args, int device, void* stream);
 
 }  // namespace bigkernel

@@ -1,10 +1,10 @@
 // Which kernel of attention's forward pass a call takes, its grid, and the launch.
-#include "attention/cuda_fwd_kernels.h"
+#include "attention/sm80_fwd_kernels.h"
 #include "cuda/launch.h"
 
 namespace bigkernel {
 
-AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args) {
+AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args, const DeviceTraits& device) {
   const bool aligned = rows_aligned(args.q, args.dim, args.dtype) &&
                        rows_aligned(args.k, args.dim, args.dtype) &&
                        rows_aligned(args.v, args.dim_v, args.dtype) &&
@@ -22,15 +22,16 @@ AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args) {
         "bigkernel.attention_fwd: " + std::to_string(args.batch) + " sequences of " +
         std::to_string(args.heads_q) + " heads and up to " + std::to_string(args.max_q) +
         " rows take more blocks than a CUDA grid has, 2147483647. Split the batch.");
+  if (blocks > 0)
+    check_device("attention_fwd", launch.name, device, launch.generation, launch.shared);
   launch.blocks = uint32_t(blocks);
   launch.aligned = aligned;
   return launch;
 }
 
 void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* stream) {
-  const AttentionLaunch launch = plan_attention_fwd(args);
+  const AttentionLaunch launch = plan_attention_fwd(args, use_device(device));
   if (launch.blocks == 0) return;
-  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
   AttentionCudaArgs ready = args;
   ready.aligned = launch.aligned;
   launch_kernel(launch.name, launch.kernel, launch.blocks, launch.threads, launch.shared, stream,

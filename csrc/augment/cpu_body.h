@@ -1,7 +1,5 @@
 // The life of one output line: sample, recolour, then normalise, convert and store. See augment.h.
 #include "augment/augment.h"
-#include "augment/cpu_texels.h"
-#include "augment/cpu_packed.h"
 #include "augment/cpu_map.h"
 #include "augment/cpu_lines.h"
 #include "augment/cpu_color.h"

@@ -1,6 +1,10 @@
 // The colour chain on one line of the output, in fp32, each vector of pixels through all of it.
 // Whole-number operations first round to what a uint8 image would hold and cut their result, as
 // torchvision does.
+#pragma once
+
+#include "augment/cpu_texels.h"
+
 namespace bigkernel::BK_ISA {
 
 // Clamps that let NaN through (vmax and vmin give the second operand where either is NaN).

@@ -2,6 +2,10 @@
 // first: the source rows of an output line are combined, reading memory in order, then its columns,
 // from a scratch line. Columns first: each source row is sampled along x once and kept for all the
 // output lines that combine it.
+#pragma once
+
+#include "augment/cpu_texels.h"
+
 namespace bigkernel::BK_ISA {
 
 // dst[i] = sum_t weight[t] * row(t)[i] for i in 0..n. Reads nothing outside the rows.

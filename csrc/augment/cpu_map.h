@@ -1,5 +1,9 @@
 // Sampling by any map: kLanes output pixels at a time, positions in double precision, taps through
 // gathers. Where all taps of a vector lie inside the source box nothing is masked.
+#pragma once
+
+#include "augment/cpu_packed.h"
+
 namespace bigkernel::BK_ISA {
 
 typedef double VecD __attribute__((vector_size(8 * BK_LANES)));

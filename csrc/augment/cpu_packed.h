@@ -3,6 +3,10 @@
 // takes two gathers of pairs. The copy has a frame as wide as the filter: of zeros, whose fourth
 // byte makes the weighted sum of ones the filter's cover, or, where taps are clamped, of the edge's
 // pixels. Positions are fixed-point with 32 bits of fraction, in two registers (Pair).
+#pragma once
+
+#include "augment/cpu_texels.h"
+
 namespace bigkernel::BK_ISA {
 
 typedef int64_t VecQ __attribute__((vector_size(4 * BK_LANES)));

@@ -1,6 +1,11 @@
 // Reading source pixels as fp32 vectors: consecutive ones, and scattered ones through gathers. A
 // gather fetches 32 bits, so one of uint8 or 16-bit pixels brings the neighbour along: the right
 // tap in a plane, the other colours in an interleaved image.
+#pragma once
+
+#include "augment/augment.h"
+#include "cpu/vec.h"
+
 namespace bigkernel::BK_ISA {
 
 BK_INLINE VecI vmini(VecI a, VecI b) { return a < b ? a : b; }

@@ -4,6 +4,7 @@
 // for the colours in them decide what is launched.
 #include "augment/binding.h"
 #include "augment/cuda_plan.h"
+#include "cuda/launch.h"
 #include "cuda/stream.h"
 
 namespace bigkernel {
@@ -32,7 +33,7 @@ Tensor augment_cuda(std::vector<Tensor> images, Tensor geometry, Tensor color, T
   const AugmentInput input{call.args,          call.batch->views().data(), call.geometry_row(0),
                            call.colors(),      call.fill_row(0),           call.samples(),
                            call.color.size(1), call.fill.size(0),          call.antialias};
-  const AugmentLaunch launch = plan_augment(input);
+  const AugmentLaunch launch = plan_augment(input, device_traits(device));
   Tensor scratch = torch::stable::new_empty(like, {launch.scratch_bytes}, ScalarType::Byte);
   Tensor host = torch::stable::empty({launch.table_bytes}, ScalarType::Byte, std::nullopt,
                                      torch::stable::Device(torch::headeronly::kCPU), true);

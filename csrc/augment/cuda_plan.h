@@ -8,6 +8,7 @@
 #include <string>
 
 #include "augment/cuda.h"
+#include "cuda/device.h"
 
 namespace bigkernel {
 namespace detail {
@@ -54,13 +55,14 @@ inline AugmentSample describe(const AugmentInput& input, int64_t i) {
 
 }  // namespace detail
 
-inline AugmentLaunch plan_augment(const AugmentInput& input) {
+inline AugmentLaunch plan_augment(const AugmentInput& input, const DeviceTraits& device) {
   const AugmentArgs& args = input.args;
   constexpr int64_t kMostGrid = std::numeric_limits<int32_t>::max();
   using namespace detail;
   if (input.n > kMostGrid) fail("a batch must have fewer than 2^31 images for the GPU");
   const double elements = double(args.channels) * double(args.out_h) * double(args.out_w);
   if (elements >= 0x1p31) fail("an output image must have fewer than 2^31 elements for the GPU");
+  check_device("augment", "augment_sample_kernel", device, kSm80);
   AugmentLaunch launch{};
   int64_t colors = 0, beside = 0, contrasts = 0;
   for (int64_t i = 0; i < input.n; ++i) {

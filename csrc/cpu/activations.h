@@ -2,6 +2,8 @@
 // instruction set. Each F(x) has value and slope; what both need is computed once.
 #pragma once
 
+#include "cpu/vec.h"
+
 namespace bigkernel::BK_ISA {
 
 // e^x within 2 ulp; results below 2^-126 are 0. The multiple of log 2 is taken off in two parts, of

@@ -1,6 +1,8 @@
 // common/philox.h on short vectors: the same words, for kLanes counters at once.
 #pragma once
 
+#include "cpu/vec.h"
+
 namespace bigkernel::BK_ISA {
 
 // High and low words of a * b, lane by lane.

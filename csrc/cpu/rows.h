@@ -2,6 +2,8 @@
 // an op's cpu_body.h, so everything lives in the namespace of an instruction set.
 #pragma once
 
+#include "cpu/vec.h"
+
 #define BK_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 namespace bigkernel::BK_ISA {

@@ -4,6 +4,8 @@
 // namespace. Arithmetic a * b + c becomes one FMA where the set has it (-ffp-contract=fast).
 #pragma once
 
+#include "cpu/isa_prologue.h"
+
 #if defined(BK_ISA_AVX512) || defined(BK_ISA_AVX512_BF16) || defined(BK_ISA_AMX)
 #define BK_AVX512 1
 #define BK_MM(name) _mm512_##name

@@ -2,8 +2,12 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include "cuda/device.h"
 
 namespace bigkernel {
 
@@ -12,6 +16,30 @@ inline void check_cuda(cudaError_t error, const std::string& doing) {
   cudaGetLastError();  // reported here: not again by whoever asks next
   throw std::runtime_error("bigkernel: " + doing + ": " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
+}
+
+// Asked for once for each device; the reference stays good.
+inline const DeviceTraits& device_traits(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceTraits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device),
+               "asking for the attributes of CUDA device " + std::to_string(device));
+    return int32_t(value);
+  };
+  const DeviceTraits traits{
+      10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMultiProcessorCount)};
+  return known.emplace(device, traits).first->second;
+}
+
+// Makes a device the current one.
+inline const DeviceTraits& use_device(int device) {
+  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  return device_traits(device);
 }
 
 // Right after kernel<<<grid, threads, shared, stream>>>(...).

@@ -14,9 +14,10 @@ A room's file ``ROOM.toml`` holds its mutants::
     equivalent = "why no test can notice"                         # only where that is so
 
 Each change is made in a temporary copy of the tree, never in the tree itself, and undone there. CPU
-kernels compile once for each instruction set; only one of them is compiled anew (``ISA``), and the
-tests of a kernel have to name it. Kernels in ``.cu`` files are compiled by the tests that run them
-in the emulator. With ``--copy`` the copy is kept, and a later call need not build it again.
+kernels compile once for each instruction set, and only one is compiled anew (``ISA``): tests that
+choose none run with it, and of those that run under each the mutant's ``-k`` has to name it.
+Kernels in ``.cu`` files are compiled by the tests that run them in the emulator. With ``--copy``
+the copy is kept, and a later call builds only what has changed.
 
 The exit code is 1 where a mutant survives that has no reason to, or is killed although it has one.
 """
@@ -38,12 +39,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutants.forks import Forks
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 ISA = "avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"
 # pytest: 1 tests failed; 2 the tests could not be imported, which a change to the code can cause.
 _NOTICED = (1, 2)
 _NATIVE = (".cpp", ".h")
+_ASIDE = "build/aside"  # in the copy
+_forks = Forks()
 
 
 class MutantError(Exception):
@@ -137,13 +142,12 @@ def try_mutant(mutant: Mutant, copy: Path) -> tuple[bool, str]:
     file = copy / mutant.file
     original = file.read_text()
     changed = mutant.changed(original)
-    if mutant.of_cpu_kernels:
-        _build(copy, None)  # all of it, once
     kept = _BuiltFiles(copy, file) if mutant.of_cpu_kernels else None
     try:
         file.write_text(changed)
         if kept is not None:
-            _build(copy, kept)
+            kept.keep_time()
+            _build(copy)
         return _run_tests(mutant, copy)
     finally:
         file.write_text(original)
@@ -160,69 +164,70 @@ class _BuiltFiles:
 
     def __init__(self, copy: Path, file: Path) -> None:
         self.file, self.times = file, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-        op, names = file.parent.name, [f"csrc/{file.parent.name}/{file.stem}"]
+        folder, names = file.parent.name, [f"csrc/{file.parent.name}/{file.stem}"]
         if file.suffix == ".h":
-            names = [f"build/generated/{op}_{ISA}"]
+            ops = [folder]
+            if folder == "cpu":  # shared by ops
+                bodies = copy.glob("csrc/*/cpu_body.h")
+                ops = [b.parent.name for b in bodies if f'"cpu/{file.name}"' in b.read_text()]
+            names = [f"build/generated/{op}_{ISA}" for op in ops]
             binding = file.with_name("cpu.cpp")
-            if binding.is_file() and f'"{op}/{file.name}"' in binding.read_text():
-                names.append(f"csrc/{op}/cpu")
+            if binding.is_file() and f'"{folder}/{file.name}"' in binding.read_text():
+                names.append(f"csrc/{folder}/cpu")
         objects = [path for name in names for path in copy.glob(f"build/temp*/{name}.o")]
-        self.built = [*objects, *copy.glob("bigkernel/_C*.so")]
-        if len(self.built) < 2:
+        built = [*objects, *copy.glob("bigkernel/_C*.so")]
+        if len(built) < 2:
             raise MutantError(f"{file.relative_to(copy)}: no object of it was found in {copy}.")
-        self.aside = Path(tempfile.mkdtemp(prefix="aside-", dir=copy / "build"))
-        for number, path in enumerate(self.built):
-            shutil.move(path, self.aside / str(number))
+        self.copy = copy
+        for path in built:
+            aside = copy / _ASIDE / path.relative_to(copy)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(aside)
 
     def keep_time(self) -> None:
         os.utime(self.file, ns=self.times)
 
     def put_back(self) -> None:
         self.keep_time()
-        for number, path in enumerate(self.built):
-            shutil.move(self.aside / str(number), path)
-        shutil.rmtree(self.aside)
+        put_back(self.copy)
 
 
-def _build(copy: Path, kept: _BuiltFiles | None) -> None:
-    if kept is not None:
-        kept.keep_time()
-    elif any(copy.glob("build/temp*/build/generated/*.o")) and any(copy.glob("bigkernel/_C*.so")):
-        return
-    else:
-        for stale in copy.glob("bigkernel/_C*.so"):
-            stale.unlink()  # the tree's own, which another build may have made
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=copy,
-        env={**os.environ, "BIGKERNEL_CUDA": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise MutantError(f"the build failed: {(done.stdout + done.stderr)[-2000:]}")
+def put_back(copy: Path) -> None:
+    """What was set aside, also by a call that was stopped before it could."""
+    for path in (copy / _ASIDE).rglob("*"):
+        if path.is_file():
+            path.replace(copy / path.relative_to(copy / _ASIDE))
+    shutil.rmtree(copy / _ASIDE, ignore_errors=True)
+
+
+def build_all(copy: Path) -> None:
+    """The extension with all its objects, once: what is there and current is kept."""
+    if not any(copy.glob("build/temp*/build/generated/*.o")):
+        for other in copy.glob("bigkernel/_C*.so"):
+            other.unlink()  # the tree's own, beside which setup.py would build nothing
+    _build(copy)
+
+
+def _build(copy: Path) -> None:
+    program = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    code, output = _forks.run(program, copy, {"BIGKERNEL_CUDA": "0"})
+    if code:
+        raise MutantError(f"the build failed: {output[-2000:]}")
 
 
 def _run_tests(mutant: Mutant, copy: Path) -> tuple[bool, str]:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
-            *("--tb=line", "-n", "0", *shlex.split(mutant.tests)),
-        ],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or [done.stderr[-500:]]
+    env = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    if mutant.of_cpu_kernels:
+        env["BIGKERNEL_CPU_ISA"] = ISA
+    program = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-n", "0"]
+    code, output = _forks.run([*program, *shlex.split(mutant.tests)], copy, env)
+    lines = [line for line in output.splitlines() if line.strip()] or [""]
     failed = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1])
-    if done.returncode not in (0, *_NOTICED):
-        raise MutantError(f"{mutant.name}: pytest ended with {done.returncode}: {lines[-1]}")
-    if done.returncode == 0 and " passed" not in lines[-1]:
+    if code not in (0, *_NOTICED):
+        raise MutantError(f"{mutant.name}: pytest ended with {code}: {lines[-1]}")
+    if code == 0 and not any(" passed" in line for line in lines):
         raise MutantError(f"{mutant.name}: no test ran: {lines[-1]}")
-    return done.returncode in _NOTICED, failed
+    return code in _NOTICED, failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,7 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
         copy = (given.copy or Path(scratch, "tree")).resolve()
         if copy == ROOT or ROOT in copy.parents:
             parser.error("--copy must lie outside the tree.")
+        put_back(copy)
         copy_tree(ROOT, copy)
+        try:
+            if any(mutant.of_cpu_kernels for mutant in mutants):
+                build_all(copy)
+        except MutantError as error:
+            parser.error(str(error))
         for mutant in mutants:
             since = time.monotonic()
             try:

@@ -26,7 +26,7 @@ I64 = ctypes.c_int64
 @functools.cache
 def host():
     """The launchers, compiled against the emulator."""
-    sources = [ROOT / "csrc/adam/adam.cu", ROOT / "tests/ops/adam_shim.cpp"]
+    sources = [ROOT / "csrc/adam/sm80_adam.cu", ROOT / "tests/ops/adam_shim.cpp"]
     host = ptx.HostLibrary(sources, flags=["-std=c++20", "-I", str(ROOT / "csrc")])
     host.library.adam_partials.restype = I64
     host.library.adam_run.restype = ctypes.c_char_p
@@ -59,7 +59,7 @@ def flags_of(options):
     )
 
 
-def step(host, lists, groups=None, only_norm=False, **options):
+def step(host, lists, groups=None, only_norm=False, device="A100", **options):
     """One step by the kernels; returns the norm and the launches."""
     memory, kept = ptx.Memory(), []
 
@@ -119,6 +119,7 @@ def step(host, lists, groups=None, only_norm=False, **options):
     with host.running(memory) as launches:
         run = host.library.adam_run
         error = run(tensors, I64(len(entries)), device_groups, I64(len(groups)),
-                    ctypes.byref(call), measure)  # fmt: skip
-    assert error == b""
+                    ctypes.byref(call), measure, [*ptx.DEVICES].index(device))  # fmt: skip
+    if error:
+        raise RuntimeError(error.decode())
     return norm, launches

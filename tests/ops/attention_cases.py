@@ -426,7 +426,7 @@ def backend_or_ptx(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def part_of(cases: Iterable[Any], backend: str, every: int) -> list[Any]:
-    """The cases that a test loops over; for the emulator's quick run every so-manieth of them."""
+    """The cases that a test loops over; for the emulator's quick run every n-th of them."""
     return list(cases)[:: every if backend == "ptx" else 1]
 
 

@@ -57,6 +57,7 @@ def host() -> ptx.HostLibrary:
     return host
 
 
+A100 = ptx.DEVICES["A100"]  # what calls run on
 launches: list[ptx.Launch] = []  # of the last call
 last: Any = None  # its function and arguments
 
@@ -115,39 +116,42 @@ class Call:
         strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
         return MaskView(self.at(x, name), MASK_KINDS[x.dtype], *strides)
 
-    def plan(self) -> Plan:
-        plan = Plan()
-        error = host().library.attention_fwd_plan(ctypes.byref(self.args), ctypes.byref(plan))
-        assert error == b"", error.decode()
+    def plan(self, device: ptx.Device = A100) -> Plan:
+        (plan,) = plans("attention_fwd_plan", self.args, device) or [Plan()]
         return plan
 
-    def plan_backward(self) -> list[Plan]:
-        plans, count = (Plan * 8)(), ctypes.c_int64()
-        arguments = ctypes.byref(self.args), plans, ctypes.byref(count)
-        error = host().library.attention_bwd_plan(*arguments)
-        assert error == b"", error.decode()
-        return list(plans[: count.value])
+    def plan_backward(self, device: ptx.Device = A100) -> list[Plan]:
+        return plans("attention_bwd_plan", self.args, device)
 
-    def run(self, function: str) -> None:
+    def run(self, function: str, device: ptx.Device = A100) -> None:
+        number = [*ptx.DEVICES.values()].index(device)
         with host().running(self.memory) as made:
-            error = getattr(host().library, function)(ctypes.byref(self.args))
+            error = getattr(host().library, function)(ctypes.byref(self.args), number)
         global last
         last = function, self.args
         launches[:] = made
-        assert error == b"", error.decode()
+        if error:
+            raise RuntimeError(error.decode())
+
+
+def plans(function: str, args: Args, device: ptx.Device) -> list[Plan]:
+    """The launches of a call that have blocks; RuntimeError with what the plan said instead."""
+    found, count = (Plan * 8)(), ctypes.c_int64(1)
+    arguments = ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)), found
+    if function == "attention_fwd_plan":
+        error = host().library.attention_fwd_plan(*arguments)
+    else:
+        error = host().library.attention_bwd_plan(*arguments, ctypes.byref(count))
+    if error:
+        raise RuntimeError(error.decode())
+    return [plan for plan in found[: count.value] if plan.blocks]
 
 
 def tiles() -> list[tuple[int, int]]:
     """(rows of a block, keys or other rows that it takes at a time) of the last call's launches."""
     function, args = last
-    plans = (Plan * 8)()
-    if function == "attention_fwd_run":
-        error = host().library.attention_fwd_plan(ctypes.byref(args), plans)
-    else:
-        count = ctypes.c_int64()
-        error = host().library.attention_bwd_plan(ctypes.byref(args), plans, ctypes.byref(count))
-    assert error == b"", error.decode()
-    return [(plan.tile_rows, plan.tile_keys) for plan in plans if plan.blocks]
+    found = plans(function.replace("run", "plan"), args, A100)
+    return [(plan.tile_rows, plan.tile_keys) for plan in found]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -24,20 +24,21 @@ const char* message_of(F&& f) {
 extern "C" void attention_set_dropout(AttentionCudaArgs* args, double p) { set_dropout(*args, p); }
 
 // These return what was thrown, or "".
-extern "C" const char* attention_fwd_plan(const AttentionCudaArgs* args, AttentionLaunch* launch) {
-  return message_of([&] { *launch = plan_attention_fwd(*args); });
+extern "C" const char* attention_fwd_plan(const AttentionCudaArgs* args, const DeviceTraits* device,
+                                          AttentionLaunch* launch) {
+  return message_of([&] { *launch = plan_attention_fwd(*args, *device); });
 }
-extern "C" const char* attention_fwd_run(const AttentionCudaArgs* args) {
-  return message_of([&] { launch_attention_fwd(*args, 0, nullptr); });
+extern "C" const char* attention_fwd_run(const AttentionCudaArgs* args, int device) {
+  return message_of([&] { launch_attention_fwd(*args, device, nullptr); });
 }
-extern "C" const char* attention_bwd_plan(const AttentionCudaArgs* args, AttentionLaunch* launches,
-                                          int64_t* count) {
+extern "C" const char* attention_bwd_plan(const AttentionCudaArgs* args, const DeviceTraits* device,
+                                          AttentionLaunch* launches, int64_t* count) {
   return message_of([&] {
-    const std::vector<AttentionLaunch> plan = plan_attention_bwd(*args);
+    const std::vector<AttentionLaunch> plan = plan_attention_bwd(*args, *device);
     *count = int64_t(plan.size());
     std::copy(plan.begin(), plan.end(), launches);
   });
 }
-extern "C" const char* attention_bwd_run(const AttentionCudaArgs* args) {
-  return message_of([&] { launch_attention_bwd(*args, 0, nullptr); });
+extern "C" const char* attention_bwd_run(const AttentionCudaArgs* args, int device) {
+  return message_of([&] { launch_attention_bwd(*args, device, nullptr); });
 }

@@ -24,7 +24,7 @@ from bigkernel.testing import ptx
 
 ROOT = Path(__file__).resolve().parents[2]
 P, I64 = ctypes.c_void_p, ctypes.c_int64
-layout = ptx.Structures(ROOT / "csrc", "augment/cuda.h")
+layout = ptx.Structures(ROOT / "csrc", "augment/cuda_plan.h")
 TYPE_CODES = {
     torch.float32: layout.DType.kFloat32,
     torch.bfloat16: layout.DType.kBFloat16,
@@ -35,7 +35,7 @@ TYPE_CODES = {
 
 @functools.cache
 def host() -> ptx.HostLibrary:
-    sources = [ROOT / "csrc/augment/augment.cu", ROOT / "tests/ops/augment_shim.cpp"]
+    sources = [ROOT / "csrc/augment/sm80_augment.cu", ROOT / "tests/ops/augment_shim.cpp"]
     host = ptx.HostLibrary(
         sources, flags=["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
     )
@@ -109,10 +109,11 @@ class Call:
     def at(self, x: Any, name: str) -> int:
         return self.memory.register(x, name)
 
-    def plan(self) -> tuple[int, int, int, int]:
+    def plan(self, device: ptx.Device = ptx.DEVICES["A100"]) -> tuple[int, int, int, int]:
         """Bytes of the tables and of the scratch memory, launches, blocks an image."""
         sizes = (I64 * 4)()
-        error = host().library.augment_plan(ctypes.byref(self.input), sizes)
+        traits = layout.DeviceTraits(*device)
+        error = host().library.augment_plan(ctypes.byref(self.input), ctypes.byref(traits), sizes)
         if error:
             raise RuntimeError(error.decode())
         return tuple(sizes)  # type: ignore[return-value]

@@ -8,7 +8,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGKERNEL_STRICT", "1")
 
 
-# Of these tests' parameters the emulator's quick run takes every so-manieth; the others are slow.
+# Of these tests' parameters the emulator's quick run takes every n-th; the others are slow.
 # fp16 differs from bf16 by one instruction; fp32 is four times as slow to emulate.
 THINNED = {
     "test_attention_pairs": 3,

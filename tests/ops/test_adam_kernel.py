@@ -279,3 +279,13 @@ def test_adam_kernel_every_length(host, dtypes):
     expected(exact, max_norm=1.0)
     expected(same, max_norm=1.0)
     assert_lists_as_accurate(ours, exact, same)
+
+
+def test_adam_kernel_of_a_device_that_is_too_old():
+    lists = make((F32, F32, F32, False))
+    before = lists["params"][0].clone()
+    for options, kernel in (({}, "update"), ({"max_norm": 1.0}, "norm")):
+        with pytest.raises(RuntimeError, match=rf"adam_{kernel}_kernel is for .*8\.0.* has 7\.5"):
+            step(adam_ptx.host(), lists, device="T4", **options)
+    assert torch.equal(lists["params"][0], before)
+    step(adam_ptx.host(), lists, device="B200")

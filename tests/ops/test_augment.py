@@ -22,6 +22,7 @@ Feature -> test
   nothing read outside box and image             test_augment_reads_nothing_outside
   any table, any size                            test_augment_any_table (hypothesis)
   NaN and infinities                             test_augment_not_finite_*, test_augment_fill_that_*
+  halves and NaN as bytes                        test_augment_rounds_to_bytes
   derivatives of every kind                      test_augment_derivatives_are_right_or_refused
   tensor subclasses                              test_augment_refuses_what_is_no_plain_tensor
 """
@@ -269,6 +270,15 @@ def test_augment_converts_between_bytes_and_floats(native):
     assert torch.equal(run(as_float, UNCHANGED, size=(40, 52), dtype=torch.uint8), image)
     kept = run(image, UNCHANGED, size=(40, 52), dtype=torch.float32, in_scale=1.0)
     assert torch.equal(kept, image.float())
+
+
+def test_augment_rounds_to_bytes(native):
+    """Halves to the even neighbour, what lies beyond to the ends, NaN to 0."""
+    image = torch.arange(-2, 258, 0.5).repeat(12).view(3, 40, 52)
+    expected = image.round().clamp(0, 255).to(torch.uint8)
+    image[1, 15, 16], expected[1, 15, 16] = math.nan, 0
+    actual = run(image, UNCHANGED, size=(40, 52), dtype=torch.uint8, in_scale=1.0)
+    assert torch.equal(actual, expected)
 
 
 PATHS = {  # which sampler a case walks through

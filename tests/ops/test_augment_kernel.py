@@ -163,6 +163,8 @@ def test_augment_kernel_refuses():
     wide.input.args.out_w = 2**31
     with pytest.raises(RuntimeError, match=r"an output image must have fewer than 2\^31 elements"):
         wide.plan()
+    with pytest.raises(RuntimeError, match=r"augment_sample_kernel is for GPUs of compute capabil"):
+        call(images, geometry).plan(ptx.DEVICES["T4"])
 
 
 def test_augment_kernel_names_a_failed_launch():

@@ -115,7 +115,8 @@ def test_cross_entropy_noncontiguous():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_cross_entropy_extremes(cpu_isa, offset, scale):
     logits = normal((8, 700), F32, 0, scale) + offset
-    assert_fused(*functions(labels_of(8, 700), {}, 700), [logits])
+    for options in ({}, {"label_smoothing": 0.1}):
+        assert_fused(*functions(labels_of(8, 700), options, 700), [logits])
 
 
 def test_cross_entropy_masked_classes(cpu_isa):

@@ -3,16 +3,18 @@
 import importlib
 import json
 
-import cuda_report
 import pytest
 import torch
 
-from bigkernel.testing import ptx, sass
+from bigkernel import registry
+from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
+from tools import cuda_report, sass
 
 pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
 # Of attention two blocks of rows and some tiles of keys: the machine code is that of any length.
 SIZES = {"adam": 512, "attention": 256, "augment": 1024}
+OPS = [op.noun for op in registry.every() if "cuda" not in op.absent]
 ROLES = ["forward", "backward, rows", "backward, dK dV", "backward, dQ"]
 
 
@@ -38,7 +40,11 @@ def test_bars(case):
     )
 
 
-@pytest.mark.parametrize("op", ["adam", "attention", "augment"])
+def test_every_op_with_cuda_kernels_has_a_case():
+    assert {case.op for case in cuda_report.CASES} == {*OPS} == {*SIZES}
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_no_kernel_spills_in_a_main_loop(op):
     """Every kernel for sm_80; fp16's are bf16's."""
     modules = importlib.import_module(f"{op}_ptx").host().modules

@@ -53,7 +53,7 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
             [
                 *(sys.executable, "-m", "pytest", "-p", "swap"),
                 *("-p", "no:cacheprovider", "-p", "no:benchmark"),
-                *("-q", "--tb=short", f"--rootdir={folder}", *arguments, str(path)),
+                *("-q", "--tb=line", f"--rootdir={folder}", *arguments, str(path)),
             ],
             cwd=folder,
             env={
@@ -106,11 +106,12 @@ def main(words: list[str] | None = None, folder: Path = HERE / "exceptions") -> 
     options, arguments = parser.parse_known_args(words)
     if not options.path.exists():
         parser.error(f"{options.path} does not exist; give the peer's test file or folder")
-    outcomes = [run(options.suite, options.path, side, arguments) for side in ("theirs", "ours")]
-    if not outcomes[0]:
+    theirs = run(options.suite, options.path, "theirs", arguments)
+    if not theirs:
         print(f"{options.suite}: no test of {options.path} was collected and chosen")
         return 1
-    counts, wrong, unneeded = compare(*outcomes, read_exceptions(options.suite, folder))
+    ours = run(options.suite, options.path, "ours", arguments)
+    counts, wrong, unneeded = compare(theirs, ours, read_exceptions(options.suite, folder))
     for test in wrong:
         print(f"fails with ours: {test}")
     for pattern in unneeded:

@@ -140,12 +140,23 @@ def test_attention_backward_plan():
 
 
 def test_attention_backward_shared_memory_fits_every_architecture():
-    """99 KB a block is what sm_86, sm_89 and sm_120 have."""
     for dtype in ("bf16", "f16", "f32"):
         for dim in (64, 128, 256):
             for options in ({}, {"mask": "float:11QK"}):
                 call, _ = prepare(Case(dtype=dtype, dim=dim, batch=1, **options))
-                assert all(p.shared <= 99 * 1024 for p in call.plan_backward())
+                for device in ptx.DEVICES.values():
+                    if device.capability >= 80:
+                        plans = call.plan_backward(device)
+                        assert all(p.shared <= device.shared_per_block for p in plans)
+                most = max(p.shared for p in plans)
+                with pytest.raises(RuntimeError, match=f"takes {most} bytes of shared memory"):
+                    call.plan_backward(device._replace(capability=80, shared_per_block=most - 1))
+
+
+def test_attention_backward_of_a_device_that_is_too_old():
+    call, _ = prepare(Case(dtype="bf16", dim=64, batch=1))
+    with pytest.raises(RuntimeError, match=r"attention_bwd_rows_kernel is for .* 8\.0 or later"):
+        call.plan_backward(ptx.DEVICES["T4"])
 
 
 def test_attention_backward_out_of_bounds_is_caught():
@@ -161,7 +172,7 @@ def test_attention_backward_launch_failure_names_the_kernel():
     """What a failed launch says, on which the launches after it do not happen."""
     call, _ = prepare(Case(dtype="bf16", dim=64, batch=1, heads=(1, 1)))
     library = attention_ptx.host().library
-    error = library.attention_bwd_run(attention_ptx.ctypes.byref(call.args)).decode()
+    error = library.attention_bwd_run(attention_ptx.ctypes.byref(call.args), 0).decode()
     assert "attention_bwd_rows_kernel with grid (1, 1, 1), block (256, 1, 1)" in error
     assert "the emulator stopped the launch" in error
 

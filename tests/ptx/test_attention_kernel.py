@@ -6,6 +6,7 @@ Here: what they move and multiply, which kernel a call takes, and what they do w
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,15 +177,58 @@ def test_attention_kernel_choice(case, dim, general):
     assert plan.shared <= 99 * 1024  # what every GPU from sm_80 on can give a block
 
 
+@pytest.mark.parametrize("device", ptx.DEVICES)
+@pytest.mark.parametrize("case", [Case(dtype="bf16", dim=256), Case(dim=256, softcap=1.0)], ids=str)
+def test_attention_kernel_plan_is_bounded_by_the_device(case, device):
+    inputs = build(case)
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
+    traits = ptx.DEVICES[device]
+    if traits.capability < 80:
+        with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or later.*has 7\.5\."):
+            call.plan(traits)
+        return
+    plan = call.plan(traits)
+    assert plan.generation <= traits.capability
+    assert 48 << 10 < plan.shared <= traits.shared_per_block
+    with pytest.raises(RuntimeError) as refused:
+        call.plan(traits._replace(shared_per_block=plan.shared - 1))
+    assert str(refused.value) == (
+        f"bigkernel.attention_fwd: {plan.name.decode()} takes {plan.shared} bytes of shared memory "
+        f"for a block, and this GPU (compute capability {traits.capability / 10}) has "
+        f"{plan.shared - 1}. bigkernel.use_backend('torch') computes it in PyTorch."
+    )
+    narrow = build(replace(case, dim=32))
+    call = attention_ptx.Call(narrow.q, narrow.k, narrow.v, case.params(narrow))
+    assert call.plan(traits._replace(shared_per_block=plan.shared - 1)).shared < plan.shared
+
+
+def test_attention_kernel_launch_asks_the_device():
+    """The launcher itself: the same kernel on another GPU, a sentence on one that is too old."""
+    case = Case(dtype="bf16", dim=64, batch=1, heads=(1, 1))
+    inputs = build(case)
+    results = {}
+    for name in ("A100", "H100"):
+        call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
+        out, lse = torch.empty_like(inputs.dout), torch.empty(*inputs.q.shape[:3], 2)
+        call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
+        call.run("attention_fwd_run", ptx.DEVICES[name])
+        results[name] = out, lse, attention_ptx.launches[0].kernel
+    (out, lse, kernel), again = results["A100"], results["H100"]
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+    assert kernel == again[2]
+    with pytest.raises(RuntimeError, match=r"attention_fwd_kernel<bf16> is for GPUs of compute"):
+        call.run("attention_fwd_run", ptx.DEVICES["T4"])
+    assert attention_ptx.launches == []
+
+
 def test_attention_kernel_grid_that_does_not_exist():
     case = Case(dtype="bf16", dim=64)
     inputs = build(case)
     call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     call.args.batch = call.args.heads_q = 1 << 16
-    plan = attention_ptx.Plan()
-    library = attention_ptx.host().library
-    error = library.attention_fwd_plan(ctypes.byref(call.args), ctypes.byref(plan)).decode()
-    assert "65536 sequences of 65536 heads and up to 19 rows take more blocks" in error
+    with pytest.raises(RuntimeError, match="65536 sequences of 65536 heads and up to 19 rows take"):
+        call.plan()
 
 
 def test_attention_kernel_failed_launch_is_named():
@@ -202,7 +246,7 @@ def test_attention_kernel_failed_launch_is_named():
         pytest.raises(ptx.OutOfBounds, match="'out'"),
         attention_ptx.host().running(call.memory),
     ):
-        error = library.attention_fwd_run(ctypes.byref(call.args)).decode()
+        error = library.attention_fwd_run(ctypes.byref(call.args), 0).decode()
     assert "launching CUDA kernel attention_fwd_kernel<bf16> with grid (8, 1, 1)" in error
 
 

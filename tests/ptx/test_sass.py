@@ -1,11 +1,12 @@
-"""bigkernel.testing.sass on small kernels: resources, blocks, loops, occupancy."""
+"""tools/sass.py on small kernels: resources, blocks, loops, occupancy."""
 
 import ctypes
 import subprocess
 
 import pytest
 
-from bigkernel.testing import ptx, sass
+from bigkernel.testing import ptx
+from tools import sass
 
 SOURCE = """
 #include <mma.h>
@@ -211,3 +212,10 @@ def test_occupancy_is_nvidias(nvidia, arch):
                 blocks, share = sass.occupancy(arch, *given)
                 assert blocks == theirs, (arch, given)
                 assert share == blocks * -(-threads // 32) / limits.warps
+
+
+def test_devices_of_the_emulator_have_the_limits_of_their_architecture():
+    assert {f"sm_{device.capability}" for device in ptx.DEVICES.values()} >= {*sass.LIMITS}
+    for device in ptx.DEVICES.values():
+        if limits := sass.LIMITS.get(f"sm_{device.capability}"):
+            assert device.shared_per_block == limits.shared_per_block

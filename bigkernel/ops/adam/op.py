@@ -111,9 +111,10 @@ def launch(
     found_inf: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> Tensor | None:
-    """``adam_groups_step_`` without the Python checks, for the optimizer, whose state fits by
-    construction; what memory safety depends on is checked again in C++. A ``seed`` that is a number
-    becomes a tensor where a parameter needs it.
+    """``adam_groups_step_`` without the Python checks, for the optimizer.
+
+    Its state fits by construction; what memory safety depends on is checked again in C++. A
+    ``seed`` that is a number becomes a tensor where a parameter needs it.
     """
     lists = _lists(groups)
     params, grads = lists["params"], lists["grads"]
@@ -202,9 +203,9 @@ def adam_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tens
         _check_tensor(expect, f"grads[{i}]", grad, grads[0].device)
     _check_scalar(expect, "grad_scale", grad_scale, grads[0].device)
     if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
-        mend = "Call it under torch.no_grad(), or torch.linalg.vector_norm for its derivative"
+        fix = "Call it under torch.no_grad(), or torch.linalg.vector_norm for its derivative"
         expected, got = "tensors without requires_grad", "one that requires a gradient"
-        raise expect.error("grads", expected, got, mend, NotImplementedError)
+        raise expect.error("grads", expected, got, fix, NotImplementedError)
     namespace = backend.select("adam_norm", grads[0].device, _OP.why_not_native(grads))
     norm: Tensor = namespace.adam_norm(grads, grad_scale)
     return norm
@@ -327,13 +328,13 @@ def adam_step_(
 
 def _check_untransformed(expect: Expect, tensors: Callable[[], Iterable[object]]) -> None:
     """Neither the norm nor the step has a derivative; a custom op would say so by a silent 0."""
-    mend = "torch.linalg.vector_norm has derivatives; torch.optim.Adam takes differentiable=True"
+    fix = "torch.linalg.vector_norm has derivatives; torch.optim.Adam takes differentiable=True"
     cls = NotImplementedError
     expected = "outside of torch.func.grad, vjp, jvp and vmap"
-    expect(maybe_current_level() is None, "the call", expected, "one inside", mend, cls)
+    expect(maybe_current_level() is None, "the call", expected, "one inside", fix, cls)
     if forward_ad._current_level >= 0:
         dual = any(isinstance(x, Tensor) and has_tangent(x) for x in tensors())
-        expect(not dual, "tensors", "without tangents", "dual ones", mend, cls)
+        expect(not dual, "tensors", "without tangents", "dual ones", fix, cls)
 
 
 def _check_tensor(expect: Expect, name: str, x: object, device: torch.device) -> Tensor:

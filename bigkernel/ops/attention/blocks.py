@@ -51,6 +51,8 @@ def empty_results(q: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]
 
 
 class Block(NamedTuple):
+    """A tile of the scores: from and to which row, from and to which column."""
+
     rows: tuple[int, int]
     cols: tuple[int, int]
 
@@ -250,15 +252,15 @@ def sequence_cuts(name: str, cu_seqlens: Tensor, total: int, longest: int) -> li
     if not fits:
         expected = f"non-decreasing from 0 to the number of packed tokens, {total}"
         got = bounds if len(bounds) <= 16 else f"[{', '.join(map(str, bounds[:16]))}, ...]"
-        mend = "It holds the running total of the sequence lengths, after a 0"
-        raise _EXPECT.error(name, expected, got, mend)
+        fix = "It holds the running total of the sequence lengths, after a 0"
+        raise _EXPECT.error(name, expected, got, fix)
     most = max(lengths, default=0)
     if most > longest:
-        expected, mend = (
+        expected, fix = (
             f"at least the longest sequence, {most}",
             "Leave it out, or pass the real maximum",
         )
-        raise _EXPECT.error(f"max_seqlen_{name[-1]}", expected, longest, mend)
+        raise _EXPECT.error(f"max_seqlen_{name[-1]}", expected, longest, fix)
     return cuts
 
 

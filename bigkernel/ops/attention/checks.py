@@ -36,8 +36,8 @@ def check_plain(expect: Expect, **arguments: object) -> None:
             expected = "without a forward-mode tangent"
             raise expect.error(name, expected, "a dual tensor", _NO_JVP, NotImplementedError)
         if not compiling and is_gradtrackingtensor(x):
-            mend = "Use torch.autograd.grad or .backward()"
-            raise expect.error(name, _NO_FUNC, "a tensor inside", mend, NotImplementedError)
+            fix = "Use torch.autograd.grad or .backward()"
+            raise expect.error(name, _NO_FUNC, "a tensor inside", fix, NotImplementedError)
 
 
 def readable(x: Tensor) -> bool:
@@ -89,8 +89,8 @@ def check_mask(expect: Expect, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask as a view [1|B, 1|Hq, 1|Sq, 1|Sk]."""
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         expected = f"bool, float32 or of q's dtype, {q.dtype}"
-        mend = "A mask of 0 and 1 becomes boolean with mask.bool()"
-        raise expect.error("mask", expected, mask.dtype, mend, TypeError)
+        fix = "A mask of 0 and 1 becomes boolean with mask.bool()"
+        raise expect.error("mask", expected, mask.dtype, fix, TypeError)
     expect.device("mask", mask, q.device, "q")
     expect.broadcastable("mask", mask, (*q.shape[:3], k.shape[2]))
     return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
@@ -111,9 +111,9 @@ def check_tensors(
         expect(slopes.is_floating_point(), name, "floating", slopes.dtype, cls=TypeError)
         expect.device(name, slopes, q.device, "q")
         if slopes.requires_grad:
-            mend = "Learned slopes can enter as a floating mask, which gets one"
+            fix = "Learned slopes can enter as a floating mask, which gets one"
             got = "a tensor that requires a gradient"
-            raise expect.error(name, "without requires_grad", got, mend)
+            raise expect.error(name, "without requires_grad", got, fix)
         alibi_slopes = slopes.to(torch.float32).contiguous()
         if readable(alibi_slopes) and not alibi_slopes.isfinite().all():
             raise expect.error(name, "finite in float32", alibi_slopes.tolist())

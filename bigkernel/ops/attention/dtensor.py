@@ -57,15 +57,15 @@ def on_shards(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     expect(q.dim() == rank, first, f"{rank}-dimensional as a DTensor", f"{q.dim()} dimensions")
     dropout_p = arguments.get("dropout_p")
     expected = "0 with DTensors, whose ranks would all drop the same weights"
-    mend = "Call it on .to_local() with a seed for each rank"
-    expect(not dropout_p, "dropout_p", expected, dropout_p, mend)
+    fix = "Call it on .to_local() with a seed for each rank"
+    expect(not dropout_p, "dropout_p", expected, dropout_p, fix)
     allowed: dict[Placement, _Side] = {Replicate(): None, Shard(rank + heads): "heads"}
     if batch is not None:
         allowed[Shard(0)] = "batch"
     if any(placement not in allowed for placement in q.placements):
         expected = "replicated, or split over " + ("heads" if batch is None else "batch or heads")
-        mend = f"Redistribute it: {first}.redistribute(placements=[Shard({rank + heads})])"
-        raise expect.error(first, expected, f"placed {q.placements}", mend)
+        fix = f"Redistribute it: {first}.redistribute(placements=[Shard({rank + heads})])"
+        raise expect.error(first, expected, f"placed {q.placements}", fix)
     sides = [allowed[placement] for placement in q.placements]
     local = {
         name: _local(expect, name, x, places[name], q, sides) if name in places else x
@@ -119,8 +119,8 @@ def _local(
                 fits = x.shape[at] % pieces == 0
                 expect(fits, f"{name}'s number of heads", whole, x.shape[at])
     placed, wanted = tuple(x.placements), f"placed {tuple(expected)}, to fit the first argument"
-    mend = f"Redistribute it: {name}.redistribute(placements=...)"
-    expect(placed == tuple(expected), name, wanted, placed, mend)
+    fix = f"Redistribute it: {name}.redistribute(placements=...)"
+    expect(placed == tuple(expected), name, wanted, placed, fix)
     return x.to_local(grad_placements=gradient)
 
 

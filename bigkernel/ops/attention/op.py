@@ -238,7 +238,7 @@ def attention(
     torch's fused kernels: to stay finite they must be below 2e37 / Sk.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     expect = _DENSE
     check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
@@ -246,8 +246,8 @@ def attention(
     check_qkv(expect, q, k, v, 4, "a tensor [B, H, S, D]")
     batch = q.shape[0]
     if k.shape[0] != batch:
-        mend = "Expand the one whose batch size is 1"
-        raise expect.error("k and v", f"of q's batch size, {batch}", k.shape[0], mend)
+        fix = "Expand the one whose batch size is 1"
+        raise expect.error("k and v", f"of q's batch size, {batch}", k.shape[0], fix)
     if mask is not None:
         mask = check_mask(expect, mask, q, k)
     slopes, seed = check_tensors(expect, q, alibi_slopes, batch, dropout_p, seed)
@@ -336,16 +336,16 @@ def attention_varlen(
     lengths = (max_seqlen_q, max_seqlen_k)
     if None in lengths and torch.jit.is_tracing():  # type: ignore[attr-defined]
         expected = "given in torch.jit.trace, which would keep those of the example"
-        mend = "Pass upper bounds of all lengths to come"
-        raise expect.error("max_seqlen_q and max_seqlen_k", expected, lengths, mend)
+        fix = "Pass upper bounds of all lengths to come"
+        raise expect.error("max_seqlen_q and max_seqlen_k", expected, lengths, fix)
     max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     check_cu_seqlens(expect, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
     check_cu_seqlens(expect, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
     size, size_k = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
     if size != size_k:
-        mend = "Both have one more element than there are sequences"
-        raise expect.error("cu_seqlens_k", f"as long as cu_seqlens_q, {size}", size_k, mend)
+        fix = "Both have one more element than there are sequences"
+        raise expect.error("cu_seqlens_k", f"as long as cu_seqlens_q, {size}", size_k, fix)
     slopes, seed = check_tensors(expect, q, alibi_slopes, size - 1, dropout_p, seed)
     rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()

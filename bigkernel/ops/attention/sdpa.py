@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: attn_mask and is_causal are both given (as in torch).
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     align: Align = "top_left"
     if is_causal_bias(type(attn_mask)):
@@ -62,8 +62,8 @@ def scaled_dot_product_attention(
         if x.dim() < 2:
             raise _EXPECT.error(name, "at least 2-dimensional", shape_of(x))
     if is_causal and attn_mask is not None:
-        mend = "Put the causal part into the mask"
-        raise _EXPECT.error("attn_mask", "None when is_causal=True", "both", mend, RuntimeError)
+        fix = "Put the causal part into the mask"
+        raise _EXPECT.error("attn_mask", "None when is_causal=True", "both", fix, RuntimeError)
     rank = max(query.dim(), key.dim(), value.dim())
     q, k, v = (_lift(x, max(rank, 4)) for x in (query, key, value))
     q, k, v = _heads(q, k, v, enable_gqa)
@@ -108,8 +108,11 @@ def _common_batch(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, ...]) ->
 
 
 def _lift(x: Tensor, rank: int) -> Tensor:
-    """x with dimensions of size 1 put in front; x itself if it has them, which what torch.compile
-    keeps for backward then still is: so it can tell that a second derivative is asked for."""
+    """x with dimensions of size 1 put in front; x itself if it has them.
+
+    What torch.compile keeps for backward then still is x: so it can tell that a second derivative
+    is asked for.
+    """
     return x if x.dim() >= rank else x[(None,) * (rank - x.dim())]
 
 
@@ -134,7 +137,7 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, T
     counts, heads = (hq, hk, hv), max(hq, hk, hv)
     if any(h not in (1, heads) for h in counts):
         what = "the numbers of heads of query, key and value"
-        mend = "enable_gqa=True lets several query heads share one of key and value"
-        raise _EXPECT.error(what, "the same or 1", counts, mend)
+        fix = "enable_gqa=True lets several query heads share one of key and value"
+        raise _EXPECT.error(what, "the same or 1", counts, fix)
     q, k, v = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (q, k, v))
     return q, k, v

@@ -1,4 +1,4 @@
-"""What is no plain tensor at the public attention functions: understood, or refused in a sentence.
+"""What is no plain tensor at the public attention functions: understood, or a clear error.
 
 A subclass may mean something else than its data says, so that reading the data would give wrong
 numbers without a word. Those with a `__torch_function__` of their own are refused, except
@@ -69,8 +69,8 @@ def _unusual(call: Any, function: Callable[..., Any], arguments: dict[str, Any])
             continue
         if x.is_nested or (is_causal_bias(kind) and name == "attn_mask"):
             continue  # which the function itself refuses, or knows
-        mend = "Pass causal=True and align in place of a causal mask"
-        Expect(function.__name__).meaning(name, x, mend if is_causal_bias(kind) else "")
+        fix = "Pass causal=True and align in place of a causal mask"
+        Expect(function.__name__).meaning(name, x, fix if is_causal_bias(kind) else "")
     if distributed:
         from bigkernel.ops.attention.dtensor import on_shards
 

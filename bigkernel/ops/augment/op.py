@@ -50,7 +50,7 @@ _TABLES = ("geometry", "color", "fill", "mean", "std")
 def _with_derivatives(op: Any) -> Any:
     """What autograd calls in the op's place: the op has no derivative, its definition has.
 
-    Without this a custom op drops a tangent, and inside of torch.func.grad a gradient, in silence.
+    Without this a custom op drops a tangent, and inside of torch.func.grad a gradient, silently.
     """
 
     def augment(keyset: Any, images: list[Tensor], *rest: Any) -> Any:
@@ -63,8 +63,8 @@ def _with_derivatives(op: Any) -> Any:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, images, *rest)
         if detect_fake_mode() is not None:
             expected = "without gradient or tangent inside of a compiled torch.func transform"
-            mend = "Compile the function inside of the transform, or neither"
-            raise _EXPECT.error("images", expected, "images with one", mend, NotImplementedError)
+            fix = "Compile the function inside of the transform, or neither"
+            raise _EXPECT.error("images", expected, "images with one", fix, NotImplementedError)
         return reference.augment(images, *rest)
 
     return augment
@@ -87,8 +87,8 @@ def asks_derivative(x: Tensor) -> bool:
 
 def _check_constant(name: str, x: Any, tangent: bool = False) -> None:
     if isinstance(x, Tensor) and (tangent or asks_derivative(x)):
-        mend = "Only images have derivatives: pass a detached tensor"
-        raise _EXPECT.error(name, "without gradient or tangent", "a tensor with one", mend)
+        fix = "Only images have derivatives: pass a detached tensor"
+        raise _EXPECT.error(name, "without gradient or tangent", "a tensor with one", fix)
 
 
 def _followed(tensors: Sequence[Tensor]) -> str | None:
@@ -168,8 +168,8 @@ def augment(
     k = color.shape[1] if isinstance(color, Tensor) and color.dim() == 3 else 0
     _check_table("color", color, torch.float32, (n, k, 2), "(N, K, 2)", device)
     if batch and k > 0 and channels not in (1, 3):
-        mend = "Leave color out, or select channels"
-        raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", mend)
+        fix = "Leave color out, or select channels"
+        raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", fix)
     wide = torch.float32 if source in _OP.dtypes else torch.float64
     fill_table = _fill(fill, n, channels if batch else None, wide)
     if not batch:
@@ -212,14 +212,14 @@ def _check_images(
     """(the op's list, N, C) after checking that the images can form one batch."""
     expect = _EXPECT
     if isinstance(images, Tensor):
-        check_plain("augment", "images", images)
+        check_plain(_EXPECT, "images", images)
         batch, names = [images], ["images"]
         layout = "[N, H, W, C]" if channels_last else "[N, C, H, W]"
-        expected, mend = (
+        expected, fix = (
             f"a batch {layout} or a list of images",
             "Add a batch dimension with images[None]",
         )
-        expect.rank("images", images, 4, expected, mend)
+        expect.rank("images", images, 4, expected, fix)
         n = images.shape[0]
     else:
         batch = list(images)
@@ -227,7 +227,7 @@ def _check_images(
         layout = "[H, W, C]" if channels_last else "[C, H, W]"
         for name, image in zip(names, batch, strict=True):
             expect.tensor(name, image, "Convert PIL images and arrays first")
-            check_plain("augment", name, image)
+            check_plain(_EXPECT, name, image)
             expect.rank(name, image, 3, f"of shape {layout}")
     axis = -1 if channels_last else -3
     for name, image in zip(names, batch, strict=True):
@@ -243,34 +243,33 @@ def _check_images(
         if image.shape[axis] != channels:
             expected = f"of {channels} channels like the first image"
             got = f"{image.shape[axis]} ({shape_of(image)})"
-            mend = "channels_last_in says which dimension holds the channels"
-            raise expect.error(name, expected, got, mend)
+            fix = "channels_last_in says which dimension holds the channels"
+            raise expect.error(name, expected, got, fix)
     return batch, n, batch[0].shape[axis] if batch else 0
 
 
-def check_plain(owner: str, name: str, x: Tensor) -> None:
+def check_plain(expect: Expect, name: str, x: Tensor) -> None:
     """``x`` is a dense tensor whose own data are the values, or is known to stand for one."""
-    expect = _EXPECT if owner == "augment" else Expect(owner)
     if x.is_nested:
-        mend = "Pass the list of its images, from .unbind()"
-        raise expect.error(name, "plain tensors", "a nested one", mend, TypeError)
+        fix = "Pass the list of its images, from .unbind()"
+        raise expect.error(name, "plain tensors", "a nested one", fix, TypeError)
     expect.dense(name, x, "dense", "Convert with .to_dense()")
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter:
         if not torch.compiler.is_compiling() and is_batchedtensor(x):
-            expected, mend = (
+            expected, fix = (
                 "outside of torch.vmap",
                 "A batch is one call already: pass [N, C, H, W]",
             )
-            raise expect.error(name, expected, "a tensor inside", mend, NotImplementedError)
+            raise expect.error(name, expected, "a tensor inside", fix, NotImplementedError)
         return
     if kind.__module__.startswith("torch._subclasses."):  # fake and functional tensors, of tracing
         if kind.__name__ == "FakeTensor" and detect_fake_mode() is None:
-            expected, mend = (
+            expected, fix = (
                 "within its FakeTensorMode",
                 "Call it inside `with fake_tensor.fake_mode:`",
             )
-            raise expect.error(name, expected, "a FakeTensor outside", mend, TypeError)
+            raise expect.error(name, expected, "a FakeTensor outside", fix, TypeError)
         return
     # A subclass that says itself what operations mean may hold anything in the place of its data.
     usual = getattr(Tensor.__torch_function__, "__func__", None)
@@ -278,11 +277,11 @@ def check_plain(owner: str, name: str, x: Tensor) -> None:
         getattr(kind.__torch_function__, "__func__", None) is usual
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
-    mend = (
+    fix = (
         "If its data are the values, pass x.as_subclass(torch.Tensor); a DTensor's part on this "
         "rank is x.to_local()"
     )
-    expect(ours, name, "a plain tensor", f"a {kind.__name__}", mend, TypeError)
+    expect(ours, name, "a plain tensor", f"a {kind.__name__}", fix, TypeError)
 
 
 def _check_table(
@@ -295,11 +294,11 @@ def _check_table(
 ) -> None:
     expect = _EXPECT
     expect.tensor(name, table)
-    check_plain("augment", name, table)
+    check_plain(_EXPECT, name, table)
     _check_constant(name, table)
     if table.dtype != dtype:
-        mend = f"Convert it with .to({dtype})"
-        raise expect.error(name, f"a {dtype} tensor", table.dtype, mend, TypeError)
+        fix = f"Convert it with .to({dtype})"
+        raise expect.error(name, f"a {dtype} tensor", table.dtype, fix, TypeError)
     if tuple(table.shape) != shape:
         expected = f"of shape {wanted} with N = {shape[0]} images"
         raise expect.error(name, expected, shape_of(table))
@@ -317,7 +316,7 @@ def _check_size(size: Sequence[int]) -> tuple[int, int]:
 
 def _numbers(name: str, numbers: Numbers, dtype: torch.dtype) -> Tensor:
     if isinstance(numbers, Tensor):
-        check_plain("augment", name, numbers)
+        check_plain(_EXPECT, name, numbers)
         _EXPECT.dtype(name, numbers, OUT_DTYPES, "real")
         _check_constant(name, numbers)
         return numbers.to(dtype)

@@ -353,8 +353,10 @@ def _weigh(tap: Tensor, weight: Tensor) -> Tensor:
 
 
 def recolor(value: Tensor, color: Tensor, source: torch.dtype) -> Tensor:
-    """Apply each sample's list of (code, factor) pairs to [N, C, H, W], values of dtype ``source``
-    held in floats."""
+    """Apply each sample's list of (code, factor) pairs to [N, C, H, W].
+
+    The values are of dtype ``source``, held in floats.
+    """
     table = color.tolist()
     for k in range(color.shape[1]):
         codes = [pairs[k][0] for pairs in table]

@@ -65,12 +65,16 @@ from enum import IntEnum
 
 
 class Border(IntEnum):
+    """What comes from outside the source box."""
+
     FILL_BLEND = 0
     CLAMP = 1
     FILL_OVER = 2
 
 
 class Nearest(IntEnum):
+    """How nearest sampling rounds a position."""
+
     FLOOR = 0
     EVEN = 1
     RESIZE = 2
@@ -78,6 +82,8 @@ class Nearest(IntEnum):
 
 
 class Color(IntEnum):
+    """Colour operations."""
+
     BRIGHTNESS = 1
     CONTRAST = 2
     SATURATION = 3

@@ -10,6 +10,7 @@ from bigkernel.expect import Expect
 def check_options(
     expect: Expect, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: float
 ) -> None:
+    """The options that the loss of logits and that of a linear layer share."""
     expect.one_of("reduction", reduction, "mean", "sum", "none")
     numbers = (
         ("label_smoothing", label_smoothing, 1.0, "a number from 0 to 1"),

@@ -101,13 +101,15 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"cross_entropy": registry.InModels(1 << 18, compiled=True)},
     )
 )
 
 
 class _InPlace(torch.autograd.Function):
-    """The gradient is written over the logits, and they are marked as changed: whoever has kept
-    them too, this function at a second backward included, gets autograd's error.
+    """The gradient is written over the logits, and they are marked as changed.
+
+    Whoever has kept them too, this function at a second backward included, gets autograd's error.
     """
 
     @staticmethod
@@ -170,7 +172,7 @@ def cross_entropy(
         threads. Kept for backward: the logits and two float32 a row. There is no second derivative.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     _check(logits, labels, weight)
     softcap = 0.0 if softcap is None else softcap
@@ -213,12 +215,12 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
     expect = _EXPECT
     expect.floating({"logits": logits, "weight": weight}, ("weight",))
     if logits.dim() != 2 or logits.shape[1] < 1:
-        mend = "Flatten batch and length: logits.view(-1, V), labels.view(-1)"
-        raise expect.error("logits", "[N, V]", shape_of(logits), mend)
+        fix = "Flatten batch and length: logits.view(-1, V), labels.view(-1)"
+        raise expect.error("logits", "[N, V]", shape_of(logits), fix)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        mend = "Convert it with .long()"
-        raise expect.error("labels", "an int64 tensor", got, mend, TypeError)
+        fix = "Convert it with .long()"
+        raise expect.error("labels", "an int64 tensor", got, fix, TypeError)
     expect.meaning("labels", labels)
     expect.shape("labels", labels, logits.shape[:1])
     expect.device("labels", labels, logits.device, "logits")

@@ -101,6 +101,7 @@ def cross_entropy_bwd_inplace(
     z_loss: float,
     softcap: float,
 ) -> None:
+    """The gradient of the logits, written over them."""
     options = (ignore_index, smoothing, z_loss, softcap)
     logits.copy_(cross_entropy_bwd(scale, logits, labels, weight, stats, *options))
 

@@ -59,6 +59,7 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"glu": registry.InModels(1 << 18)},
     )
 )
 
@@ -82,7 +83,7 @@ def glu(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Ten
         for backward: the arguments. There is no second derivative.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     number = _NUMBERS.get(activation) if isinstance(activation, str) else None
     if number is None:

@@ -67,6 +67,7 @@ def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def glu_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    """act(gate) * up."""
     first, second = (t.to(_wide(t)) for t in halves(gate, up))
     return (FUNCTIONS[ACTIVATIONS[activation]](first) * second).to(gate.dtype)
 

@@ -143,6 +143,8 @@ _OP = registry.register(
                 registry.no_second_derivative(_NAME),
             ),
         ),
+        # Bytes of logits. Below, they are no burden, and in bf16 their products are faster whole.
+        in_models={"linear_cross_entropy": registry.InModels(1 << 26, compiled=True)},
         absent={"cuda": "only the CPU kernels are written so far"},
     )
 )
@@ -197,7 +199,7 @@ def linear_cross_entropy(
         torch's. There is no second derivative.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
@@ -263,8 +265,10 @@ def _number(number: int | float | Tensor, input: Tensor, dtype: torch.dtype) -> 
 def _autocast(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inside torch.autocast, the input in its dtype. The operator converts the others itself: so
-    their gradients are not rounded to 16 bits on the way.
+    """Inside torch.autocast, the input in its dtype.
+
+    The operator converts the others itself: so their gradients are not rounded to 16 bits on the
+    way.
     """
     if not isinstance(input, Tensor):
         return input, linear_weight, linear_bias
@@ -302,8 +306,8 @@ def _check(
     for name, x in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if x is not None and x.dtype != input.dtype and not _is_wide_in_autocast(x, input):
             expected = f"of input's dtype, {input.dtype}"
-            mend = f"Convert one of them, or call {_NAME} inside torch.autocast"
-            raise _EXPECT.error(name, expected, x.dtype, mend, TypeError)
+            fix = f"Convert one of them, or call {_NAME} inside torch.autocast"
+            raise _EXPECT.error(name, expected, x.dtype, fix, TypeError)
     for name, x in (("linear_bias", linear_bias), ("weight", weight)):
         if x is not None:
             _EXPECT.shape(name, x, linear_weight.shape[:1])
@@ -324,9 +328,9 @@ def _check_target(input: Tensor, target: Tensor, classes: int) -> None:
     _EXPECT.shape("target", target, lead if target.dtype == torch.int64 else (*lead, classes))
     _EXPECT.device("target", target, input.device, "input")
     if target.requires_grad and torch.is_grad_enabled():
-        mend = "Give target.detach(), or use torch.nn.functional, where it gets one"
+        fix = "Give target.detach(), or use torch.nn.functional, where it gets one"
         one = "one that asks for a gradient"
-        raise _EXPECT.error("target", "without requires_grad", one, mend)
+        raise _EXPECT.error("target", "without requires_grad", one, fix)
 
 
 def _is_wide_in_autocast(x: Tensor, input: Tensor) -> bool:

@@ -113,6 +113,11 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={
+            "rms_norm": registry.InModels(0),
+            # With a residual before it; alone, torch's is as fast at any size.
+            "layer_norm": registry.InModels(1 << 19),
+        },
     )
 )
 
@@ -170,7 +175,7 @@ def rms_norm(
     second derivative.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     _RMS.one_of("casting", casting, "llama", "gemma")
     y, total = _norm(_RMS, x, residual, weight, None, eps, offset, False, casting == "llama")
@@ -214,7 +219,7 @@ def layer_norm(
         two float32 a row are kept.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     y, total = _norm(_LAYER, x, residual, weight, bias, eps, 0.0, True, False)
     return y if residual is None else (y, total)

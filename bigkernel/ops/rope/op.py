@@ -76,6 +76,7 @@ _OP = registry.register(
             registry.Function("rope_", _SCHEMA_INPLACE, reference.rope_inplace, _fake_inplace),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
+        in_models={"rope": registry.InModels(0, compiled=True)},
     )
 )
 
@@ -122,7 +123,7 @@ def rope(
         backward: cos and sin.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message says which and how to mend it.
+        ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
     cos, sin = _check(_ROPE, q, k, cos, sin)
     ops = select("rope_fwd", q.device, _OP.why_not_native((q, cos)))
@@ -146,9 +147,9 @@ def rope_(
     cos, sin = _check(_IN_PLACE, q, k, cos, sin)
     for name, x in (("q", q), ("k", k)):
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            mend = "Make it contiguous first, or use rope"
+            fix = "Make it contiguous first, or use rope"
             expected = "without expanded dimensions"
-            raise _IN_PLACE.error(name, expected, "an expanded one", mend)
+            raise _IN_PLACE.error(name, expected, "an expanded one", fix)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         q_out, k_out = rope(q, k, cos, sin, interleaved=interleaved)
         return q.copy_(q_out), k.copy_(k_out)
@@ -193,11 +194,11 @@ def _check(expect: Expect, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tu
             expected = f"[{b} or 1, {s}, R] with R even and at most {d}"
             raise expect.error(name, expected, shape_of(x))
         if x.dtype not in (q.dtype, torch.float32):
-            expected, mend = f"of q's dtype, {q.dtype}, or float32", "Convert it with .to(q.dtype)"
-            raise expect.error(name, expected, x.dtype, mend, TypeError)
+            expected, fix = f"of q's dtype, {q.dtype}, or float32", "Convert it with .to(q.dtype)"
+            raise expect.error(name, expected, x.dtype, fix, TypeError)
         if x.requires_grad and torch.is_grad_enabled():
-            mend = "Detach it: angles are not learned here"
-            raise expect.error(name, "without requires_grad", "a tensor that requires one", mend)
+            fix = "Detach it: angles are not learned here"
+            raise expect.error(name, "without requires_grad", "a tensor that requires one", fix)
     if sin.shape != cos.shape or sin.dtype != cos.dtype:
         expected = f"of cos's shape and dtype, {tuple(cos.shape)}, {cos.dtype}"
         raise expect.error("sin", expected, f"{tuple(sin.shape)}, {sin.dtype}")

@@ -58,4 +58,5 @@ def _turn_neighbours(x: Tensor, back: bool) -> Tensor:
 
 
 def rope_inplace(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Rotate x where it lies."""
     x.copy_(rotate(x, cos, sin, interleaved, False))

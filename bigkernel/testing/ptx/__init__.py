@@ -15,14 +15,16 @@ from bigkernel.testing.ptx.errors import (
     UninitializedRead,
     UnknownInstruction,
 )
-from bigkernel.testing.ptx.host import HostLibrary, Launch
+from bigkernel.testing.ptx.host import DEVICES, Device, HostLibrary, Launch
 from bigkernel.testing.ptx.launch import Kernel, Module, compile, load
 from bigkernel.testing.ptx.memory import Memory
 from bigkernel.testing.ptx.structures import Structures
 
 __all__ = [
+    "DEVICES",
     "BarrierError",
     "Counters",
+    "Device",
     "Finding",
     "HostLibrary",
     "Kernel",

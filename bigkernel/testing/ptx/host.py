@@ -15,12 +15,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigkernel.testing.ptx.compiler import compiled, run_nvcc
 from bigkernel.testing.ptx.counters import Counters
 from bigkernel.testing.ptx.launch import Module, load
 from bigkernel.testing.ptx.memory import Memory
+
+
+class Device(NamedTuple):
+    """What the stand-in for the runtime says of a GPU.
+
+    Its compute capability, as 80 for 8.0; the bytes of shared memory that a block may ask for; its
+    multiprocessors.
+    """
+
+    capability: int
+    shared_per_block: int
+    multiprocessors: int
+
+
+# Their places are the numbers of the devices that launchers see: 0 is the A100. The CUDA C++
+# Programming Guide has the shared memory, the vendor's data sheets the multiprocessors.
+DEVICES = {
+    "A100": Device(80, 163 << 10, 108),
+    "RTX 3090": Device(86, 99 << 10, 82),
+    "RTX 4090": Device(89, 99 << 10, 128),
+    "H100": Device(90, 227 << 10, 132),
+    "B200": Device(100, 227 << 10, 148),
+    "RTX 5090": Device(120, 99 << 10, 170),
+    "T4": Device(75, 64 << 10, 40),
+}
 
 _RUNTIME = r"""
 #include <cuda_runtime_api.h>
@@ -34,6 +59,7 @@ static std::map<const void*, std::string>& names() {
 }
 static struct { dim3 grid, block; size_t shared; } next_launch;
 static cudaError_t last_error;
+static const int devices[][3] = DEVICES;
 extern "C" {
 void ptx_on_launch(Launch f) { on_launch = f; }
 void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
@@ -77,18 +103,23 @@ const char* cudaGetErrorString(cudaError_t) { return "the emulator stopped the l
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {  // an A100's
-    case cudaDevAttrMultiProcessorCount: *value = 108; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 166912; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    default: *value = 0; return cudaErrorInvalidValue;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = 0;
+  if (device < 0 || device >= int(sizeof(devices) / sizeof(devices[0])))
+    return last_error = cudaErrorInvalidDevice;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = devices[device][0] / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = devices[device][0] % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = devices[device][1]; break;
+    case cudaDevAttrMultiProcessorCount: *value = devices[device][2]; break;
+    default: return last_error = cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
 }
 """
+_ROWS = ", ".join(f"{{{', '.join(map(str, device))}}}" for device in DEVICES.values())
+_RUNTIME = _RUNTIME.replace("DEVICES", "{" + _ROWS + "}")
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,

@@ -13,12 +13,14 @@ _EXACT = 1e-9
 
 
 def identity(n: int) -> Floats:
+    """n maps that change nothing."""
     rows = np.zeros((n, 6))
     rows[:, 0] = rows[:, 4] = 1.0
     return rows
 
 
 def scaling(x: Floats, y: Floats) -> Floats:
+    """Maps that multiply positions by ``x`` and ``y``."""
     rows = np.zeros((len(x), 6))
     rows[:, 0], rows[:, 4] = x, y
     return rows
@@ -37,6 +39,7 @@ def compose(after: Floats, before: Floats) -> Floats:
 
 
 def invert(rows: Floats) -> Floats:
+    """The maps back."""
     a, b, c, d, e, f = rows.T
     det = a * e - b * d
     return np.stack([e, -b, b * f - c * e, -d, a, c * d - a * f], axis=1) / det[:, None]
@@ -79,6 +82,7 @@ def map_box(rows: Floats, box: Ints | Floats) -> Floats:
 
 
 def canvas_box(height: Ints, width: Ints) -> Ints:
+    """[n, 4] the boxes of whole images."""
     box = np.zeros((len(height), 4), dtype=np.int64)
     box[:, 2], box[:, 3] = width, height
     return box

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms.engine.samples import Floats, Ints
 
+_EXPECT = Expect("transforms")
 _Words = NDArray[np.uint64]
 _MASK = 0xFFFFFFFF
 
@@ -27,14 +28,10 @@ class Key:
     """
 
     def __init__(self, generator: torch.Generator | None, ids: Any, count: int) -> None:
-        check(
-            generator is None or isinstance(generator, torch.Generator),
-            "transforms",
-            "generator",
-            "a torch.Generator or None",
-            repr(generator),
-            cls=TypeError,
-        )
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            wanted, got = "a torch.Generator or None", f"{generator!r:.80}"
+            fix = "A call takes images alone: no label or target beside them"
+            raise _EXPECT.error("generator", wanted, got, fix, TypeError)
         self.ids = np.arange(count) if ids is None else sample_ids(ids, count)
         self._given = ids is not None
         self._generator = generator
@@ -121,6 +118,7 @@ def _philox4x32(
 
 
 def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:
+    """Numbers in [low, high) from those in [0, 1)."""
     return low + (high - low) * u
 
 
@@ -140,12 +138,7 @@ def sample_ids(ids: Any, count: int) -> Ints:
     else:
         array = np.asarray(ids)
     array = np.atleast_1d(array)
-    check(np.issubdtype(array.dtype, np.integer), "transforms", "ids", "whole numbers", array.dtype)
-    check(
-        array.shape == (count,),
-        "transforms",
-        "ids",
-        f"one number for each of the {count} images",
-        f"shape {tuple(array.shape)}",
-    )
+    _EXPECT(np.issubdtype(array.dtype, np.integer), "ids", "whole numbers", array.dtype)
+    wanted = f"one number for each of the {count} images"
+    _EXPECT(array.shape == (count,), "ids", wanted, f"shape {array.shape}")
     return np.ascontiguousarray(array.astype(np.int64))

@@ -13,15 +13,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit._trace import is_tracing
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.augment.op import check_plain
 from bigkernel.ops.augment.reference import OUT_DTYPES
 from bigkernel.transforms.engine.samples import Ints
 
+_EXPECT = Expect("transforms")
 LAYOUTS = ("auto", "channels_first", "channels_last")
 _CHANNEL_COUNTS = (1, 3, 4)
 BYTE_MODES = frozenset(("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"))
 INDEXED_MODES = frozenset(("P", "1"))  # places in a palette, black and white: not to be blended
+_OF_A_SAMPLE = "Of a sample, with a label or a target, give the image alone"
 _PILLOW_MODES = BYTE_MODES | INDEXED_MODES | {"I", "F", "I;16", "I;16L", "I;16B"}
 
 
@@ -90,20 +92,16 @@ class Images:
 
 def gather(images: Any, layout: str) -> Images:
     """Images from a tensor, an array, a PIL image, or a list of those."""
-    check(layout in LAYOUTS, "transforms", "layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
+    _EXPECT(layout in LAYOUTS, "layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
     if isinstance(images, np.ndarray):
         if images.ndim <= 3 and layout == "auto":
             layout = "channels_last"  # as arrays of one picture are, for torchvision too
         images = _from_numpy(images)
     if isinstance(images, Tensor):
         wrapper = _wrapper("images", images)
-        check(
-            images.dim() >= 3,
-            "transforms",
-            "images",
-            "a batch [N, C, H, W] or [N, H, W, C], or an image [C, H, W] or [H, W, C]",
-            f"shape {tuple(images.shape)}",
-        )
+        if images.dim() < 3:
+            wanted = "a batch [N, C, H, W] or [N, H, W, C], or an image [C, H, W] or [H, W, C]"
+            raise _EXPECT.error("images", wanted, shape_of(images))
         last = _channels_last(images, layout)
         single = images.dim() == 3
         plain = images.as_subclass(Tensor)
@@ -124,20 +122,17 @@ def gather(images: Any, layout: str) -> Images:
         )
     if _is_pil(images):
         return _from_list([images], "pil", layout)
-    check(
-        isinstance(images, Sequence) and not isinstance(images, (str, bytes)),
-        "transforms",
-        "images",
-        "a tensor, a PIL image, or a list of those",
-        type(images).__name__,
-        cls=TypeError,
-    )
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        wanted = "a tensor, a PIL image, or a list of those"
+        raise _EXPECT.error("images", wanted, type(images).__name__, _OF_A_SAMPLE, TypeError)
     return _from_list(list(images), "list", layout)
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    """Copied only where torch cannot see it: mirrored views (BGR to RGB), another byte order, or
-    where it would warn, of arrays that cannot be written (those of PIL images, for one).
+    """A tensor of an array, copied only where torch cannot see it, or would warn.
+
+    The first are mirrored views (BGR to RGB) and another byte order, the second arrays that cannot
+    be written (those of PIL images, for one).
     """
     array = np.atleast_3d(array)
     if min(array.strides) < 0 or not array.dtype.isnative or not array.flags.writeable:
@@ -157,22 +152,10 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         elif isinstance(item, np.ndarray):
             tensor, last = _from_numpy(item), True
         else:
-            check(
-                isinstance(item, Tensor),
-                "transforms",
-                f"images[{i}]",
-                "a tensor or a PIL image",
-                type(item).__name__,
-                cls=TypeError,
-            )
-            _wrapper(f"images[{i}]", item)
-            check(
-                item.dim() == 3,
-                "transforms",
-                f"images[{i}]",
-                "an image [C, H, W] or [H, W, C]",
-                f"shape {tuple(item.shape)}",
-            )
+            name = f"images[{i}]"
+            _EXPECT.kind(name, item, Tensor, "a tensor or a PIL image", _OF_A_SAMPLE)
+            _wrapper(name, item)
+            _EXPECT.rank(name, item, 3, "an image [C, H, W] or [H, W, C]")
             tensor, last = item.as_subclass(Tensor), _channels_last(item, layout)
         tensors.append(tensor)
         lasts.append(last)
@@ -184,24 +167,18 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
         pil and item.mode in INDEXED_MODES for pil, item in zip(pictures, items, strict=True)
     ]
     for i, extent in enumerate(extents):
-        check(
-            indexed[i] == indexed[0],
-            "transforms",
-            f"images[{i}]",
-            "a picture with colours or one without (modes P and 1), as the first image",
-            f"mode {items[i].mode!r}" if pictures[i] else "a tensor",
-            'Convert them all with image.convert("RGB")',
-        )
+        if indexed[i] != indexed[0]:
+            wanted = "a picture with colours or one without (modes P and 1), as the first image"
+            got = f"mode {items[i].mode!r}" if pictures[i] else "a tensor"
+            fix = 'Convert them all with image.convert("RGB")'
+            raise _EXPECT.error(f"images[{i}]", wanted, got, fix)
         same = (tensors[i].dtype, tensors[i].device, extent[2])
         first = (tensors[0].dtype, tensors[0].device, extents[0][2])
-        check(
-            same == first,
-            "transforms",
-            f"images[{i}]",
-            f"{first[0]} on {first[1]} with {first[2]} channels, as the first image",
-            f"{same[0]} on {same[1]} with {same[2]}",
-            'PIL images: convert them all with image.convert("RGB")' if pictures[i] else "",
-        )
+        if same != first:
+            wanted = f"{first[0]} on {first[1]} with {first[2]} channels, as the first image"
+            got = f"{same[0]} on {same[1]} with {same[2]}"
+            fix = 'PIL images: convert them all with image.convert("RGB")' if pictures[i] else ""
+            raise _EXPECT.error(f"images[{i}]", wanted, got, fix)
     return Images(
         tensors=tensors,
         kind=kind,
@@ -215,52 +192,31 @@ def _from_list(items: list[Any], kind: str, layout: str) -> Images:
 
 def _wrapper(name: str, tensor: Tensor) -> type[Tensor] | None:
     """torchvision's class of the tensor, which must be Image; None for a plain tensor."""
-    check_plain("transforms", name, tensor)
+    check_plain(_EXPECT, name, tensor)
     # Whatever records the operations would record this call's numbers as constants.
-    check(
-        not is_tracing() and get_proxy_mode() is None,
-        "transforms",
-        name,
-        "outside of torch.jit.trace, torch.export and make_fx",
-        "a call inside, which would be traced with one call's random numbers as constants",
-        "Trace the model without its transforms",
-        NotImplementedError,
-    )
+    if is_tracing() or get_proxy_mode() is not None:
+        wanted = "outside of torch.jit.trace, torch.export and make_fx"
+        got = "a call inside, which would be traced with one call's random numbers as constants"
+        fix = "Trace the model without its transforms"
+        raise _EXPECT.error(name, wanted, got, fix, NotImplementedError)
     kind = type(tensor)
     if not kind.__module__.startswith("torchvision."):
         return None
-    check(
-        kind.__name__ == "Image",
-        "transforms",
-        name,
-        "images",
-        f"a tv_tensors.{kind.__name__}",
-        "Masks, boxes and videos need torchvision's own transforms",
-        TypeError,
-    )
+    fix = "Masks, boxes and videos need torchvision's own transforms"
+    got = f"a tv_tensors.{kind.__name__}"
+    _EXPECT(kind.__name__ == "Image", name, "images", got, fix, TypeError)
     return kind
 
 
 def _extent(tensor: Tensor, channels_last: bool) -> tuple[int, int, int]:
     """(height, width, channels), after checking dtype and size."""
-    check(
-        tensor.dtype in OUT_DTYPES,
-        "transforms",
-        "images",
-        "of a floating-point, whole-number or bool dtype of torch's",
-        tensor.dtype,
-        "Convert with .to(torch.uint8) or .float()",
-        TypeError,
-    )
+    wanted = "of a floating-point, whole-number or bool dtype of torch's"
+    fix = "Convert with .to(torch.uint8) or .float()"
+    _EXPECT.dtype("images", tensor, OUT_DTYPES, wanted, fix)
     shape = tensor.shape[-3:]
     height, width, channels = shape if channels_last else (shape[1], shape[2], shape[0])
-    check(
-        height > 0 and width > 0 and channels > 0,
-        "transforms",
-        "images",
-        "at least one pixel high and wide, with at least one channel",
-        f"shape {tuple(tensor.shape)}",
-    )
+    wanted = "at least one pixel high and wide, with at least one channel"
+    _EXPECT(height > 0 and width > 0 and channels > 0, "images", wanted, shape_of(tensor))
     return height, width, channels
 
 
@@ -278,14 +234,10 @@ def _is_pil(item: object) -> bool:
 
 def _from_pil(picture: Any) -> Tensor:
     """[H, W, C] of a PIL image: bool (mode 1), uint16 (I;16), int32 (I), float32 (F) or uint8."""
-    check(
-        picture.mode in _PILLOW_MODES,
-        "transforms",
-        "images",
-        f"PIL images of mode {', '.join(sorted(_PILLOW_MODES))}",
-        f"mode {picture.mode!r}",
-        'Convert with image.convert("RGB")',
-    )
+    if picture.mode not in _PILLOW_MODES:
+        wanted = f"PIL images of mode {', '.join(sorted(_PILLOW_MODES))}"
+        fix = 'Convert with image.convert("RGB")'
+        raise _EXPECT.error("images", wanted, f"mode {picture.mode!r}", fix)
     return _from_numpy(np.array(picture))
 
 

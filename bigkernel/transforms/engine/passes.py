@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.ops.augment import augment
 from bigkernel.transforms.engine.fold import Group, fold
 from bigkernel.transforms.engine.images import Images
@@ -16,6 +16,7 @@ from bigkernel.transforms.engine.samples import Ints
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.table import Call
 
+_EXPECT = Expect("transforms")
 Part = tuple[Ints, Tensor]  # places in the batch, and their images, of one size
 
 
@@ -35,14 +36,10 @@ def run_pass(
         parts = _apply(images, group.calls[-1], last_in, channels_last)
         results += [(group.members[places], part) for places, part in parts]
     dtypes = {part.dtype for _, part in results}
-    check(
-        len(dtypes) == 1,
-        "transforms",
-        "the results",
-        "of one dtype",
-        " and ".join(sorted(map(str, dtypes))),
-        "Put ToDtype(torch.float32, scale=True) before a Normalize that is applied at random",
-    )
+    if len(dtypes) != 1:
+        got = " and ".join(sorted(map(str, dtypes)))
+        fix = "Put ToDtype(torch.float32, scale=True) before a Normalize that is applied at random"
+        raise _EXPECT.error("the results", "of one dtype", got, fix)
     return join(results, batch.count), groups
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.augment.op import check_plain
 from bigkernel.ops.augment.reference import OUT_DTYPES
 from bigkernel.transforms.engine.draws import Draws
@@ -21,6 +21,7 @@ from bigkernel.transforms.engine.images import INDEXED_MODES, Images
 from bigkernel.transforms.engine.passes import Part, join
 from bigkernel.transforms.engine.samples import Bools, Ints
 
+_EXPECT = Expect("transforms")
 _KINDS = "a tensor [N, C, H, W]"
 
 
@@ -55,14 +56,10 @@ def run_stage(
     are those of the PIL images that the results go back to; none where they do not.
     """
     indexed = modes & INDEXED_MODES
-    check(
-        not indexed,
-        "transforms",
-        "images",
-        f"without a palette for {name}, which computes with colours",
-        f"PIL images of mode {', '.join(sorted(indexed))}",
-        'Convert with image.convert("RGB")',
-    )
+    if indexed:
+        wanted = f"without a palette for {name}, which computes with colours"
+        got = f"PIL images of mode {', '.join(sorted(indexed))}"
+        raise _EXPECT.error("images", wanted, got, 'Convert with image.convert("RGB")')
     tensors, parts = batch.tensors, list[Part]()
     sizes = np.stack([batch.height, batch.width], axis=1)
     for size in np.unique(sizes, axis=0):
@@ -102,56 +99,33 @@ def _check_alike(
         return image.dtype, image.shape[1], image.device
 
     kinds = sorted({kind(part) for _, part in parts}, key=str)
-    check(
-        len(kinds) == 1,
-        "transforms",
-        f"the results of {name}",
-        "of one dtype, number of channels and device"
-        + ("" if everyone else ", as the images that it is not applied to"),
-        " and ".join(f"{d} with {c} channels on {v}" for d, c, v in kinds),
-    )
+    results = f"the results of {name}"
+    wanted = "of one dtype, number of channels and device"
+    wanted += "" if everyone else ", as the images that it is not applied to"
+    got = " and ".join(f"{d} with {c} channels on {v}" for d, c, v in kinds)
+    _EXPECT(len(kinds) == 1, results, wanted, got)
     before = (batch.like()[0], batch.channels)
-    check(
-        not pictures or kinds[0][:2] == before,
-        "transforms",
-        f"the results of {name}",
-        f"{before[0]} with {before[1]} channels, as the PIL images that they go back to",
-        f"{kinds[0][0]} with {kinds[0][1]}",
-        "Put ToImage() before it",
-    )
+    wanted = f"{before[0]} with {before[1]} channels, as the PIL images that they go back to"
+    got = f"{kinds[0][0]} with {kinds[0][1]}"
+    _EXPECT(not pictures or kinds[0][:2] == before, results, wanted, got, "Put ToImage() before it")
 
 
 def check_result(name: str, result: Any, images: Tensor) -> Tensor:
     """The stage's result for ``images``, or a sentence that says what is wrong with it."""
-    m = len(images)
+    m, name = len(images), f"the result of {name}"
     wanted = f"{_KINDS} with one image for each of the {m} given"
-    check(
-        isinstance(result, Tensor),
-        "transforms",
-        f"the result of {name}",
-        wanted,
-        "None" if result is None else f"a {type(result).__name__}",
-        "A tensor stage takes and returns tensors [N, C, H, W]",
-        TypeError,
-    )
+    if not isinstance(result, Tensor):
+        got = "None" if result is None else f"a {type(result).__name__}"
+        fix = "A tensor stage takes and returns tensors [N, C, H, W]"
+        raise _EXPECT.error(name, wanted, got, fix, TypeError)
     if type(result).__module__.startswith("torchvision."):
         result = result.as_subclass(Tensor)
-    check_plain("transforms", f"the result of {name}", result)
-    check(
-        result.dim() == 4 and len(result) == m and result.numel() > 0,
-        "transforms",
-        f"the result of {name}",
-        wanted + ", not empty",
-        f"shape {tuple(result.shape)} for images of shape {tuple(images.shape)}",
-    )
-    check(
-        result.dtype in OUT_DTYPES,
-        "transforms",
-        f"the result of {name}",
-        "of a floating-point, whole-number or bool dtype of torch's",
-        result.dtype,
-        cls=TypeError,
-    )
+    check_plain(_EXPECT, name, result)
+    fits = result.dim() == 4 and len(result) == m and result.numel() > 0
+    got = f"{shape_of(result)} for images of {shape_of(images)}"
+    _EXPECT(fits, name, wanted + ", not empty", got)
+    wanted = "of a floating-point, whole-number or bool dtype of torch's"
+    _EXPECT.dtype(name, result, OUT_DTYPES, wanted)
     return result
 
 

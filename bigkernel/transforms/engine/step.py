@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms.engine.samples import Bools, Ints, Samples
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Step(Samples):
         for name, entry in self.arrays.items():
             self._spell(name, entry, n)
 
+    @property
+    def _expect(self) -> Expect:
+        return Expect(f"transforms.steps.{type(self).__name__}")
+
     def _spell(self, name: str, entry: Entry, n: int) -> None:
         dtype, value = entry[0], getattr(self, name)
         shape = (n, *entry[1])
@@ -65,14 +69,10 @@ class Step(Samples):
             "f": ("fiu", "numbers"),
         }[dtype.kind]
         whole = dtype.kind == "i" and array.dtype.kind == "f" and (array == np.rint(array)).all()
-        check(
-            (array.dtype.kind in kinds or bool(whole)) and _agree(array.shape, shape),
-            f"transforms.steps.{type(self).__name__}",
-            name,
-            f"{what} [{', '.join('k' if side < 0 else str(side) for side in shape)}], "
-            "one entry for each image",
-            f"{array.dtype} {list(array.shape)}",
-        )
+        if not ((array.dtype.kind in kinds or whole) and _agree(array.shape, shape)):
+            sides = ", ".join("k" if side < 0 else str(side) for side in shape)
+            wanted = f"{what} [{sides}], one entry for each image"
+            raise self._expect.error(name, wanted, f"{array.dtype} {list(array.shape)}")
         setattr(self, name, array.astype(dtype))
 
     def check(self, height: Ints, width: Ints) -> None:

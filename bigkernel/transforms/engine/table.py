@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.ops.augment import table as columns
 from bigkernel.ops.augment.reference import bound
 from bigkernel.ops.augment.table import (
@@ -34,6 +34,7 @@ from bigkernel.transforms.engine.affine import (
 )
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints, Samples
 
+_EXPECT = Expect("transforms")
 _EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
 Fill = tuple[float, ...] | None
 
@@ -188,13 +189,8 @@ class Table(Samples):
 
     def recolor(self, codes: Ints, factors: Floats) -> None:
         """Appends colour operations, [n, k] codes (0: none) with their factors."""
-        check(
-            self.channels in (1, 3),
-            "transforms",
-            "images",
-            "of 1 or 3 channels for colour transforms",
-            f"{self.channels} channels",
-        )
+        wanted = "of 1 or 3 channels for colour transforms"
+        _EXPECT(self.channels in (1, 3), "images", wanted, f"{self.channels} channels")
         self.colored = self.colored | (codes != 0).any(axis=1)
         self.contrasted = self.contrasted | (codes == CONTRAST).any(axis=1)
         # torchvision rounds between the operations on whole numbers: so do these codes.
@@ -230,4 +226,4 @@ class Table(Samples):
 
     def check_per_channel(self, name: str, count: int) -> None:
         wanted = f"one number or {self.channels}, one for each channel"
-        check(count in (1, self.channels), "transforms", name, wanted, f"{count} numbers")
+        _EXPECT(count in (1, self.channels), name, wanted, f"{count} numbers")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigkernel.errors import check
+from bigkernel.expect import Expect
 from bigkernel.transforms.engine.draws import Draws
 from bigkernel.transforms.engine.images import Images
 from bigkernel.transforms.engine.passes import Part, run_pass
@@ -18,6 +18,7 @@ from bigkernel.transforms.engine.samples import Bools, Floats, Ints
 from bigkernel.transforms.engine.stages import Given, run_stage
 from bigkernel.transforms.engine.step import Step
 
+_EXPECT = Expect("transforms")
 Sizes = tuple[Ints, Ints]  # heights [N], widths [N]
 
 
@@ -77,13 +78,9 @@ class Walk:
 
     def _refuse_sizes(self, name: str, step: Step, after: Sizes) -> None:
         i = int(np.argmin(np.minimum(*after)))
-        check(
-            False,
-            name,
-            f"images after its {type(step).__name__}",
-            "at least one pixel high and wide",
-            f"{(int(after[0][i]), int(after[1][i]))} (height, width) for image {i}",
-        )
+        which = f"images after its {type(step).__name__}"
+        got = f"{(int(after[0][i]), int(after[1][i]))} (height, width) for image {i}"
+        raise Expect(name).error(which, "at least one pixel high and wide", got)
 
     def stage(
         self,
@@ -163,14 +160,9 @@ class Run(Walk):
         self._sizes = found
         if expected is not None:
             told = [(np.asarray(a) == b) | ~active for a, b in zip(expected, found, strict=True)]
-            check(
-                bool(np.all(told)),
-                "transforms",
-                f"the results of {name}",
-                "of the size that its sizes(height, width) says",
-                "another",
-                f"Define sizes in {name}, to return the heights and widths after it, or None",
-            )
+            wanted = "of the size that its sizes(height, width) says"
+            fix = f"Define sizes in {name}, to return the heights and widths after it, or None"
+            _EXPECT(np.all(told), f"the results of {name}", wanted, "another", fix)
 
     def finish(self) -> tuple[Tensor | list[Tensor], bool]:
         """The images after all of it (one batch if they have one size), and their layout."""

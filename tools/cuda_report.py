@@ -3,11 +3,12 @@
 Every kernel: registers, spills, shared memory, occupancy and its main loop's machine code. The
 cases below also run, by their own launchers, in the emulator: what they move against what the
 algorithm has to, bank conflicts, and the same for a Triton kernel of the same op
-(triton_kernels.py). The bars of a case are in `bars`; test_cuda_report.py holds them on shorter
-inputs.
+(tests/ops/triton_kernels.py). The bars of a case are in `bars`; tests/ops/test_cuda_report.py holds
+them on shorter inputs.
 
-A kernel is added by an entry of CASES. The record, of every architecture that we build for, is
-benchmarks/results/cuda_report.{json,md}; a report of fewer goes to build/cuda-report.
+A kernel is added by an entry of CASES; an op that has none fails a test. The record, of every
+architecture that we build for, is benchmarks/results/cuda_report.{json,md}; a report of fewer goes
+to build/cuda-report.
 """
 
 import argparse
@@ -22,15 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests" / "ops")]
 import adam_ptx
 import attention_ptx
 import augment_ptx
-import torch
 
 from bigkernel import transforms
-from bigkernel.testing import ptx, sass
+from bigkernel.testing import ptx
+from tools import sass
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BF16, F32 = torch.bfloat16, torch.float32
 SECTOR = 32
@@ -329,6 +333,8 @@ def every_kernel(arch: str) -> list[dict[str, Any]]:
     for source in sorted((ROOT / "csrc").glob("*/*.cu")):
         flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
         module = ptx.compile(source, arch, flags)
+        if not module.kernels:
+            continue
         cubin, found = sass.assemble(module.text, arch)
         code, names = sass.disassemble(cubin), sorted(found)
         for name, shown in zip(names, pretty(names), strict=True):

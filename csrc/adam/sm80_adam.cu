@@ -11,15 +11,13 @@
 // No shared memory beyond the reductions' 32 doubles. Each thread moves 4 elements at a time
 // (16 bytes of fp32, 8 of a 16-bit type; 8 elements where all arrays are 16-bit), so a warp's
 // access covers whole sectors. Misaligned tensors and tails go element by element.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
 #include "adam/cuda.h"
 #include "common/philox.h"
+#include "cuda/convert.h"
 #include "cuda/launch.h"
 
 namespace bigkernel {
@@ -83,24 +81,6 @@ struct PrepareTable {
   PrepareEntry entry[kTensors];
   AdamDeviceGroup group[kGroups];
 };
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(bf16 x) { return to_float(x); }
-__device__ float widen(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
-template <class T>
-__device__ T narrow(float x);
-template <>
-__device__ float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ bf16 narrow<bf16>(float x) {
-  return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-}
-template <>
-__device__ fp16 narrow<fp16>(float x) {
-  return fp16{__half_as_ushort(__float2half_rn(x))};
-}
 
 // kWidth elements that are moved by accesses of at most 16 bytes.
 template <class T, int kWidth>
@@ -411,7 +391,7 @@ int64_t adam_partial_count(const std::vector<AdamTensor>& tensors) {
 
 void launch_adam_norm(const std::vector<AdamTensor>& tensors, double* partials, int device,
                       void* stream) {
-  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  check_device("adam_norm", "adam_norm_kernel", use_device(device), kSm80);
   for (DType type : kTypes) {
     for (const NormTable& table : plan_norm(tensors, type)) {
       const uint32_t grid = norm_blocks(table);
@@ -426,7 +406,7 @@ void launch_adam_norm(const std::vector<AdamTensor>& tensors, double* partials, 
 }
 
 void launch_adam_finish(const AdamDeviceCall& call, int device, void* stream) {
-  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  check_device("adam_norm", "adam_finish_kernel", use_device(device), kSm80);
   adam_finish_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
   check_launch("adam_finish_kernel", 1, kThreads);
 }
@@ -434,7 +414,7 @@ void launch_adam_finish(const AdamDeviceCall& call, int device, void* stream) {
 void launch_adam_step(const std::vector<AdamTensor>& tensors,
                       const std::vector<AdamDeviceGroup>& groups, const AdamDeviceCall& call,
                       int device, void* stream_) {
-  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  check_device("adam_step_", "adam_update_kernel", use_device(device), kSm80);
   const auto stream = static_cast<cudaStream_t>(stream_);
   for (size_t next = 0; next < tensors.size();) {
     PrepareTable table{};

@@ -247,7 +247,7 @@ void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, cons
                     void* scratch, int device, void* stream_) {
   const AugmentArgs& args = input.args;
   if (input.n * args.channels * args.out_h * args.out_w == 0) return;
-  check_cuda(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
+  use_device(device);
   const auto stream = static_cast<cudaStream_t>(stream_);
   const char* base = static_cast<const char*>(tables);
   DeviceCall call{};

@@ -3,9 +3,9 @@
 #pragma once
 #include <type_traits>
 
-#include "attention/cuda_bwd_kernels.h"
+#include "attention/sm80_bwd_kernels.h"
 #include "attention/cuda_scores.h"
-#include "attention/cuda_tile.h"
+#include "attention/sm80_tile.h"
 
 namespace bigkernel {
 

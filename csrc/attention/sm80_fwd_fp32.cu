@@ -1,5 +1,4 @@
-#include "attention/cuda_fwd.h"
-#include "attention/cuda_fwd_kernels.h"
+#include "attention/sm80_fwd_choose.h"
 
 namespace bigkernel {
 

@@ -1,6 +1,6 @@
 // The backward kernels of one type.
 #pragma once
-#include "attention/cuda_bwd_mask.h"
+#include "attention/sm80_bwd_mask.h"
 
 namespace bigkernel {
 
@@ -13,6 +13,7 @@ AttentionLaunch backward_launch(const char* name) {
     launch.kernel = reinterpret_cast<const void*>(&attention_bwd_mask_kernel<T, kDim>);
   else
     launch.kernel = reinterpret_cast<const void*>(&attention_bwd_kernel<T, kDim, kPart, kGeneral>);
+  launch.generation = kSm80;
   launch.threads = Tile::kThreads;
   launch.shared = Tile::kShared;
   launch.tile_rows = Tile::kRows;

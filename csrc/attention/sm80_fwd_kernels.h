@@ -1,4 +1,5 @@
-// The forward kernels by type: one file each, so that they compile side by side.
+// The forward kernels for sm_80 and later by type: one file each, so that they compile side by
+// side.
 #pragma once
 #include "attention/cuda.h"
 

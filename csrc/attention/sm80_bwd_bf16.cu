@@ -1,4 +1,4 @@
-#include "attention/cuda_bwd_choose.h"
+#include "attention/sm80_bwd_choose.h"
 
 namespace bigkernel {
 

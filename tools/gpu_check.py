@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,9 @@ def check(
     """The sections that use the package: repeated runs, graphs and tables."""
     report.run("determinism", lambda: gpu.deterministic(device, 3 if small else 30))
     report.run("CUDA graph of the optimizer", lambda: gpu.optimizer_in_graph(device, capture))
-    for name, cases in gpu.TABLES.items():
-        report.run(f"benchmark {name}", lambda cases=cases: table(cases(device, clock, small)))
+    for name in gpu.OPS:
+        cases = partial(gpu.of_op(name).cases, device, clock, small)
+        report.run(f"benchmark {name}", lambda cases=cases: table(cases()))
 
 
 def main() -> int:

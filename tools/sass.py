@@ -125,6 +125,8 @@ class _file(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class Instruction:
+    """A line of machine code."""
+
     opcode: str  # "LDG.E.128"
     operands: str
     predicate: str = ""  # "@!P0"

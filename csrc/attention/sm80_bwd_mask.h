@@ -4,7 +4,7 @@
 // them in one order, with compensated sums (Kahan, 1965), as a mask of one row may sum up every
 // score of the batch. A mask that is broadcast along the keys is attention_bwd_mask_rows_kernel's.
 #pragma once
-#include "attention/cuda_bwd.h"
+#include "attention/sm80_bwd.h"
 
 namespace bigkernel {
 

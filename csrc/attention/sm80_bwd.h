@@ -31,7 +31,7 @@
 // that are not 16-byte aligned. fp32 multiplies by fma, so it keeps fp32's accuracy, in mma's
 // layout: lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8.
 #pragma once
-#include "attention/cuda_bwd_tile.h"
+#include "attention/sm80_bwd_tile.h"
 
 namespace bigkernel {
 

@@ -1,4 +1,5 @@
-// The backward kernels by type: one file each, so that they compile side by side.
+// The backward kernels for sm_80 and later. Those by type have one file each, so that they compile
+// side by side.
 #pragma once
 #include "attention/cuda.h"
 
@@ -12,5 +13,10 @@ enum class Part { kKeysValues, kKeys, kValues, kQueries, kMask };
 AttentionLaunch attention_bwd_bf16(Part part, int32_t dim, bool general);
 AttentionLaunch attention_bwd_fp16(Part part, int32_t dim, bool general);
 AttentionLaunch attention_bwd_fp32(Part part, int32_t dim, bool general);
+
+// What each row needs before them; tile_rows: rows of a block.
+AttentionLaunch attention_bwd_rows(DType dtype, bool general);
+// The gradient of a mask that is broadcast along the keys; tile_rows: elements of a block.
+AttentionLaunch attention_bwd_mask_rows();
 
 }  // namespace bigkernel
