@@ -1,13 +1,16 @@
 """What each replacement of ``bigkernel.patch`` gives: seconds of a training step, on and off.
 
-    python benchmarks/replacements.py [--model llama|tiny] [--dtype fp32|bf16|default] [--compile]
+    python benchmarks/replacements.py [--model llama|tiny] [--vocab N] [--dtype fp32|bf16|default]
+                                      [--compile] [--rows ROW..] [--memory]
 
 LLaMA with 16.9M parameters (vocabulary 8192, hidden 384, 6 layers, 6 heads, intermediate 1024),
 batch 4 x 512; "tiny" has 32 hidden, 2 layers, batch 2 x 32: there a call's Python counts most. The
 dtype "default" leaves bf16 to each Trainer. The rows: transformers' Trainer; ours with nothing
 replaced (our AdamW); then with one replacement alone, with all but one, and with all. Rounds
 alternate; shown are the median over the rounds, the fastest, the seconds of the processor in the
-cheapest step (which other work on the machine hardly changes), and the last loss.
+cheapest step (which other work on the machine hardly changes), and the last loss. With --memory,
+each row in a process of its own: the memory that training takes at its peak above what the process
+held before, parameters and data included.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import argparse
 import contextlib
 import copy
 import io
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -61,9 +67,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--rows", nargs="*", default=None)
+    parser.add_argument("--vocab", type=int, default=None)
+    parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     sizes, layers, heads, batch, length = SIZES[given.model]
-    steps = given.steps or (4 if given.model == "llama" else 60)
+    sizes = {**sizes, "vocab_size": given.vocab or sizes["vocab_size"]}
+    steps = 0 if given.memory else given.steps or (4 if given.model == "llama" else 60)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, num_attention_heads=heads)
     model = transformers.LlamaForCausalLM(config)
@@ -105,10 +114,26 @@ def main() -> None:
         clock = _Clock()
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
+        before = _held()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
+        if given.memory:
+            print(_peak() - before)
+            return 0.0, 0.0, clock.loss
         return statistics.median(clock.steps[2:]), min(clock.busy[2:]), clock.loss
 
+    shape = f"vocabulary {sizes['vocab_size']}, {batch} x {length}"
+    title = f"{given.model}, {given.dtype}{', compiled' * given.compile}, {shape}"
+    if given.memory and len(rows) == 1:
+        run(next(iter(rows.values())))
+        return
+    if given.memory:
+        print(title)
+        peaks = {name: _in_a_process(name) for name in rows}
+        print(f"{'':28}  peak MiB     x")
+        for name, peak in peaks.items():
+            print(f"{name:28} {peak / 2**20:9.0f} {peak / next(iter(peaks.values())):5.2f}")
+        return
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     busy: dict[str, list[float]] = {name: [] for name in rows}
     losses = {}
@@ -119,14 +144,29 @@ def main() -> None:
             busy[name].append(used)
             torch._dynamo.reset()
     first = next(iter(rows))
-    print(f"{given.model}, {given.dtype}{', compiled' * given.compile}, {batch} x {length}")
-    print(f"{'':24}  median ms     x   fastest     x  processor     x  loss")
+    print(title)
+    print(f"{'':28}  median ms     x   fastest     x  processor     x  loss")
     for name in rows:
         columns = []
         for find, table in ((statistics.median, seconds), (min, seconds), (min, busy)):
             value = find(table[name])
             columns.append(f"{1e3 * value:9.1f} {find(table[first]) / value:5.2f}")
-        print(f"{name:24} {'  '.join(columns)}  {losses[name]:.6f}")
+        print(f"{name:28} {'  '.join(columns)}  {losses[name]:.6f}")
+
+
+def _held() -> int:
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _in_a_process(row: str) -> int:
+    command = [sys.executable, *sys.argv, "--rows", row]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 if __name__ == "__main__":

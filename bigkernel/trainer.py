@@ -43,7 +43,7 @@ with needs("train", "bigkernel.Trainer"):
 from bigkernel import checkpoint, precision
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
-from bigkernel.integrations import contract
+from bigkernel.integrations import contract, heads
 from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
@@ -142,7 +142,7 @@ class Trainer(transformers.Trainer):
         self.eval_augmentation = eval_augmentation
         seed = args.seed if args.data_seed is None else args.data_seed
         self._batch_augmentation = BatchAugmentation(seed)
-        self._in_training_step = False
+        self._in_training_step = self._wants_loss_alone = False
         self._stop_request = StopRequest(_tell_stop)
         self._in_evaluation_that_may_stop = False
         self._has_begun = self._evaluation_due = False
@@ -352,6 +352,24 @@ class Trainer(transformers.Trainer):
             raise self._nonfinite(f"{found}; stopped before the parameters changed", step)
         return loss
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As transformers', without the logits of a language model where nobody gets to see them.
+
+        They are there for whoever asks for the outputs, and for a loss that is not the model's own.
+        """
+        unseen = not return_outputs or self._wants_loss_alone
+        if unseen and self.label_smoother is None and self.compute_loss_func is None:
+            inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            if heads.can_skip_logits(inner):
+                inputs = {heads.SKIP: True, **inputs}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _stops_on_nonfinite(self) -> bool:
         return bool(getattr(self.args, "stop_on_nonfinite_loss", True))
 
@@ -367,11 +385,19 @@ class Trainer(transformers.Trainer):
         with same_random_numbers_after():
             return super().evaluation_loop(*args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers'; an evaluation during training is left when training is to stop."""
         if self._in_evaluation_that_may_stop and self._stop_request.received is not None:
             raise _EvaluationLeft
-        return super().prediction_step(*args, **kwargs)
+        # A compute_loss of a subclass's own may look at the outputs.
+        own = type(self).compute_loss is not Trainer.compute_loss
+        self._wants_loss_alone = prediction_loss_only and not own
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._wants_loss_alone = False
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any

@@ -29,22 +29,23 @@ from bigkernel.ops.norm import reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 # What is replaced in each, with counts of modules for two layers.
+LOSSES = ", cross_entropy 1, linear_cross_entropy 1"
 FAMILIES = {
-    "llama": "attention 2, rms_norm 5, residual 2, rope 2, glu 2, cross_entropy 1",
-    "mistral": "attention 2, rms_norm 5, residual 2, rope 2, glu 2, cross_entropy 1",
-    "qwen2": "attention 2, rms_norm 5, residual 2, rope 2, glu 2, cross_entropy 1",
-    "qwen3": "attention 2, rms_norm 9, residual 2, rope 2, glu 2, cross_entropy 1",
-    "gemma2": "attention 2, rms_norm 9, residual 2, rope 2, glu 2, cross_entropy 1",
-    "gemma3": "attention 2, rms_norm 13, residual 2, rope 2, glu 2, cross_entropy 1",
-    "phi": "attention 2, gelu 2, rope 2, cross_entropy 1",
-    "gpt2": "attention 2, gelu 2, cross_entropy 1",
-    "gpt_neox": "attention 2, residual 2, rope 2, cross_entropy 1",
-    "bert": "attention 2, residual 1, residual 2, residual 2",
-    "roberta": "attention 2, residual 1, residual 2, residual 2",
-    "modernbert": "attention 2, residual 2, rope 2, glu 2, cross_entropy 1",
+    "llama": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
+    "mistral": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
+    "qwen2": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
+    "qwen3": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
+    "gemma2": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
+    "gemma3": "attention 2, rms_norm 13, residual 2, rope 2, glu 2" + LOSSES,
+    "phi": "attention 2, gelu 2, rope 2" + LOSSES,
+    "gpt2": "attention 2, gelu 2" + LOSSES,
+    "gpt_neox": "attention 2, residual 2, rope 2" + LOSSES,
+    "bert": "attention 2, residual 1, residual 2, residual 2, linear_cross_entropy 1",
+    "roberta": "attention 2, residual 1, residual 2, residual 2, linear_cross_entropy 1",
+    "modernbert": "attention 2, residual 2, rope 2, glu 2" + LOSSES,
     "vit": "attention 2, residual 2",
-    "t5": "attention 6, rms_norm 12",
-    "t5 gated": "attention 6, rms_norm 12, gelu 4, glu 4",
+    "t5": "attention 6, rms_norm 12, linear_cross_entropy 1",
+    "t5 gated": "attention 6, rms_norm 12, gelu 4, glu 4, linear_cross_entropy 1",
     "clip": "attention 2, residual 2",
 }
 QUICK = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5 gated"]

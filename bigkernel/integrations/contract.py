@@ -164,6 +164,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         ),
         *_needs(
             "transformers.trainer.Trainer",
+            compute_loss_func=_INSTANCE,
+            label_smoother=_INSTANCE,
             _tr_loss=_INSTANCE,
             _total_loss_scalar=_INSTANCE,
             _globalstep_last_logged=_INSTANCE,

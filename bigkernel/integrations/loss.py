@@ -21,6 +21,7 @@ from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import names_in
 from bigkernel.integrations.subclass import original_class
 from bigkernel.ops.cross_entropy import cross_entropy
+from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
 
 _SETTING = "_loss_function"
 
@@ -87,6 +88,77 @@ def _loss(
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
+def of_linear(
+    function: Any, hidden: Tensor, linear: nn.Linear, softcap: Any, *given: Any, **more: Any
+) -> Tensor | None:
+    """``function(logits, *given, **more)`` for the logits of ``linear(hidden)``, never made whole.
+
+    None where that is not known to be the same.
+    """
+    try:
+        wanted = _rows(function, *given, **more)
+    except TypeError:  # arguments that the function is to complain about
+        return None
+    if wanted is None:
+        return None
+    labels, classes, items, ignore_index = wanted
+    if (
+        type(labels) is not Tensor
+        or labels.dtype != torch.int64
+        or labels.numel() * hidden.shape[-1] != hidden.numel()
+        or classes not in (None, linear.out_features)
+        or (isinstance(items, Tensor) and items.numel() != 1)
+        or (softcap is not None and not softcap > 0)
+    ):
+        return None
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        linear.weight,
+        labels.reshape(-1).to(hidden.device),
+        linear_bias=linear.bias,
+        ignore_index=ignore_index,
+        num_items=items,
+        softcap=softcap,
+    )
+
+
+def _rows(function: Any, *given: Any, **more: Any) -> tuple[Any, int | None, Any, int] | None:
+    """(labels as they belong to the rows, classes, items, ignore_index) of a loss's arguments."""
+    if function is F.cross_entropy:
+        return given[0], None, None, -100
+    if function in (loss_utils.ForCausalLMLoss, causal_lm_loss):
+        return _shifted(*given, **more)
+    return _standing(*given, **more) if is_known(function) else None
+
+
+def _shifted(
+    labels: Any,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, int | None, Any, int]:
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels, vocab_size, num_items_in_batch, ignore_index
+
+
+def _standing(
+    labels: Any,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> tuple[Any, int | None, Any, int]:
+    return labels, vocab_size, num_items_in_batch, ignore_index
+
+
+def is_known(function: Any) -> bool:
+    """Whether this is the loss of a language model, transformers' or the one in its place."""
+    return function in _OURS or function in _OURS.values()
+
+
 # What stands in the place of what.
 _OURS = {
     loss_utils.ForCausalLMLoss: causal_lm_loss,
@@ -124,7 +196,7 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
         if "loss_function" not in used:
             continue
         theirs: Any = module.loss_function
-        if theirs in (causal_lm_loss, masked_lm_loss):
+        if theirs in _OURS.values():
             change.replace(module, "cross_entropy")
             continue
         ours = _OURS.get(theirs)

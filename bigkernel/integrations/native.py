@@ -17,10 +17,11 @@ COMPILED = frozenset(name for name, choice in _CHOICES.items() if choice.compile
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def takes(op: str, *tensors: Tensor | None) -> bool:
+def takes(op: str, *tensors: Tensor | None, size: int | None = None) -> bool:
     """Whether ``op`` is to be used on these tensors: natively, and where that is faster.
 
-    A backend that was chosen by hand (`use_backend`) is obeyed.
+    size: how large the call is, where it is not the number of the first tensor's elements. A
+    backend that was chosen by hand (`use_backend`) is obeyed.
     """
     first = tensors[0]
     assert first is not None
@@ -34,9 +35,8 @@ def takes(op: str, *tensors: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling() and op not in COMPILED:
         return False
-    return (
-        _library.kernels.get((_FUNCTIONS[op], device.type), False) and first.numel() >= SMALLEST[op]
-    )
+    size = first.numel() if size is None else size
+    return _library.kernels.get((_FUNCTIONS[op], device.type), False) and size >= SMALLEST[op]
 
 
 def why_not(op: str, module: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from bigkernel.expect import Expect
-from bigkernel.integrations import activations, attention, forwards, loss, norms
+from bigkernel.integrations import activations, attention, forwards, heads, loss, norms
 from bigkernel.integrations.report import Change, Report
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -23,8 +23,9 @@ class Replacement(NamedTuple):
     """What replaces something in models.
 
     names: as in ``patch(only=...)``. apply: called with the model and the names that are wanted,
-    these and others. It changes instances, no class, no parameter, nothing that is saved; a module
-    that it has changed before counts as replaced, with nothing to undo.
+    these and others, and ``skip_logits`` for ``patch(logits=False)``. It changes instances, no
+    class, no parameter, nothing that is saved; a module that it has changed before counts as
+    replaced, with nothing to undo.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ REPLACEMENTS = (
     Replacement(("gelu",), activations.apply),
     Replacement(("residual", "glu", "rope"), forwards.apply),
     Replacement(("cross_entropy",), loss.apply),
+    Replacement(("linear_cross_entropy",), heads.apply),
 )
 NAMES = tuple(dict.fromkeys(name for entry in REPLACEMENTS for name in entry.names))
 
@@ -51,7 +53,12 @@ class _Patched(NamedTuple):
 
 
 def patch(
-    model: ModelT, quiet: bool = False, strict: bool = False, only: Iterable[str] | None = None
+    model: ModelT,
+    quiet: bool = False,
+    strict: bool = False,
+    only: Iterable[str] | None = None,
+    *,
+    logits: bool = True,
 ) -> ModelT:
     """Put bigkernel's ops into a model, in place, and print what was replaced.
 
@@ -59,7 +66,8 @@ def patch(
       AttentionInterface;
     - norm: RMS norms, and residual: additions to the residual stream that a norm follows;
     - rope: rotary position embedding; glu: SwiGLU, GeGLU and so on; gelu: where it is written out;
-    - cross_entropy: the loss of causal and masked language models.
+    - cross_entropy: the loss of causal and masked language models;
+    - linear_cross_entropy: that and the head before it, in calls whose logits nobody wants.
 
     A module is known by what it computes, not by its name; what cannot be served stays as it is and
     is named. So does a call that no kernel is for, at run time: another dtype or device, a tensor
@@ -78,6 +86,9 @@ def patch(
         quiet: print nothing; ``report(model)`` still tells.
         strict: what cannot be replaced is an error, and the model stays as it was.
         only: the names above that are wanted; all of them if left out.
+        logits: False: in training, with labels, language models return ``logits=None`` beside their
+            loss, and never hold them whole. In evaluation, and without labels, logits are there. A
+            call with ``skip_logits=True`` or ``False`` decides for itself; so do the Trainer's.
 
     Returns:
         the same model.
@@ -90,6 +101,8 @@ def patch(
     names = frozenset(NAMES if only is None else only)
     unknown = sorted(names.difference(NAMES))
     Expect("patch")(not unknown, "only", f"some of {', '.join(NAMES)}", ", ".join(unknown))
+    Expect("patch").kind("logits", logits, bool, "True or False")
+    names |= frozenset() if logits else {heads.SKIP}
     known = model.__dict__.get(_PATCHED)
     if known is None or known.names != names or any(map(attention.is_stale, known.undo)):
         for part in model.modules():

@@ -19,6 +19,7 @@ from bigkernel.integrations.contract import codes
 
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
 _CHECKPOINTING = "forward_with_checkpointing"  # put around a layer by its class, not by a decorator
+_DOCUMENTS = "auto_docstring"  # a decorator that writes documentation and returns what it got
 
 
 class UnknownSource(Exception):
@@ -44,6 +45,7 @@ def read(function: Callable[..., Any]) -> tuple[ast.FunctionDef, types.FunctionT
         raise UnknownSource("the source of its forward cannot be read") from None
     if not isinstance(found, ast.FunctionDef):
         raise UnknownSource("the source of its forward cannot be read")
+    found.decorator_list = [d for d in found.decorator_list if not _only_documents(d, function)]
     kept = [w for w in wrappers if w.__code__.co_name != _CHECKPOINTING]
     if len(kept) != len(found.decorator_list) or any(
         not w.__code__.co_filename.startswith(_TRANSFORMERS) for w in wrappers
@@ -80,6 +82,14 @@ def compile_again(
     scope: dict[str, Any] = {}
     exec(code, function.__globals__, scope)
     return scope["make"](*names.values())
+
+
+def _only_documents(decorator: ast.expr, function: types.FunctionType) -> bool:
+    name = decorator.func if isinstance(decorator, ast.Call) else decorator
+    if not isinstance(name, ast.Name) or name.id != _DOCUMENTS:
+        return False
+    module = getattr(function.__globals__.get(name.id), "__module__", None)
+    return module == "transformers.utils.auto_docstring"
 
 
 def _is_what_runs(code: types.CodeType) -> bool:

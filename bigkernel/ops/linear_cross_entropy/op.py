@@ -143,6 +143,8 @@ _OP = registry.register(
                 registry.no_second_derivative(_NAME),
             ),
         ),
+        # Bytes of logits. Below, they are no burden, and in bf16 their products are faster whole.
+        in_models={"linear_cross_entropy": registry.InModels(1 << 26, compiled=True)},
         absent={"cuda": "only the CPU kernels are written so far"},
     )
 )
