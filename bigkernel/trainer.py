@@ -299,7 +299,7 @@ class Trainer(transformers.Trainer):
         self._steps_in_bf16 = (
             self.args.bf16 is None
             # A loss of one's own may use what float32 alone has.
-            and type(self).compute_loss is super(Trainer, Trainer).compute_loss
+            and not self._computes_own_loss()
             and self.compute_loss_func is None
             and isinstance(base, transformers.PreTrainedModel)
             and precision.bf16_pays(model, self.args.device)
@@ -370,6 +370,10 @@ class Trainer(transformers.Trainer):
                 inputs = {heads.SKIP: True, **inputs}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _computes_own_loss(self) -> bool:
+        """Whether a subclass has another `compute_loss`."""
+        return type(self).compute_loss is not Trainer.compute_loss
+
     def _stops_on_nonfinite(self) -> bool:
         return bool(getattr(self.args, "stop_on_nonfinite_loss", True))
 
@@ -391,9 +395,8 @@ class Trainer(transformers.Trainer):
         """As transformers'; an evaluation during training is left when training is to stop."""
         if self._in_evaluation_that_may_stop and self._stop_request.received is not None:
             raise _EvaluationLeft
-        # A compute_loss of a subclass's own may look at the outputs.
-        own = type(self).compute_loss is not Trainer.compute_loss
-        self._wants_loss_alone = prediction_loss_only and not own
+        # A loss of one's own may look at the outputs.
+        self._wants_loss_alone = prediction_loss_only and not self._computes_own_loss()
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
