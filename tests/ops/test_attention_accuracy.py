@@ -24,7 +24,12 @@ MANY = [
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_attention_errors_of_many_draws(backend, case):
     """Root mean squares over many draws, which do not hang on the luck of one, as maxima do: at
-    most 1.3 times PyTorch's."""
+    most 1.3 times PyTorch's.
+
+    The portable kernels round a product and then its sum, PyTorch's with AVX2 or more round once:
+    twice the squares.
+    """
+    at_most = 1.3 * 2**0.5 if backend == "cpu-portable" else 1.3
     inputs = build(case)
     exact, same = (by_definition(case, to_dtype(inputs, d)) for d in (torch.float64, torch.float32))
     device = device_of(backend)
@@ -35,4 +40,6 @@ def test_attention_errors_of_many_draws(backend, case):
             (x[name].cpu().double() - expected)[finite].square().mean().sqrt().item()
             for x in (actual, same)
         )
-        assert ours <= 1.3 * torchs, f"{name}: {ours:.3e} is {ours / torchs:.2f} times PyTorch's"
+        assert ours <= at_most * torchs, (
+            f"{name}: {ours:.3e} is {ours / torchs:.2f} times PyTorch's"
+        )

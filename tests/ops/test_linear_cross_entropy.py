@@ -78,19 +78,22 @@ def torch_linear_cross_entropy(
     return loss + extra.sum() / counted
 
 
-def case(rows, classes, width, dtype, options, **more):
+def case(rows, classes, width, dtype, options, *, draw=0, **more):
     """(ours, torch's) as functions of the inputs, and the inputs."""
-    options = dict(options, **more)
-    inputs = [normal((rows, width), dtype, 0), normal((classes, width), dtype, 1, 2 / width**0.5)]
+    options, seed = dict(options, **more), 10 * draw
+    inputs = [
+        normal((rows, width), dtype, seed),
+        normal((classes, width), dtype, seed + 1, 2 / width**0.5),
+    ]
     if options.pop("bias", False):
-        inputs.append(normal((classes,), dtype, 2))
-    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(3))
+        inputs.append(normal((classes,), dtype, seed + 2))
+    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(seed + 3))
     if options.pop("soft", False):
-        target = normal((rows, classes), F32, 4).softmax(-1).to(dtype)
+        target = normal((rows, classes), F32, seed + 4).softmax(-1).to(dtype)
     else:
         target[1::5] = -100
     if "weight" in options:
-        options["weight"] = normal((classes,), F32, 8).abs() + 0.1
+        options["weight"] = normal((classes,), F32, seed + 8).abs() + 0.1
     return (
         lambda x, w, b=None: ops.linear_cross_entropy(x, w, target, linear_bias=b, **options),
         lambda x, w, b=None: torch_linear_cross_entropy(x, w, target, b, **options),
@@ -117,22 +120,37 @@ def test_linear_cross_entropy_many_chunks(dtype, backend, name, reduction):
         assert_fused(ours, theirs, inputs)
 
 
+def loss_and_gradients(function, inputs):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    loss = function(*leaves)
+    return [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, leaves))]
+
+
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 1025])
 @pytest.mark.parametrize(("rows", "width"), [(2, 1), (3, 17), (130, 8)])
 def test_linear_cross_entropy_sizes(cpu_isa, rows, classes, width):
+    """The largest error of few numbers is luck: of those the root mean square over many draws."""
+    options = {"z_loss": 0.01, "bias": True}
     for dtype in (F32, F16):
-        ours, theirs, inputs = case(rows, classes, width, dtype, {"z_loss": 0.01, "bias": True})
-        if classes < 3 or rows * width < 10:  # of a few numbers torch may hit all exactly
-            inputs = [t.float() for t in inputs]
-            results = []
-            for function in (ours, theirs):
-                leaves = [t.clone().requires_grad_() for t in inputs]
-                loss = function(*leaves)
-                results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-            for a, b in zip(*results, strict=True):
-                torch.testing.assert_close(a, b)
-        else:
-            assert_fused(ours, theirs, inputs)
+        if classes >= 3 and rows * width > 100:
+            assert_fused(*case(rows, classes, width, dtype, options))
+            continue
+        squares = [], [], []
+        for draw in range(24):
+            ours, theirs, inputs = case(rows, classes, width, dtype, options, draw=draw)
+            exact, mine, same = (
+                loss_and_gradients(function, [t.to(to) for t in inputs])
+                for function, to in ((theirs, F64), (ours, dtype), (theirs, dtype))
+            )
+            for kept, got in zip(squares, (None, mine, same), strict=True):
+                off = exact if got is None else [a - b for a, b in zip(got, exact, strict=True)]
+                kept.append([x.square().sum() for x in off])
+        size, ours, torchs = (torch.tensor(kept).sum(0).sqrt() for kept in squares)
+        # Where torch hits all exactly, half an ulp. A single row (one of two is ignored) goes
+        # through another product of PyTorch's than two rows do, less exact: what assert_close has.
+        eps = torch.finfo(dtype).eps
+        allowed = 11 * eps * size if rows == 2 else 1.3 * torchs + size * eps / 2
+        assert (ours <= allowed).all(), (ours, torchs, size)
 
 
 def test_linear_cross_entropy_noncontiguous():
