@@ -103,7 +103,7 @@ def test_a_run_goes_on_and_is_not_overwritten(run, texts):
         ({"model": "llama-9t"}, r"^model='llama-9t': neither a preset nor a config file"),
         ({"resume": "auto"}, r"^resume='auto' needs to know which run: add out='RUN'\.$"),
         ({"device": "tpu"}, r"^device must be auto, cpu, cuda or cuda:N, got 'tpu'\.$"),
-        ({"force": True, "resume": "auto"}, r"^force=True replaces a run and resume goes on"),
+        ({"force": True, "resume": "auto"}, r"^force=True replaces a run and resume continues it"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -299,7 +299,7 @@ class RandomResizedCrop(Transform):
             wanted = "positive numbers" if least else "numbers from 0 on"
             expect(fits, name, wanted, repr(value))
         if scale[0] > scale[1] or ratio[0] > ratio[1]:
-            message = f"bigkernel.{name}: scale and ratio should be of kind (min, max)"
+            message = "bigkernel.RandomResizedCrop: scale and ratio should be of kind (min, max)"
             warnings.warn(message, stacklevel=2)
         self.scale = scale
         self.ratio = ratio
