@@ -3,6 +3,7 @@
 import email
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,10 +36,23 @@ pytestmark = pytest.mark.xdist_group("packaging")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution made where there is no nvcc, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
+    # Of a copy: on the way setuptools puts all files into a folder of the tree, and removes it.
+    made = (
+        ".git",
+        ".venv*",
+        "build",
+        "dist",
+        "runs",
+        "*.egg-info",
+        "*.so",
+        "__pycache__",
+        ".*_cache",
+    )
+    tree = shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*made))
     # With the list of files anew: an old one in the tree would be added to.
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder]
     command += ["sdist", "--dist-dir", folder]
-    run(*command, cwd=ROOT, BIGKERNEL_NATIVE="0", PATH="/usr/bin:/bin", CUDA_HOME="")
+    run(*command, cwd=tree, BIGKERNEL_NATIVE="0", PATH="/usr/bin:/bin", CUDA_HOME="")
     (archive,) = folder.glob("bigkernel-*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
