@@ -21,12 +21,18 @@ assert _library.native is not None, _library.native_error
 torch.manual_seed(0)
 
 def both(run, tolerance=1e-4):
-    results = []
-    for name in ("cpu", "torch"):
+    def result(name):
         with bigkernel.use_backend(name):
-            results.append(run())
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-4)
+            return run()
+    results = {name: result(name) for name in ("cpu", "torch")}
+    try:
+        for a, b in zip(*results.values()):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-4)
+    except AssertionError:
+        for name, first in results.items():  # which of them is not what it is
+            same = all(map(torch.equal, first, result(name)))
+            print(f"{name}: the same call once more gives {'the same' if same else 'another result'}")
+        raise
 
 q, k, v = (torch.randn(2, h, 33, 40) for h in (4, 2, 2))
 def attention():
