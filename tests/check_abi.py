@@ -30,8 +30,8 @@ def both(run, tolerance=1e-4):
             torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-4)
     except AssertionError:
         for name, first in results.items():  # which of them is not what it is
-            same = all(map(torch.equal, first, result(name)))
-            print(f"{name}: the same call once more gives {'the same' if same else 'another result'}")
+            again = "the same" if all(map(torch.equal, first, result(name))) else "another result"
+            print(f"{name}: the same call once more gives {again}")
         raise
 
 q, k, v = (torch.randn(2, h, 33, 40) for h in (4, 2, 2))
