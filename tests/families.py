@@ -156,6 +156,26 @@ def tokens(batch=2, length=11, seed=0):
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+class Rows(torch.utils.data.Dataset):
+    """Rows of different lengths, for a Trainer."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        row = tokens(1, 6 + index % 5, seed=index)[0]
+        return {"input_ids": row, "labels": row}
+
+
+def collate(rows):
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], True, 0),
+        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], True, 0),
+        "labels": pad([row["labels"] for row in rows], True, -100),
+    }
+
+
 # To train in a test: one layer, over bytes and over 8 x 8 images of three classes.
 
 TINY = {

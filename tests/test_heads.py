@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import VOCAB, build, tokens
+from families import VOCAB, Rows, build, collate, tokens
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -408,24 +408,6 @@ def test_it_compiles_whole(name):
 
 
 # The Trainer
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, index):
-        row = tokens(1, 6 + index % 5, seed=index)[0]
-        return {"input_ids": row, "labels": row}
-
-
-def collate(rows):
-    pad = nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], True, 0),
-        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], True, 0),
-        "labels": pad([row["labels"] for row in rows], True, -100),
-    }
 
 
 def trainer_of(folder, name="llama", kind=bigkernel.Trainer, model=None, **options):

@@ -14,7 +14,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from families import VOCAB, build, clip, tokens
+from families import VOCAB, Rows, build, clip, collate, tokens
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.models.cohere import modeling_cohere
@@ -714,24 +714,6 @@ def test_parametrized_modules_stay():
 
 
 # The Trainer
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, index):
-        row = tokens(1, 6 + index % 5, seed=index)[0]
-        return {"input_ids": row, "labels": row}
-
-
-def collate(rows):
-    pad = nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], True, 0),
-        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], True, 0),
-        "labels": pad([row["labels"] for row in rows], True, -100),
-    }
 
 
 def losses_of(trainer):

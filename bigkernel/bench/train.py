@@ -44,7 +44,7 @@ def cases(small: bool = False) -> list[Case]:
     recipe = presets.TEXT_RECIPES["demo"]
     demo = 1 if small else STEPS
     # What this machine can gain by itself: bfloat16, or no more than the rest of a step.
-    default = 2.0 if precision.bf16_speedup(torch.device("cpu")) >= 1.5 else 1.3
+    default = 2.0 if precision.bf16_is_faster(torch.device("cpu")) else 1.3
     table: list[tuple[str, Callable[[int], Ready], str, int, int, float]] = [
         (
             "demo text, LLaMA",

@@ -23,7 +23,14 @@ from transformers import PreTrainedModel
 
 from bigkernel.integrations import activations, native, norms, rotary
 from bigkernel.integrations.report import Change
-from bigkernel.integrations.source import UnknownSource, compile_again, names_in, read
+from bigkernel.integrations.source import (
+    UnknownSource,
+    at_place,
+    compile_again,
+    names_in,
+    own_attribute,
+    read,
+)
 from bigkernel.integrations.subclass import (
     give_subclass,
     original_class,
@@ -215,10 +222,8 @@ class _Rewrite(ast.NodeTransformer):
                 continue
             self.added.append(norm)
             total, normed = target.id, f"{_NORMED}_{len(self.added)}"
-            body[at] = _like(
-                first,
-                ast.parse(f"{total}, {normed} = {_ADD_NORM}(self.{norm}, 0, 0)").body[0],
-            )
+            text = f"{total}, {normed} = {_ADD_NORM}(self.{norm}, 0, 0)"
+            body[at] = at_place(ast.parse(text).body[0], first)
             body[at].value.args[1:] = [first.value.left, first.value.right]  # type: ignore[attr-defined]
             body[after] = _Put(node, ast.Name(normed, ast.Load())).visit(user)
             return
@@ -231,7 +236,7 @@ class _Rewrite(ast.NodeTransformer):
             and not node.keywords
             and isinstance(node.args[0], kind)
         ):
-            name = _own_attribute(node.func)
+            name = own_attribute(node.func)
             return name if name in self.norms else None
         return None
 
@@ -263,7 +268,7 @@ class _Rewrite(ast.NodeTransformer):
             isinstance(node, ast.Call)
             and len(node.args) == 1
             and not node.keywords
-            and _own_attribute(node.func) == self.act
+            and own_attribute(node.func) == self.act
             and self.act is not None
         )
 
@@ -301,18 +306,6 @@ class _Put(ast.NodeTransformer):
         if node is self.old:
             return ast.copy_location(self.new, node)
         return super().visit(node)
-
-
-def _like(old: ast.stmt, new: ast.stmt) -> Any:
-    for node in ast.walk(new):
-        ast.copy_location(node, old)
-    return new
-
-
-def _own_attribute(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else None
-    return None
 
 
 def _is_copy_of(statement: ast.stmt, name: str) -> bool:

@@ -31,7 +31,15 @@ from transformers import PreTrainedModel
 
 from bigkernel.integrations import loss, native
 from bigkernel.integrations.report import Change
-from bigkernel.integrations.source import UnknownSource, compile_again, names_in, normal_form, read
+from bigkernel.integrations.source import (
+    UnknownSource,
+    at_place,
+    compile_again,
+    names_in,
+    normal_form,
+    own_attribute,
+    read,
+)
 from bigkernel.integrations.subclass import give_subclass, original_class, why_no_subclass
 
 OP = "linear_cross_entropy"
@@ -325,7 +333,7 @@ class _Rewrite(ast.NodeTransformer):
         call.args = [ast.Name(_HELD, ast.Load()), call.func, *call.args]
         call.func = ast.Name(_HEAD, ast.Load())
         text = f"{_HELD} = {_SKIPS}(self, {arguments.kwarg.arg}.pop({SKIP!r}, None), labels)"
-        first = _at(ast.parse(text).body[0], self.definition.body[0])
+        first = at_place(ast.parse(text).body[0], self.definition.body[0])
         self.definition.body.insert(0, first)
 
     def _is_logits(self, node: ast.AST) -> bool:
@@ -338,7 +346,7 @@ class _Rewrite(ast.NodeTransformer):
         self.seen += [n for n in ast.walk(node) if self._is_logits(n)]
         limit: Any = node.test.left  # type: ignore[attr-defined]
         call = ast.Call(ast.Name(_CAP, ast.Load()), [ast.Name(self.logits, ast.Load()), limit], [])
-        return _at(ast.Assign([ast.Name(self.logits, ast.Store())], call), node)
+        return at_place(ast.Assign([ast.Name(self.logits, ast.Store())], call), node)
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         if self._is_logits(node.value) and node.attr == "device":
@@ -348,7 +356,7 @@ class _Rewrite(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> Any:
         """A loss."""
         named = isinstance(node.func, ast.Name) and node.func.id in self.functions
-        if not named and _own(node.func) != "loss_function":
+        if not named and own_attribute(node.func) != "loss_function":
             return self.generic_visit(node)
         given = [*node.args[:1], *(k.value for k in node.keywords if k.arg == "logits")]
         if len(given) != 1 or (named and (len(node.args) != 2 or node.keywords)):
@@ -385,7 +393,7 @@ class _Rewrite(ast.NodeTransformer):
                 if keyword.arg == "logits" and self._is_logits(keyword.value):
                     self.seen.append(keyword.value)
                     shown = ast.parse(f"None if {_HELD} else {self.logits}", mode="eval").body
-                    keyword.value = _at(shown, keyword.value)
+                    keyword.value = at_place(shown, keyword.value)
         return self.generic_visit(node)
 
 
@@ -400,7 +408,7 @@ if self.config.final_logit_softcapping is not None:
 
 def _is_call(node: ast.AST, name: str) -> bool:
     """Whether this is ``self.name(x)``."""
-    if not isinstance(node, ast.Call) or _own(node.func) != name:
+    if not isinstance(node, ast.Call) or own_attribute(node.func) != name:
         return False
     return len(node.args) == 1 and not node.keywords
 
@@ -417,15 +425,3 @@ def _made_by(statement: ast.stmt) -> ast.expr | None:
     ):
         value = value.func.value
     return value if isinstance(statement.targets[0], ast.Name) else None
-
-
-def _at(new: Any, old: ast.AST) -> Any:
-    for node in ast.walk(new):
-        ast.copy_location(node, old)
-    return new
-
-
-def _own(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else None
-    return None

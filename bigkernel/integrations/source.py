@@ -84,6 +84,20 @@ def compile_again(
     return scope["make"](*names.values())
 
 
+def at_place(new: Any, old: ast.AST) -> Any:
+    """``new``, whose nodes say that they stand where ``old`` does."""
+    for node in ast.walk(new):
+        ast.copy_location(node, old)
+    return new
+
+
+def own_attribute(node: ast.AST) -> str | None:
+    """``name`` of ``self.name``."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "self" else None
+    return None
+
+
 def _only_documents(decorator: ast.expr, function: types.FunctionType) -> bool:
     name = decorator.func if isinstance(decorator, ast.Call) else decorator
     if not isinstance(name, ast.Name) or name.id != _DOCUMENTS:
