@@ -105,6 +105,13 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "1 stops the tests unless the module under test was built with the sanitizers.",
     ),
+    Variable(
+        "BIGKERNEL_DEMO_RUNS",
+        "test",
+        "a folder",
+        "none: the tests train the demo's models themselves",
+        "What `make demo` has just trained from the same sources, for the tests to look at.",
+    ),
 )
 
 

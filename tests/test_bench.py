@@ -40,7 +40,7 @@ from bigkernel.bench import case as case_module
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE
 from bigkernel.cli import main
 
-ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9)
+ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9, patience=0)
 CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
 NUMBERED = [f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
 
@@ -76,6 +76,19 @@ def test_interleave_runs_in_turn_and_gives_each_its_share():
     assert not measured.startswith("ss")
     assert not measured.endswith("ss")
     assert 1e-3 <= times["fast"].median < times["slow"].median
+
+
+def test_the_first_call_is_no_sample():
+    first = True
+
+    def run() -> float:
+        nonlocal first
+        seconds = 0.5 if first else 0.3
+        first = False
+        return seconds
+
+    plan = Plan(share=0.1, least=1, warmups=2, patience=1.0)
+    assert interleave({"loads": run}, plan)["loads"].samples == (0.3,)
 
 
 def test_interleave_repeats_what_is_too_short_for_the_clock():

@@ -1,10 +1,13 @@
 """The demo's recipes, trained whole: they must reach the figures that the README states.
 
-Each run is trained once, through the command line in a process of its own, as `make demo` does.
+Each run is trained once, through the command line in a process of its own, as `make demo` does. Or
+it is the one that `make demo` has just trained: BIGKERNEL_DEMO_RUNS names its folder, for those
+who ran both from the same sources, as .ci/run does.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +37,12 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def trained(factory: pytest.TempPathFactory, *arguments: str) -> Path:
-    """The run folder of a demo."""
+def trained(factory: pytest.TempPathFactory, name: str, *arguments: str) -> Path:
+    """The run folder of a demo, which `make demo` calls ``name``."""
     folder = factory.mktemp("end_to_end")
+    if "BIGKERNEL_DEMO_RUNS" in os.environ:
+        shutil.copytree(Path(os.environ["BIGKERNEL_DEMO_RUNS"]) / name, folder / "run")
+        return folder / "run"
     threads = str(min(2, os.cpu_count() or 1))
     run(folder, *arguments, "--preset", "demo", "--out", "run", "--threads", threads)
     return folder / "run"
@@ -52,11 +58,11 @@ def figures(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on the Chinese sample."""
-    return trained(tmp_path_factory, "train", "text", "--sample", "zh")
+    return trained(tmp_path_factory, "demo-zh", "train", "text", "--sample", "zh")
 
 
 def test_text_reaches_its_loss(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = trained(tmp_path_factory, "train", "text")
+    folder = trained(tmp_path_factory, "demo-text", "train", "text")
     measured = figures(folder)
     assert measured["nats_per_byte"] <= 1.9, measured
     text = run(folder.parent, "generate", "run", "--prompt", "The for statement")
@@ -70,7 +76,7 @@ def test_text_reaches_its_loss(tmp_path_factory: pytest.TempPathFactory) -> None
 
 
 def test_digits_reach_their_accuracy(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = trained(tmp_path_factory, "train", "images")
+    folder = trained(tmp_path_factory, "demo-images", "train", "images")
     measured = figures(folder)
     assert measured["accuracy"] >= 0.96, measured
     assert measured["f1"] >= 0.95, measured

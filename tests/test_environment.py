@@ -12,6 +12,7 @@ SOURCES = [
     *(ROOT / "bigkernel").rglob("*.py"),
     *(ROOT / "csrc").rglob("*.cpp"),
     *(ROOT / "tests").rglob("conftest.py"),
+    ROOT / "tests" / "test_end_to_end.py",
     ROOT / "setup.py",
 ]
 # Defined by setup.py for the compiler, not read from the environment.

@@ -21,8 +21,8 @@ class Plan:
     function that takes longer than its share; sample: seconds that a sample lasts at least, over
     as many calls as that takes; settle: a function that takes less is called once, untimed, before
     each sample, so that it finds in the caches what it left there and not what another one did.
-    With ``least`` 1 the first call of a slow function is its sample; so it is of one that takes
-    more than ``patience`` seconds.
+    The first call, which pays for what is loaded and allocated once, is a sample only of a function
+    that takes more than ``patience`` seconds: it is not called again.
     """
 
     share: float = 2.0
@@ -34,7 +34,7 @@ class Plan:
     patience: float = 5.0
 
 
-QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2)
+QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2, patience=2.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def interleave(
     for name, run in runs.items():
         first = (first_calls or {}).get(name) or once(run)
         slow = first > plan.share
-        if (slow and plan.least == 1) or first > plan.patience:
+        if first > plan.patience:
             wanted[name], only[name] = 0, first
             continue
         took = min([first, *(once(run) for _ in range(0 if slow else plan.warmups - 1))])

@@ -19,6 +19,7 @@
 #include "common/philox.h"
 #include "cuda/convert.h"
 #include "cuda/launch.h"
+#include "cuda/reduce.h"
 
 namespace bigkernel {
 namespace {
@@ -118,18 +119,6 @@ __device__ double read(DeviceScalar s, double otherwise) {
                      : double(*static_cast<const float*>(s.data));
 }
 
-// The sum over the block, in every thread; always in the same order.
-__device__ double block_sum(double x) {
-  __shared__ double warp_sum[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kThreads / 32; ++w) sum += warp_sum[w];
-  __syncthreads();
-  return sum;
-}
-
 using NormTable = Table<NormEntry, kNormTensors>;
 static_assert(sizeof(NormTable) <= 32000, "kernel parameters end at 32,764 bytes");
 
@@ -171,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     total += squares;
   }
-  total = block_sum(total);
+  total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
@@ -179,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 __device__ double norm_of(const AdamDeviceCall& call) {
   double sum = 0;
   for (int i = threadIdx.x; i < call.partial_count; i += kThreads) sum += call.partials[i];
-  return sqrt(block_sum(sum)) / read(call.grad_scale, 1.0);
+  return sqrt(block_sum<kThreads>(sum)) / read(call.grad_scale, 1.0);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -369,16 +358,6 @@ uint32_t norm_blocks(const NormTable& table) {
 }
 
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-
-template <class F>
-void with_type(DType type, F&& f) {
-  if (type == DType::kFloat32)
-    f(float{});
-  else if (type == DType::kBFloat16)
-    f(bf16{});
-  else
-    f(fp16{});
-}
 
 }  // namespace
 

@@ -164,12 +164,12 @@ struct ForwardSoftmax {
         sum[i][e] = Shape::kFma ? fmaf(sum[i][e], shrink, total) : total;
         if constexpr (Shape::kFma) {
           c[e] = shrink;
-          continue;
-        }
+        } else {
 #pragma unroll
-        for (int n = 0; n < Shape::kDim / 8; ++n) {
-          o[i][n][2 * e] *= shrink;
-          o[i][n][2 * e + 1] *= shrink;
+          for (int n = 0; n < Shape::kDim / 8; ++n) {
+            o[i][n][2 * e] *= shrink;
+            o[i][n][2 * e + 1] *= shrink;
+          }
         }
       }
     }

@@ -16,6 +16,7 @@
 #include "augment/cuda_color.h"
 #include "augment/cuda_sample.h"
 #include "cuda/launch.h"
+#include "cuda/reduce.h"
 
 namespace bigkernel {
 namespace {
@@ -106,18 +107,6 @@ __device__ void copy_out(const unsigned char* from, unsigned char* to, int bytes
     to[i] = from[i];
 }
 
-// The sum over the block, in every thread; always in the same order.
-__device__ double block_sum(double x) {
-  __shared__ double warp_sum[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kThreads / 32; ++w) sum += warp_sum[w];
-  __syncthreads();
-  return sum;
-}
-
 // The colours of one launch: from contrast number `pass` (0: the beginning) up to the next one.
 struct Stretch {
   const AugmentColor* colors;
@@ -163,7 +152,7 @@ __device__ void augment_tiles(const DeviceCall& call) {
     double sum = 0;
     for (uint32_t i = threadIdx.x; i < call.blocks; i += kThreads) sum += sums[i];
     const double one = stretch.colors[stretch.first].whole ? 1.0 : call.quanta;
-    mean = float(block_sum(sum) / (one * double(units)));
+    mean = float(block_sum<kThreads>(sum) / (one * double(units)));
   }
 
   double greys = 0;
@@ -211,7 +200,7 @@ __device__ void augment_tiles(const DeviceCall& call) {
     __syncthreads();
   }
   if (stops) {
-    greys = block_sum(greys);
+    greys = block_sum<kThreads>(greys);
     if (threadIdx.x == 0) call.sums[int64_t(sample.sums) * call.blocks + block] = greys;
   }
 }
@@ -230,15 +219,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class F>
-void with_source(DType type, F&& f) {
-  if (type == DType::kUInt8)
-    f(uint8_t{});
-  else if (type == DType::kFloat32)
-    f(float{});
-  else if (type == DType::kBFloat16)
-    f(bf16{});
-  else
-    f(fp16{});
+void with_source(DType type, const F& f) {
+  if (type == DType::kUInt8) return f(uint8_t{});
+  with_type(type, f);
 }
 
 }  // namespace

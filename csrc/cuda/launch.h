@@ -7,9 +7,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/dtypes.h"
 #include "cuda/device.h"
 
 namespace bigkernel {
+
+// Calls f with a value of the element type, which is one of float, bf16 and fp16.
+template <class F>
+void with_type(DType type, const F& f) {
+  if (type == DType::kFloat32) return f(float{});
+  if (type == DType::kBFloat16) return f(bf16{});
+  f(fp16{});
+}
 
 inline void check_cuda(cudaError_t error, const std::string& doing) {
   if (error == cudaSuccess) return;
