@@ -77,7 +77,7 @@ struct AttentionArgs : AttentionRule {
   float* paired_q;   // [rows / plan.pack, plan.ld_q]: words down a column; packed_q if pack is 1
   float* paired_do;  // [rows / plan.pack, plan.ld_v]
   float* delta;      // [rows]               backward: <dout, out>
-  float* partial_dq;  // [plan.chunks, rows, plan.ld_q]
+  float* partial_dq;  // [most chunks of a unit, rows, plan.ld_q]
   int64_t round_rows;
 };
 

@@ -20,11 +20,11 @@ namespace bigkernel {
 namespace {
 
 // Packed copies of one round. Forward: 2 MB a thread, so that they are still in its L2 cache when
-// they are used. Backward holds more per row, and needs many units to balance: 256 MB.
+// they are used. Backward holds more per row, and needs some units to balance.
 constexpr int64_t kForwardFloatsPerThread = int64_t{512} << 10;
-constexpr int64_t kBackwardFloats = int64_t{64} << 20;
-constexpr int64_t kWantedChunks = 32;  // work items of backward, where shapes allow
+constexpr int64_t kBackwardFloatsPerThread = int64_t{1} << 20;
 constexpr int64_t kMostChunks = 8;     // copies of dq
+constexpr int64_t kTilesOfAChunk = 2;  // at least
 
 // Cache-line aligned, never initialised.
 class Scratch {
@@ -289,14 +289,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   a.dv = view(dv, call.packed);
 
   const AttentionPlan plan = BK_ATTENTION(attention_plan)(a.dtype, a.dim, a.dim_v, true);
-  int64_t tiles_of_longest = 0;
-  for (const AttentionSequence& seq : call.sequences)
-    tiles_of_longest = std::max(tiles_of_longest, (seq.keys + plan.block_k - 1) / plan.block_k);
-  const int64_t heads = std::max<int64_t>(1, a.batch * a.heads_kv);
-  const int64_t chunks = std::max<int64_t>(
-      1, std::min({kMostChunks, (kWantedChunks + heads - 1) / heads, tiles_of_longest / 2}));
-  const std::vector<Round> rounds = plan_rounds(call, plan.block_k, kBackwardFloats, 0,
-                                                (2 + chunks) * plan.ld_q + 2 * plan.ld_v + 1);
+  const auto tiles_of = [&](int64_t keys) { return (keys + plan.block_k - 1) / plan.block_k; };
+  // Work items of a head, each with a dq of its own. Their number follows from the sequence alone:
+  // the order in which dq is summed, and so its bits, do not depend on what else is in the batch.
+  const auto chunks_of = [&](int64_t keys) {
+    return std::clamp(tiles_of(keys) / kTilesOfAChunk, int64_t{1}, kMostChunks);
+  };
+  const auto keys_of = [&](int64_t unit) {
+    return call.sequences[size_t(call.units[size_t(unit)].sequence)].keys;
+  };
+  int64_t most_keys = 0;
+  for (const AttentionSequence& seq : call.sequences) most_keys = std::max(most_keys, seq.keys);
+  const int64_t most_chunks = chunks_of(most_keys);
+  const std::vector<Round> rounds =
+      plan_rounds(call, plan.block_k, thread_count() * kBackwardFloatsPerThread, 0,
+                  (2 + most_chunks) * plan.ld_q + 2 * plan.ld_v + 1);
   settle(call);
   int64_t most_rows = 0;
   for (const Round& round : rounds) most_rows = std::max(most_rows, round.rows);
@@ -304,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   const Scratch packed_q(most_rows * plan.ld_q), packed_do(most_rows * plan.ld_v);
   const int64_t pairs = plan.pack == 1 ? 0 : most_rows / plan.pack;
   const Scratch paired_q(pairs * plan.ld_q), paired_do(pairs * plan.ld_v);
-  const Scratch delta(most_rows), partial_dq(most_rows * plan.ld_q * chunks);
+  const Scratch delta(most_rows), partial_dq(most_rows * plan.ld_q * most_chunks);
   a.packed_q = packed_q.get();
   a.packed_do = packed_do.get();
   a.paired_q = pairs == 0 ? a.packed_q : paired_q.get();
@@ -320,8 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     });
     std::vector<AttentionChunk> runs;
     for (int64_t u = round.first; u < round.last; ++u) {
-      const int64_t keys = call.sequences[size_t(call.units[size_t(u)].sequence)].keys;
-      const int64_t tiles = (keys + plan.block_k - 1) / plan.block_k;
+      const int64_t tiles = tiles_of(keys_of(u)), chunks = chunks_of(keys_of(u));
       for (int64_t c = 0; c < chunks; ++c)
         runs.push_back({u, c, tiles * c / chunks, tiles * (c + 1) / chunks});
     }
@@ -329,8 +335,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
       BK_ATTENTION(attention_bwd_keys)(a, runs[size_t(i)], mine);
     });
     parallel_for(int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        BK_ATTENTION(attention_bwd_queries)(a, blocks[size_t(i)], chunks);
+      for (int64_t i = begin; i < end; ++i) {
+        const AttentionBlock& block = blocks[size_t(i)];
+        BK_ATTENTION(attention_bwd_queries)(a, block, chunks_of(keys_of(block.unit)));
+      }
     });
   }
   Tensor dmask =
