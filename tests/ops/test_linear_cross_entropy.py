@@ -3,7 +3,7 @@
 reductions, ignored rows, smoothing, z-loss,
 softcap, class weights, soft labels, bias   matches_torch
 numbers of classes, rows and features       sizes, many_chunks, noncontiguous, leading_dimensions
-products of few rows                        sizes, a_row_among_few
+products of few rows, sums of many          sizes, a_row_among_few, gradient_of_the_bias
 which gradients, frozen inputs              every_choice_of_gradients
 upstream gradients, backward twice, hooks   upstream, backward_again, accumulates
 bf16 with and without 16-bit products       matches_torch (instruction sets)
@@ -184,6 +184,23 @@ def test_linear_cross_entropy_a_row_among_few(backend, rows, counted):
     size, error, torchs = squares.sqrt()
     assert size > 0
     assert error <= 1.3 * torchs + size * torch.finfo(F32).eps / 2, squares.sqrt() / size
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_linear_cross_entropy_gradient_of_the_bias_of_many_rows(backend):
+    """A sum over all rows, whose error does not grow with their number."""
+    for dtype in (F32, BF16):
+        squares = torch.zeros(3, dtype=F64)
+        for draw in range(4):
+            ours, theirs, inputs = case(20000, 8, 4, dtype, {"bias": True}, draw=draw)
+            exact, same = (
+                loss_and_gradients(theirs, [t.to(to) for t in inputs])[-1] for to in (F64, dtype)
+            )
+            with use_backend(backend):
+                mine = loss_and_gradients(ours, inputs)[-1]
+            squares += torch.stack([x.square().sum() for x in (exact, mine - exact, same - exact)])
+        size, error, torchs = squares.sqrt()
+        assert error <= 1.3 * torchs + size * torch.finfo(dtype).eps / 2
 
 
 def test_linear_cross_entropy_noncontiguous():
