@@ -663,6 +663,24 @@ def test_rotation_and_best_model(tmp_path, task):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_clock_that_goes_back_leaves_the_last_steps(tmp_path):
+    class ClockGoesBack(transformers.TrainerCallback):
+        """Each checkpoint seems an hour older than the one before."""
+
+        def on_save(self, args, state, control, **_):
+            then = 1e9 - 3600 * state.global_step
+            os.utime(tmp_path / f"checkpoint-{state.global_step}", (then, then))
+
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    for steps, resume in ((5, None), (7, True)):
+        trainer = text_trainer(
+            tmp_path, max_steps=steps, trainer={"callbacks": [ClockGoesBack()]}, **options
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        kept = [path.name for path in checkpoint.find_checkpoints(tmp_path)]
+        assert kept == [f"checkpoint-{steps}", f"checkpoint-{steps - 1}"]
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path, told):
     image_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = image_trainer(tmp_path, max_steps=2)

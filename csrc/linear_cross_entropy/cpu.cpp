@@ -8,6 +8,7 @@
 // is.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -27,6 +28,9 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kShare = 16, kSmallChunk = int64_t{2} << 20;
 // Fewer rows would leave the products waiting for the weight.
 constexpr int64_t kFewestRows = 64;
+// Products of fewer rows may add up one by one what those of more rows add up in parts, which is
+// more exact: as many as the products of the logits of all rows would have, no fewer than these.
+constexpr int64_t kExactRows = 16;
 constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of the weight, in a copy
 
 Tensor matrix(void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
@@ -165,7 +169,9 @@ class Job {
       if (o_.linear_bias) clear(dbias);
     }
     if (kept() == 0) return;
-    const int64_t rows = chunk_rows();
+    // No chunk is left with few rows; where few count at all, rows of zeros stand beside them.
+    const int64_t chunks = count_chunks(), fewest = std::min(rows_, kExactRows);
+    const int64_t rows = std::max((kept() + chunks - 1) / chunks, fewest);
     const bool widen = work_ != type_;
     const bool gather = !index_.empty();
     block_ = std::min(classes_, std::max<int64_t>(64, kBlockBytes / (dim_ * dtype_size(work_))));
@@ -181,27 +187,30 @@ class Job {
     const bool partial = gradients && o_.linear_weight && work_ != DType::kFloat32;
     Scratch dz(like_, partial ? rows * block_ : 0, work_);
     Scratch dw(like_, partial ? block_ * dim_ : 0, work_);
-    for (int64_t first = 0; first < kept(); first += rows) {
-      const int64_t n = std::min(rows, kept() - first);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = kept() * chunk / chunks;
+      const int64_t n = kept() * (chunk + 1) / chunks - first, m = std::max(n, fewest);
       const int64_t* index = gather ? index_.data() + first : nullptr;
       Tensor h;
       if (widen || gather) {
         const int64_t skip = gather ? 0 : first;
         copy(at(x_.data, skip * x_.stride, type_), x_.stride, type_, index, hidden.data, dim_,
              work_, nullptr, n, dim_);
-        h = matrix(hidden.data, n, dim_, dim_, 1, work_);
-      } else {
-        h = matrix(const_cast<char*>(at(x_.data, first * x_.stride, type_)), n, dim_, x_.stride, 1,
+        clear_rows(hidden.data, n, m, dim_);
+        h = matrix(hidden.data, m, dim_, dim_, 1, work_);
+      } else {  // all rows count: m is n
+        h = matrix(const_cast<char*>(at(x_.data, first * x_.stride, type_)), m, dim_, x_.stride, 1,
                    work_);
       }
       char* z = static_cast<char*>(logits.data);
       each_block(block, [&](int64_t c, int64_t count, const Tensor& w) {
         const Tensor bias = bias_.defined() ? torch::stable::narrow(bias_, 0, c, count) : Tensor();
-        multiply(matrix(at(z, c, work_), n, count, classes_, 1, work_), h, w,
+        multiply(matrix(at(z, c, work_), m, count, classes_, 1, work_), h, w,
                  bias_.defined() ? &bias : nullptr);
       });
       rows_of_chunk(first, n, z, losses, gradients);
       if (!gradients) continue;
+      clear_rows(z, n, m, classes_);
       if (o_.linear_bias) {
         float* to = static_cast<float*>(dbias.mutable_data_ptr());
         parallel_for(classes_, 1024, [&](int64_t begin, int64_t end) {
@@ -212,16 +221,16 @@ class Job {
       if (o_.input) dx = direct ? at(dinput.mutable_data_ptr(), first * dim_, out) : moved.data;
       if (widen && (o_.input || o_.linear_weight)) {
         each_block(block, [&](int64_t c, int64_t count, const Tensor& w) {
-          const Tensor part = matrix(at(z, c, work_), n, count, classes_, 1, work_);
-          const Tensor sum = matrix(dx, n, dim_, dim_, 1, work_);
+          const Tensor part = matrix(at(z, c, work_), m, count, classes_, 1, work_);
+          const Tensor sum = matrix(dx, m, dim_, dim_, 1, work_);
           if (o_.input) multiply(sum, part, transposed(w), c > 0 ? &sum : nullptr);
           if (o_.linear_weight) add_to_weight(part, h, c, count, first > 0);
         });
       } else {
-        const Tensor whole = matrix(z, n, classes_, classes_, 1, work_);
-        if (o_.input) multiply(matrix(dx, n, dim_, dim_, 1, work_), whole, transposed(w_));
+        const Tensor whole = matrix(z, m, classes_, classes_, 1, work_);
+        if (o_.input) multiply(matrix(dx, m, dim_, dim_, 1, work_), whole, transposed(w_));
         if (o_.linear_weight && !partial) add_to_weight(whole, h, 0, classes_, first > 0);
-        if (partial) add_in_parts(z, h, n, dz, dw, first > 0);
+        if (partial) add_in_parts(z, h, m, dz, dw, first > 0);
       }
       if (o_.input && !direct)
         copy(dx, dim_, work_, nullptr,
@@ -285,14 +294,17 @@ class Job {
     z_.weight_sum = float(sum);
   }
 
-  int64_t chunk_rows() const {
+  int64_t count_chunks() const {
     const int64_t all = rows_ * classes_ * dtype_size(type_);
     const int64_t budget = std::max(all / kShare, kSmallChunk);
-    int64_t rows = std::max(budget / (classes_ * dtype_size(work_)), kFewestRows);
-    if (rows >= kept()) return kept();
-    const int64_t chunks = (kept() + rows - 1) / rows;
-    rows = (kept() + chunks - 1) / chunks;
-    return std::min(kept(), (rows + 15) / 16 * 16);
+    const int64_t rows = std::max(budget / (classes_ * dtype_size(work_)), kFewestRows);
+    return (kept() + rows - 1) / rows;
+  }
+
+  // Rows from..to of a matrix without gaps.
+  void clear_rows(void* data, int64_t from, int64_t to, int64_t columns) const {
+    std::memset(at(data, from * columns, work_), 0,
+                size_t((to - from) * columns * dtype_size(work_)));
   }
 
   static void copy(const void* from, int64_t from_stride, DType from_type, const int64_t* from_rows,

@@ -21,6 +21,19 @@ void copy(const CopyRowsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Pairwise, so that the error does not grow with the number of rows. n columns.
+template <class T>
+VecF sum_rows(const T* x, int64_t stride, int64_t rows, int n) {
+  constexpr int64_t kLeaf = 8;
+  if (rows > kLeaf) {
+    const int64_t half = rows / 2;
+    return sum_rows(x, stride, half, n) + sum_rows(x + half * stride, stride, rows - half, n);
+  }
+  VecF sum = {};
+  for (int64_t row = 0; row < rows; ++row) sum += load_some(x + row * stride, n);
+  return sum;
+}
+
 }  // namespace linear_cross_entropy
 
 void copy_rows(const CopyRowsArgs& a, int64_t begin, int64_t end) {
@@ -45,20 +58,12 @@ void accumulate(DType type, const void* from, float* to, int64_t begin, int64_t 
   });
 }
 
-// In parts of 8, so that the error stays near that of a pairwise sum.
 void add_columns(DType type, const void* from, int64_t stride, int64_t rows, float* to,
                  int64_t begin, int64_t end) {
-  constexpr int64_t kCut = 8;
   with_type(type, [&](auto tag) BK_LAMBDA {
     const auto* x = static_cast<const decltype(tag)*>(from);
     for_elements(end - begin, [&](int64_t i, int n) BK_LAMBDA {
-      VecF sum = {};
-      for (int64_t row = 0; row < rows;) {
-        VecF part = {};
-        for (const int64_t stop = row + kCut < rows ? row + kCut : rows; row < stop; ++row)
-          part += load_some(x + row * stride + begin + i, n);
-        sum += part;
-      }
+      const VecF sum = linear_cross_entropy::sum_rows(x + begin + i, stride, rows, n);
       store_some(to + begin + i, load_some(to + begin + i, n) + sum, n);
     });
   });

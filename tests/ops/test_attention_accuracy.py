@@ -9,6 +9,9 @@ import pytest
 import torch
 from attention_cases import Case, build, by_definition, device_of, run, to_dtype
 
+import bigkernel
+from bigkernel.ops.attention import blocks as attention_blocks
+
 backend = attention_cases.backend
 
 # Where a row sees few keys, many, all in one tile of the kernel, and more than that.
@@ -41,5 +44,23 @@ def test_attention_errors_of_many_draws(backend, case):
             for x in (actual, same)
         )
         assert ours <= at_most * torchs, (
+            f"{name}: {ours:.3e} is {ours / torchs:.2f} times PyTorch's"
+        )
+
+
+@pytest.mark.parametrize("budget", [4, 4 * 32 * 4096], ids=["of few rows", "and one row more"])
+def test_attention_torch_backend_of_the_last_row(budget, monkeypatch):
+    """PyTorch's products of few rows are less exact than those of many, so no block has few."""
+    monkeypatch.setitem(attention_blocks.SCORE_BUDGET, "cpu", budget)
+    case = Case(lengths=(33, 4096), dim=64, heads=(4, 4), batch=1)
+    inputs = build(case)
+    exact, same = (by_definition(case, to_dtype(inputs, d)) for d in (torch.float64, torch.float32))
+    with bigkernel.use_backend("torch"):
+        actual = run(case, inputs)
+    for name in ("out", "dq"):
+        ours, torchs = (
+            (x[name] - exact[name])[:, :, -1].square().mean().sqrt() for x in (actual, same)
+        )
+        assert 0 < ours <= 1.3 * torchs, (
             f"{name}: {ours:.3e} is {ours / torchs:.2f} times PyTorch's"
         )

@@ -205,6 +205,7 @@ def test_attention_gradcheck_reference(feature, kind):
 def test_attention_gradcheck_torch_backend(feature, kind, monkeypatch):
     """The blockwise backward pass, written by hand, in blocks of one row."""
     monkeypatch.setitem(attention_blocks.SCORE_BUDGET, "cpu", 8)
+    monkeypatch.setattr(attention_blocks, "FEWEST_ROWS", 1)
     rule = Rule(0.6, **GRADCHECK[feature])
     assert gradcheck(torch_backend, rule, kind == "masked", kind == "packed")
 
@@ -213,6 +214,7 @@ def test_attention_gradcheck_torch_backend(feature, kind, monkeypatch):
 def test_attention_torch_backend_in_blocks(budget, monkeypatch):
     """Any block size gives the same, also where blocks of a window see no key."""
     monkeypatch.setitem(attention_blocks.SCORE_BUDGET, "cpu", budget)
+    monkeypatch.setattr(attention_blocks, "FEWEST_ROWS", 1)
     with bigkernel.use_backend("torch"), threads(1):
         for case in (
             attention_cases.Case(lengths=(40, 9), causal="bottom_right", mask="float:B1QK"),

@@ -1,6 +1,6 @@
 """RMS norm and layer norm. Which feature has which test:
 
-casting, offset, no weight, bias, residual  matches_torch, is_transformers
+casting, offset, no weight, bias, residual  matches_torch, is_transformers, after_an_addition
 dtypes, mixed dtypes                        matches_torch, mixed_dtypes
 any length, instruction sets                lengths
 strides, empty inputs                       noncontiguous, empty
@@ -128,6 +128,16 @@ def test_norm_numbers_of_rows(rows):
     """Gradients of weights are summed in chunks and runs of rows, the last of which are short."""
     assert_fused(*problem("layer", (rows, 24), F32, False))
     assert_fused(*problem("llama", (rows, 24), BF16, True))
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_norm_after_an_addition_is_that_of_the_sum(cpu_isa, kind, dtype):
+    """Of the second result, which is rounded: but for an odd bit, as sums are not fused alike."""
+    ours, _, inputs = problem(kind, (500, 8), dtype, True)
+    y, total = ours(*inputs)
+    assert torch.equal(total, inputs[0] + inputs[-1])
+    assert (ours(total, *inputs[1:-1], None) == y).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "layer"])

@@ -22,6 +22,9 @@ from bigkernel.ops.attention.reference import Params, Rule, allowed_keys, distan
 # Scores held at once. On the CPU a block should stay in cache; a GPU wants fewer, larger launches.
 SCORE_BUDGET = {"cpu": 1 << 21}
 DEFAULT_SCORE_BUDGET = 1 << 25
+# PyTorch's products of fewer rows may add up one by one what those of more rows add up in parts,
+# which is more exact.
+FEWEST_ROWS = 16
 _EXPECT = Expect("attention_varlen")
 
 
@@ -71,15 +74,15 @@ def _reach(seqlen_q: int, seqlen_k: int, rule: Rule) -> tuple[int, int]:
 def row_blocks(
     batch_heads: int, seqlen_q: int, seqlen_k: int, rule: Rule, budget: int
 ) -> Iterator[Block]:
-    """Cut the rows so that a block holds at most ``budget`` scores, or is one row high.
+    """Cut the rows evenly: a block holds at most ``budget`` scores, or ``FEWEST_ROWS`` rows.
 
     Blocks whose rows see no key at all are left out.
     """
     off, right = rule.offset(seqlen_q, seqlen_k), rule.reach_right()
     height, width = _reach(seqlen_q, seqlen_k, rule)
-    height = max(1, min(height, budget // max(1, batch_heads * width)))
-    for start in range(0, seqlen_q, height):
-        stop = min(start + height, seqlen_q)
+    height = max(FEWEST_ROWS, min(height, budget // max(1, batch_heads * width)))
+    count = -(-seqlen_q // height)
+    for start, stop in pairwise(seqlen_q * i // count for i in range(count + 1)):
         lo = max(0, start + off - rule.window_left) if rule.window_left >= 0 else 0
         hi = min(seqlen_k, stop + off + right) if right >= 0 else seqlen_k
         if lo < hi:

@@ -114,10 +114,12 @@ class _Products:
         ]
 
     def chunks(self) -> list[slice]:
+        """Of much the same size: none is left with few rows, whose products are less exact."""
         n, classes = self.input.shape[0], self.weight.shape[0]
         row = classes * self.weight.element_size()
         rows = max(n // SHARE, SMALL_CHUNK // row, FEWEST_ROWS)
-        return [slice(i, min(i + rows, n)) for i in range(0, max(n, 1), rows)]
+        count = max(-(-n // rows), 1)
+        return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
     def logits(self, rows: slice) -> Tensor:
         return F.linear(self.input[rows], self.weight, self.bias)
