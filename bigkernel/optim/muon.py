@@ -37,9 +37,9 @@ _ADAMW = {
     "decoupled_weight_decay": True,
 }
 _SHARED = ("lr", "weight_decay", "use_muon")
-# Matrices of one shape are multiplied together up to so many elements, which bounds what a step
-# holds beside the state.
-_MOST_ELEMENTS = 1 << 25
+# Matrices of one shape are multiplied together up to so many elements. On a GPU that bounds what a
+# step holds beside the state; on the CPU batches that leave the caches gain nothing.
+_MOST_ELEMENTS, _MOST_ON_CPU = 1 << 25, 1 << 18
 
 
 class Muon(Adam):
@@ -375,14 +375,15 @@ def newton_schulz(
 
 
 def _split(alike: list[_Matrix]) -> list[list[_Matrix]]:
-    """Batches of at most ``_MOST_ELEMENTS``, or of one parameter."""
+    """Batches of one parameter, or of several that are small enough together."""
+    most = _MOST_ON_CPU if alike[0].whole.device.type == "cpu" else _MOST_ELEMENTS
     batches: list[list[_Matrix]] = []
     room = 0
     for matrix in alike:
         size = matrix.whole.numel()
         if size > room:
             batches.append([])
-            room = _MOST_ELEMENTS
+            room = most
         batches[-1].append(matrix)
         room -= size
     return batches
