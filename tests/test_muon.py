@@ -633,6 +633,22 @@ def test_bad_options_are_named(options, message):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"adjust_lr_fn": "x"}, {"ns_steps": -1}, {"lr": "x"}, {"ns_dtype": F64}, {"nesterov": None}],
+    ids=str,
+)
+def test_bad_options_set_later_change_nothing(option):
+    net = mixed()
+    optimizer = Muon(muon_groups(net, head="6"))
+    train(net, optimizer, 1)
+    optimizer.param_groups[0].update(option)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises((ValueError, TypeError), match=f"Muon: {next(iter(option))} must be"):
+        train(net, optimizer, 1)
+    assert all(map(torch.equal, net.parameters(), before))
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4, 5)])
 def test_what_is_no_matrix_is_refused(shape):
     p = nn.Parameter(torch.ones(shape))

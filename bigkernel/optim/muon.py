@@ -62,7 +62,8 @@ class Muon(Adam):
     the group has its own. bfloat16 parameters are rounded to nearest there too.
 
     DTensors are gathered: every rank makes the whole matrix orthogonal and updates its part of it.
-    ``torch.compile`` leaves the step to the interpreter.
+    ``torch.compile`` leaves the step to the interpreter. Schedulers that move the momentum, such as
+    OneCycleLR, move Muon's and no betas.
 
     Args:
         params: parameters or groups of them. In Muon's groups of two or three dimensions and of
@@ -245,11 +246,13 @@ class Muon(Adam):
         found_inf: Tensor | None,
     ) -> Tensor | None:
         norm = super()._update(work, norm, grad_scale, found_inf)
+        decided: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
         for options, batch in work.beside:
             device = batch[0].param.device
-            on_device = (_on(t, device) for t in (norm, grad_scale, found_inf))
-            factor, apply = _factor_and_apply(self.max_grad_norm, *on_device)
-            _step_batch(options, batch, factor, apply)
+            if device not in decided:
+                on_device = (_on(t, device) for t in (norm, grad_scale, found_inf))
+                decided[device] = _factor_and_apply(self.max_grad_norm, *on_device)
+            _step_batch(options, batch, *decided[device])
         return norm
 
     # ---- state ----
@@ -280,6 +283,7 @@ class _Options:
 
     @classmethod
     def of(cls, expect: Expect, group: dict[str, Any], device: torch.device) -> "_Options":
+        _check_readable(expect, group)
         if group["ns_dtype"] is None:
             fast = precision.multiplies_bf16(device)
             # Stored, so that a resumed run computes as this one.
@@ -464,6 +468,11 @@ def _check_muon(expect: Expect, options: dict[str, Any]) -> None:
     expect(0 <= momentum < 1, "momentum", "at least 0 and below 1", momentum)
     eps = _number(expect, "eps", options["eps"])
     expect(eps > 0, "eps", "above 0", eps)
+    _check_readable(expect, options)
+
+
+def _check_readable(expect: Expect, options: dict[str, Any]) -> None:
+    """Check what a step cannot make a number of, also when it was set after the construction."""
     _check_flag(expect, "nesterov", options["nesterov"])
     _check_flag(expect, "transposed", options["transposed"], none=True)
     steps = options["ns_steps"]
