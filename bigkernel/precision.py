@@ -47,6 +47,16 @@ def bf16_is_faster(device: torch.device) -> bool:
     return bf16_speedup(device) >= _WORTH_IT
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are usable on `device`: a quarter as fast as float32 or more.
+
+    Processors without AVX-512 have a loop for them, a hundredth as fast, and GPUs before sm_80
+    none. The bound lies far from either kind, so that no two runs on a machine differ. Devices
+    of other kinds are taken to have them.
+    """
+    return device.type not in ("cpu", "cuda") or bf16_speedup(device) >= 0.25
+
+
 def bf16_pays(model: nn.Module, device: torch.device) -> bool:
     """Whether training steps of `model` are faster in bfloat16 on `device`.
 

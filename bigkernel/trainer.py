@@ -43,15 +43,26 @@ with needs("train", "bigkernel.Trainer"):
 from bigkernel import checkpoint, precision
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
+from bigkernel.expect import Expect
 from bigkernel.integrations import contract, heads
 from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
-from bigkernel.optim import Adam, AdamW
+from bigkernel.optim import Adam, AdamW, Muon, muon_groups
 from bigkernel.run_lock import RunLockedError, writing_to
 
 STATE_FILE = "bigkernel_state.json"
 _DTYPE = {False: "float32", True: "bfloat16"}
+MUON = "muon"
+# What `optim_args` may say with it, and how each is read.
+_MUON_ARGS: dict[str, Callable[[str], Any]] = {
+    "muon_lr": float,
+    "momentum": float,
+    "nesterov": {"true": True, "false": False}.__getitem__,
+    "ns_steps": int,
+    "ns_dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32}.__getitem__,
+    "adjust_lr_fn": str,
+}
 
 
 @dataclass
@@ -63,6 +74,13 @@ class TrainingArguments(transformers.TrainingArguments):
     multiplies it 1.5 times as fast or more. Weights, gradients,
     optimizer, evaluation and what is saved stay float32. True and False are obeyed as ever; with
     fp16, DeepSpeed, FSDP, ``accelerate launch`` or a loss of one's own, None is False.
+
+    ``optim="muon"`` is :class:`bigkernel.optim.Muon`, with AdamW for what
+    :func:`bigkernel.optim.muon_groups` gives to it. Updates of both kinds are as large as AdamW's
+    ("match_rms_adamw"), so that one ``learning_rate`` and ``weight_decay`` will do; ``optim_args``
+    may have ``muon_lr``, ``momentum``, ``nesterov``, ``ns_steps``, ``ns_dtype`` and
+    ``adjust_lr_fn``, as in ``"muon_lr=0.02,momentum=0.9"``; ``adam_beta1``, ``adam_beta2`` and
+    ``adam_epsilon`` are AdamW's.
     """
 
     # Not "bool | None": for that, HfArgumentParser no longer takes "--bf16" without a value.
@@ -72,6 +90,11 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "Compute in bfloat16 (autocast): true, false, or by default where training "
             "steps are faster so."
         },
+    )
+    # Not transformers' enum: HfArgumentParser would take its values alone.
+    optim: str = field(  # type: ignore[assignment]
+        default=transformers.TrainingArguments.default_optim,
+        metadata={"help": "The optimizer to use: muon, or one of transformers' OptimizerNames."},
     )
     use_bigkernel_attention: bool = field(
         default=True, metadata={"help": "Use bigkernel's attention where the model allows it."}
@@ -104,7 +127,55 @@ class TrainingArguments(transformers.TrainingArguments):
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ
         if self.bf16 is None and (self.fp16 or self.deepspeed or self.fsdp or launched):
             self.bf16 = False
+        muon = self.optim == MUON
+        if muon:  # which transformers does not know
+            _muon_options(self)
+            self.optim = type(self).default_optim
         super().__post_init__()
+        if muon:
+            self.optim = MUON
+
+    def set_optimizer(self, name: Any = "adamw_torch", *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with ``"muon"`` too."""
+        super().set_optimizer(self.default_optim if name == MUON else name, *args, **kwargs)
+        if name == MUON:
+            self.optim = MUON
+            _muon_options(self)
+        return self
+
+
+_ARGUMENTS = Expect("TrainingArguments")
+
+
+def _muon_options(args: Any) -> dict[str, Any]:
+    """What ``optim_args`` says of Muon, and the scaling that makes one learning rate do."""
+    options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
+    for pair in (args.optim_args or "").replace(" ", "").split(","):
+        if not pair:
+            continue
+        name, _, value = pair.partition("=")
+        expected = f"NAME=VALUE,.. of {', '.join(_MUON_ARGS)}"
+        _ARGUMENTS(name in _MUON_ARGS, "optim_args", expected, repr(pair))
+        try:
+            options[name] = _MUON_ARGS[name](value)
+        except (ValueError, KeyError):
+            what = f"{name} in optim_args"
+            kinds = {"ns_dtype": "bfloat16 or float32", "nesterov": "true or false"}
+            raise _ARGUMENTS.error(what, kinds.get(name, "a number"), repr(value)) from None
+    rate = options.get("muon_lr")
+    # The rest is checked with the same words when the optimizer is made, before the first step.
+    _ARGUMENTS(rate is None or rate >= 0, "muon_lr in optim_args", "at least 0", rate)
+    return options
+
+
+def _shares(optimizer: Adam) -> str:
+    """How many parameters each half of a Muon has."""
+    if not isinstance(optimizer, Muon):
+        return ""
+    counts = {True: 0, False: 0}
+    for group in optimizer.param_groups:
+        counts[group["use_muon"]] += len(group["params"])
+    return f" of {counts[True]} weights, with AdamW for {counts[False]} other parameters"
 
 
 class Trainer(transformers.Trainer):
@@ -178,18 +249,48 @@ class Trainer(transformers.Trainer):
         return self.is_world_process_zero() and getattr(self.args, "announce", True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of transformers' choice, with bigkernel's AdamW in place of torch's."""
+        """The optimizer of transformers' choice, with bigkernel's AdamW in place of torch's.
+
+        And Muon, which transformers does not know.
+        """
         fresh = self.optimizer is None
+        if fresh and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
+            self.optimizer = self._create_muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
         if fresh and isinstance(optimizer, Adam) and self._announces():
             clip = optimizer.max_grad_norm
             inside = "" if clip is None else f", clipping at norm {clip:g} inside its step"
-            print(f"bigkernel: the optimizer is bigkernel.optim.{type(optimizer).__name__}{inside}")
+            kind = f"bigkernel.optim.{type(optimizer).__name__}"
+            print(f"bigkernel: the optimizer is {kind}{_shares(optimizer)}{inside}")
+        return optimizer
+
+    def _create_muon(self, model: Any) -> torch.optim.Optimizer:
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        args, rate = self.args, kwargs.pop("muon_lr", None)
+        groups = muon_groups(
+            model,
+            decay=self.get_decay_parameter_names(model),
+            muon={} if rate is None else {"lr": rate},
+            adamw={"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
+        )
+        optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
         return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """As transformers', with :class:`bigkernel.optim.AdamW` for ``torch.optim.AdamW``."""
+        """As transformers', with :class:`bigkernel.optim.AdamW` for ``torch.optim.AdamW``.
+
+        For Muon also ``muon_lr``, if there is one, which `create_optimizer` gives to its groups.
+        """
+        # FSDP and DeepSpeed hold the gradients in pieces and clip them their own way.
+        clips = args.max_grad_norm and args.max_grad_norm > 0 and not args.fsdp
+        clip = {"max_grad_norm": args.max_grad_norm} if clips and not args.deepspeed else {}
+        if args.optim == MUON:
+            expected = "left out with optim='muon'"
+            got, fix = "one", "DeepSpeed flattens the weights, and Muon needs whole matrices"
+            _ARGUMENTS(not args.deepspeed, "deepspeed", expected, got, fix)
+            rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            return Muon, {**rates, **_muon_options(args), **clip}
         # Not by its name in transformers, which a script may have made ours.
         cls, kwargs = super(Trainer, Trainer).get_optimizer_cls_and_kwargs(args, model)
         if (
@@ -199,10 +300,7 @@ class Trainer(transformers.Trainer):
         ):
             return cls, kwargs
         kwargs = {name: value for name, value in kwargs.items() if name not in ("fused", "foreach")}
-        # FSDP and DeepSpeed hold the gradients in pieces and clip them their own way.
-        if args.max_grad_norm and args.max_grad_norm > 0 and not args.fsdp and not args.deepspeed:
-            kwargs["max_grad_norm"] = args.max_grad_norm
-        return AdamW, kwargs
+        return AdamW, {**kwargs, **clip}
 
     # Clipping inside the optimizer's step
 
@@ -745,12 +843,15 @@ class Trainer(transformers.Trainer):
         wrapped: Any = self.optimizer
         optimizer = getattr(wrapped, "optimizer", wrapped)
         if isinstance(optimizer, (Adam, torch.optim.Adam)) and not self.args.save_only_model:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
             width = getattr(optimizer, "state_dtype", None)
-            size = [
-                p.numel() * (p.element_size() if width is None else width.itemsize) for p in trained
-            ]
-            moments = 2 * sum(size)
+            moments = sum(
+                p.numel()
+                * (p.element_size() if width is None else width.itemsize)
+                # Adam's first and second, or Muon's momentum.
+                * (1 if group.get("use_muon") else 2)
+                for group in optimizer.param_groups
+                for p in group["params"]
+            )
         free = shutil.disk_usage(self._run_folder()).free
         if weights + moments > free:
             raise CheckpointError(

@@ -186,7 +186,12 @@ def test_shown_while_training(texts: Path, capsys: pytest.CaptureFixture[str]) -
     assert str(texts / "shown") in out
 
 
-OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {
+    "adamw": optim.AdamW,
+    "adam": optim.Adam,
+    "sgd": torch.optim.SGD,
+    "muon": optim.Muon,
+}
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -349,7 +354,7 @@ BAD_USAGE = {
     "preset": (["train", "text", "--preset", "dmeo"], "Did you mean 'demo'"),
     "sample": (["train", "text", "--sample", "fr"], "There are: zh"),
     "sample-and-data": (["train", "text", "--sample", "zh", "--data", "x"], "one of the two"),
-    "optim": (["train", "text", "--optim", "adagrad"], "adamw, adam, sgd"),
+    "optim": (["train", "text", "--optim", "adagrad"], "adamw, adam, sgd, muon"),
     "dtype": (["train", "text", "--dtype", "int8"], "bfloat16"),
     "float16-on-cpu": (["train", "text", "--dtype", "float16", "--device", "cpu"], "GPU"),
     "device": (["train", "text", "--device", "quantum"], "cuda:N"),

@@ -68,9 +68,11 @@ def weights(run: Path) -> bytes:
     return (run / "model.safetensors").read_bytes()
 
 
-def stop_after(folder: Path, out: str, step: int, how: signal.Signals) -> tuple[int, str]:
+def stop_after(
+    folder: Path, out: str, step: int, how: signal.Signals, *more: str
+) -> tuple[int, str]:
     """Start a run, send a signal once it has logged ``step``; (exit code, stderr)."""
-    command = [sys.executable, "-m", "bigkernel", *arguments(folder, out)]
+    command = [sys.executable, "-m", "bigkernel", *arguments(folder, out, *more)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -85,13 +87,18 @@ def stop_after(folder: Path, out: str, step: int, how: signal.Signals) -> tuple[
     return process.returncode, stderr
 
 
-def test_killed_run_goes_on_bit_for_bit(folder: Path) -> None:
-    code, _ = stop_after(folder, "killed", 13, signal.SIGKILL)
+@pytest.mark.parametrize(("optim", "whole"), [("adamw", "whole"), ("muon", "whole-muon")])
+def test_killed_run_goes_on_bit_for_bit(folder: Path, optim: str, whole: str) -> None:
+    if not (folder / whole).exists():
+        assert main(arguments(folder, whole, "--optim", optim)) == 0
+        assert losses(folder / whole) != losses(folder / "whole")
+    run = folder / f"killed-{optim}"
+    code, _ = stop_after(folder, run.name, 13, signal.SIGKILL, "--optim", optim)
     assert code == -signal.SIGKILL
-    assert not (folder / "killed" / "model.safetensors").exists()
-    assert main(arguments(folder, "killed", "--resume", "auto")) == 0
-    assert losses(folder / "killed") == losses(folder / "whole")
-    assert weights(folder / "killed") == weights(folder / "whole")
+    assert not (run / "model.safetensors").exists()
+    assert main(arguments(folder, run.name, "--optim", optim, "--resume", "auto")) == 0
+    assert losses(run) == losses(folder / whole)
+    assert weights(run) == weights(folder / whole)
 
 
 def test_ctrl_c_saves_and_exits_130(folder: Path) -> None:

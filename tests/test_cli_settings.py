@@ -50,7 +50,7 @@ LIMITS = {  # setting: (values that are just good, values that are just not)
     "threads": ((1, None), (0, 2**31)),
     "save_steps": ((1, None), (0, 2**31)),
     "log_steps": ((1, None), (0, 2**31)),
-    "optim": (("adamw", "adam", "sgd"), ("", "AdamW")),
+    "optim": (("adamw", "adam", "sgd", "muon"), ("", "AdamW")),
     "dtype": (("auto", "float32"), ("", "fp32")),
     "max_length": ((2,), (1, 2**31)),
     "vocab_size": ((1, None), (0, 2**31)),

@@ -1,14 +1,16 @@
-"""bigkernel.optim.AdamW over two processes (gloo, CPU) against torch.optim.AdamW in one.
+"""bigkernel.optim's AdamW and Muon over two processes (gloo, CPU) against one.
 
 DDP: every rank holds all parameters. FSDP2 (fully_shard): every rank holds a piece of each, the
 clipping norm is that of all pieces, and a gradient that is not finite on one rank skips the step on
-all. The processes are started once; each test reads what one check found.
+all. Muon makes whole matrices orthogonal, however they are cut. The processes are started once;
+each test reads what one check found.
 """
 
 import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from bigkernel.optim import AdamW
+from bigkernel.optim import AdamW, Muon, muon_groups
 
 WORLD = 2
 STEPS = 3
@@ -149,6 +151,88 @@ def check_complex_pieces() -> None:
     theirs.step()
     torch.testing.assert_close(whole(ours.grad_norm), theirs.grad_norm)
     torch.testing.assert_close(p.to_local().detach(), q.detach().chunk(WORLD)[rank])
+
+
+def cut_gradients(net: nn.Module, plain: nn.Module, step: int) -> None:
+    """The same gradients for both, cut as the parameters are."""
+    generator = torch.Generator().manual_seed(step)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        q.grad = torch.randn(q.shape, generator=generator).to(q.dtype)
+        p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def compare_muon(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    plain, net = model().to(dtype), sharded(dtype)
+    groups = {"head": "4", "muon": {"lr": 0.02}}
+    ours = Muon(muon_groups(net, **groups), **options)
+    wanted = Muon(muon_groups(plain, **groups), **options)
+    for step in range(STEPS):
+        cut_gradients(net, plain, step)
+        ours.step()
+        wanted.step()
+    if "max_grad_norm" in options:
+        torch.testing.assert_close(whole(ours.grad_norm), wanted.grad_norm)
+        assert wanted.grad_norm > options["max_grad_norm"]
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        for t, other in [
+            (p, q),
+            *((ours.state[p][k], wanted.state[q][k]) for k in wanted.state[q]),
+        ]:
+            if "max_grad_norm" in options:  # a norm is summed in another order
+                torch.testing.assert_close(whole(t), other.detach())
+            else:
+                assert torch.equal(whole(t), other.detach())
+    again = Muon(muon_groups(net, **groups), **options)
+    again.load_state_dict(ours.state_dict())
+    cut_gradients(net, plain, STEPS)
+    again.step()
+    wanted.step()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q.detach())
+
+
+def check_muon_fsdp() -> None:
+    compare_muon(torch.float32, {})
+
+
+def check_muon_fsdp_clips() -> None:
+    compare_muon(torch.float32, {"max_grad_norm": LIMIT, "ns_dtype": torch.float32})
+
+
+def check_muon_bf16_masters() -> None:
+    compare_muon(torch.bfloat16, {"master_weights": True})
+
+
+def check_muon_however_cut() -> None:
+    """By rows, by columns, not at all, and experts, of which a rank may hold whole ones."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(0)
+    for shape, where in (
+        *(((5, 4), Shard(0)), ((5, 4), Shard(1)), ((5, 4), Replicate()), ((1, 6), Shard(0))),
+        *(((3, 5, 4), Shard(0)), ((3, 5, 4), Shard(1)), ((1, 5, 4), Shard(0))),
+    ):
+        values, grads = (torch.randn(shape, generator=generator) for _ in "pg")
+        p = nn.Parameter(distribute_tensor(values, mesh, [where], src_data_rank=None))
+        q = nn.Parameter(values.clone())
+        q.grad = grads
+        p.grad = distribute_tensor(grads, mesh, [where], src_data_rank=None)
+        for x in (p, q):
+            Muon([x], lr=0.1, ns_dtype=torch.float32).step()
+        torch.testing.assert_close(whole(p), q.detach())
+        assert p.placements == (where,)
+
+
+def check_muon_one_rank_is_not_finite() -> None:
+    net, plain = sharded(), model()
+    optimizer = Muon(muon_groups(net, head="4"), max_grad_norm=1.0)
+    before = [p.to_local().clone() for p in net.parameters()]
+    cut_gradients(net, plain, 0)
+    if dist.get_rank() == 0:
+        next(net.parameters()).grad.to_local()[0, 0] = torch.inf
+    optimizer.step()
+    assert not whole(optimizer.grad_norm).isfinite()
+    for p, q in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p.to_local(), q)
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -8,6 +8,7 @@ other signals at any moment, with workers and on two ranks; a loss that is not f
 what cannot be saved, before the first step; a second writer; rotation, best model, moved folders.
 """
 
+import dataclasses
 import errno
 import functools
 import json
@@ -313,6 +314,89 @@ def test_other_optimizers_are_left_alone(tmp_path, kind):
     assert min(norms) > 0
 
 
+MUON_ARGS = "muon_lr=0.02, momentum=0.9,nesterov=false,ns_steps=4,ns_dtype=float32"
+
+
+def test_muon_steps_as_in_a_loop_of_ones_own(tmp_path, capsys):
+    """One learning rate unless another is given; schedules, clipping and decay act on both."""
+    options = {"optim": "muon", "max_steps": 4, "weight_decay": 0.1, "warmup_steps": 2}
+    options |= {"adam_beta2": 0.95, "adam_epsilon": 1e-6, "max_grad_norm": 0.05}
+    trainer = text_trainer(tmp_path, dropout=0.0, announce=True, optim_args=MUON_ARGS, **options)
+    trainer.train()
+    said = "is bigkernel.optim.Muon of 7 weights, with AdamW for 5 other parameters, clipping at"
+    assert said in capsys.readouterr().out
+    model = text_model(0.0)
+    groups = bigkernel.optim.muon_groups(
+        model, muon={"lr": 0.02}, adamw={"betas": (0.9, 0.95), "eps": 1e-6}
+    )
+    own = bigkernel.optim.Muon(
+        groups, lr=1e-2, weight_decay=0.1, momentum=0.9, nesterov=False, ns_steps=4,
+        ns_dtype=torch.float32, adjust_lr_fn="match_rms_adamw", max_grad_norm=0.05,
+    )  # fmt: skip
+    schedule = transformers.get_scheduler("linear", own, 2, 4)
+    other = text_trainer(tmp_path, dropout=0.0, **options)
+    other = Trainer(
+        model, other.args, train_dataset=text_data(), data_collator=PackingCollator(16),
+        optimizers=(own, schedule),
+    )  # fmt: skip
+    other.train()
+    assert_equal_runs(trainer, other)
+    usual = text_trainer(tmp_path, **options)
+    usual.create_optimizer()
+    assert [group["lr"] for group in usual.optimizer.param_groups] == [1e-2] * 3
+    assert {g["adjust_lr_fn"] for g in usual.optimizer.param_groups if g["use_muon"]} == {
+        "match_rms_adamw"
+    }
+
+
+def test_muon_is_an_argument_like_others(tmp_path):
+    (parsed,) = transformers.HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", "muon", "--optim_args", "momentum=0.9"]
+    )
+    for args in (
+        parsed,
+        TrainingArguments(**{"output_dir": str(tmp_path), "optim": "muon"}),
+        dataclasses.replace(arguments(tmp_path, optim="muon"), seed=3),
+        arguments(tmp_path).set_optimizer("muon", learning_rate=0.1),
+    ):
+        assert args.optim == "muon"
+        assert json.loads(args.to_json_string())["optim"] == "muon"
+    assert arguments(tmp_path).set_optimizer("sgd").optim == "sgd"
+    assert arguments(tmp_path).optim == arguments(tmp_path, transformers.TrainingArguments).optim
+    with pytest.raises(ValueError, match="moun is not a valid OptimizerNames"):
+        arguments(tmp_path, optim="moun")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("muon_lr", r"muon_lr in optim_args must be a number, got ''"),
+        ("muon_lr=-1", "muon_lr in optim_args must be at least 0, got -1.0"),
+        ("lr=0.1", "optim_args must be NAME=VALUE,.. of muon_lr, .*, got 'lr=0.1'"),
+        ("nesterov=1", "nesterov in optim_args must be true or false, got '1'"),
+        ("ns_dtype=fp8", "ns_dtype in optim_args must be bfloat16 or float32, got 'fp8'"),
+        ("momentum=2", "momentum must be at least 0 and below 1, got 2.0"),
+        ("adjust_lr_fn=none", "adjust_lr_fn must be None, 'original', .* got 'none'"),
+    ],
+)
+def test_bad_arguments_of_muon_are_named(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        text_trainer(tmp_path, optim="muon", optim_args=given).create_optimizer()
+
+
+def test_muon_is_refused_where_it_cannot_be(tmp_path):
+    class Plain(torch.nn.Linear):
+        pass
+
+    trainer = Trainer(Plain(3, 4), arguments(tmp_path, optim="muon"), train_dataset=text_data())
+    with pytest.raises(ValueError, match="head must be given, got None for a Plain"):
+        trainer.create_optimizer()
+    trainer = text_trainer(tmp_path, optim="muon")
+    trainer.args.deepspeed = {"zero_optimization": {}}
+    with pytest.raises(ValueError, match=r"deepspeed must be left out with optim='muon'.*whole"):
+        trainer.create_optimizer()
+
+
 def test_a_script_may_put_ours_in_the_place_of_transformers(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "Trainer", Trainer)
     trainer = text_trainer(tmp_path, max_steps=1)
@@ -557,8 +641,10 @@ def test_augmentation_must_give_float_images_of_one_size():
 # Resuming
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "optim"), [(1, "adamw_torch"), (2, "adamw_torch"), (1, "muon")]
+)
+def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate, optim):
     # Nine steps over more than one epoch, logs every 2 and checkpoints every 3 steps, evaluation
     # in between: nothing falls on the same step by itself.
     options = {
@@ -570,6 +656,7 @@ def test_resumed_text_run_is_the_uninterrupted_one(tmp_path, told, accumulate):
         "eval_steps": 4,
         "gradient_accumulation_steps": accumulate,
         "per_device_train_batch_size": 4,
+        "optim": optim,
     }
     whole = text_trainer(tmp_path / "a", **options)
     whole.train()
@@ -693,7 +780,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, told):
 # Accidents
 
 
-def killed_while_saving(out):
+def killed_while_saving(out, optim="adamw_torch"):
     """Train, and die by kill -9 while the checkpoint of step 4 is half written."""
     torch.set_num_threads(1)
 
@@ -703,7 +790,12 @@ def killed_while_saving(out):
                 os.kill(os.getpid(), signal.SIGKILL)
             super()._save_rng_state(output_dir)
 
-    text_trainer(out, Killed, max_steps=6, save_strategy="steps", save_steps=2).train()
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": optim}
+    text_trainer(out, Killed, **options).train()
+
+
+def killed_while_saving_muon(out):
+    killed_while_saving(out, "muon")
 
 
 def interrupted(out):
@@ -732,12 +824,14 @@ def in_another_process(function, out, **options):
     )
 
 
-def test_kill_9_while_saving_then_resume_bit_for_bit(tmp_path, told):
-    done = in_another_process("killed_while_saving", tmp_path / "run")
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
+def test_kill_9_while_saving_then_resume_bit_for_bit(tmp_path, told, optim):
+    function = "killed_while_saving_muon" if optim == "muon" else "killed_while_saving"
+    done = in_another_process(function, tmp_path / "run")
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = sorted(os.listdir(tmp_path / "run"))
     assert left == [".checkpoint-4.partial", ".lock", "checkpoint-2"]
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": optim}
     resumed = text_trainer(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint="auto")
     whole = text_trainer(tmp_path / "whole", **options)
@@ -1140,20 +1234,24 @@ def test_a_folder_that_cannot_be_written_matters_where_something_is_saved(
         text_trainer(tmp_path, max_steps=2, save_strategy="steps").train()
 
 
-def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, told, monkeypatch):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
+def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, told, monkeypatch, optim):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "optim": optim}
     trainer = text_trainer(tmp_path, **options)
-    weights = sum(p.nbytes for p in trainer.model.parameters())
+    needed = 3 * sum(p.nbytes for p in trainer.model.parameters())
+    if optim == "muon":  # one momentum in the place of two moments
+        groups = bigkernel.optim.muon_groups(trainer.model)
+        needed -= sum(p.nbytes for g in groups if g["use_muon"] for _, p in g["params"])
     usual = shutil.disk_usage(tmp_path)
 
     def left(free):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usual._replace(free=free))
 
-    left(3 * weights - 1)
+    left(needed - 1)
     with pytest.raises(CheckpointError, match=r"0\.\d MB free, and a checkpoint takes about 0\.\d"):
         trainer.train()
     assert os.listdir(tmp_path) == []
-    left(3 * weights)
+    left(needed)
     text_trainer(tmp_path, **options).train()
 
 

@@ -125,6 +125,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
                 "ignore_keys=None, metric_key_prefix='eval')"
             ),
             floating_point_ops="(self, inputs)",
+            get_decay_parameter_names="(self, model)",
             get_optimizer_cls_and_kwargs="(args, model=None)",
             prediction_step="(self, model, inputs, prediction_loss_only, ignore_keys=None)",
             train="(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
@@ -166,11 +167,13 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "transformers.trainer.Trainer",
             compute_loss_func=_INSTANCE,
             label_smoother=_INSTANCE,
+            optimizer_cls_and_kwargs=_INSTANCE,
             _tr_loss=_INSTANCE,
             _total_loss_scalar=_INSTANCE,
             _globalstep_last_logged=_INSTANCE,
             _signature_columns=_INSTANCE,
         ),
+        *_needs("transformers.training_args.TrainingArguments", default_optim=_ATTRIBUTE),
         *_needs(
             "transformers.modeling_utils",
             remove_tied_weights_from_state_dict="(state_dict, model)",

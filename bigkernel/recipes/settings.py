@@ -21,7 +21,7 @@ from bigkernel.files import MAX_PIXELS, is_regular
 from bigkernel.recipes import presets
 from bigkernel.recipes.errors import UsageError, option
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a config file may hold besides settings: which command it is for, and facts about the run.
 COMMAND, RECORD = "command", "record"
@@ -41,7 +41,7 @@ class Settings:
         out: the run folder.
         epochs: passes over the training part.
         max_steps: optimizer steps; counts where both are given.
-        optim: ``"adamw"``, ``"adam"`` or ``"sgd"``.
+        optim: ``"adamw"``, ``"adam"``, ``"sgd"`` or ``"muon"`` (which takes AdamW's lr).
         lr: the highest learning rate; a cosine falls from it.
         warmup: the share of the steps in which it rises.
         min_lr: where the cosine ends, as a share of ``lr``.

@@ -23,7 +23,7 @@ from bigkernel.recipes.errors import Failure, is_quiet, option, say
 from bigkernel.recipes.models import parameters
 from bigkernel.recipes.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.recipes.settings import Settings, dump
-from bigkernel.trainer import Trainer, TrainingArguments
+from bigkernel.trainer import MUON, Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
 LOOKS = 4
@@ -176,11 +176,12 @@ def _arguments(task: Task) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=device.type == "cuda",
+        optim=MUON if settings.optim == MUON else TrainingArguments.default_optim,
     )
 
 
 def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
-    """None is the Trainer's own: bigkernel's AdamW."""
+    """None is the Trainer's own: bigkernel's AdamW, or Muon where the arguments say so."""
     if settings.optim == "adam":
         options: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, settings.beta2)}
         if settings.max_grad_norm:

@@ -1,14 +1,13 @@
 """AdamW and Adam: ``torch.optim``'s, with the whole step in one call of the Adam op.
 
-A state dict goes both ways between these classes and torch's. Beyond torch's arguments there are
-``max_grad_norm`` (clip by the global norm inside the step), ``master_weights`` (fp32 copies of
-16-bit parameters), ``state_dtype`` (bf16 moments) and stochastic rounding for bf16 parameters.
+Beyond torch's arguments there are ``max_grad_norm`` (clip by the global norm inside the step),
+``master_weights`` (fp32 copies of 16-bit parameters), ``state_dtype`` (bf16 moments) and stochastic
+rounding for bf16 parameters.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from itertools import chain
 from numbers import Real
 from typing import Any, overload
 
@@ -107,6 +106,41 @@ class Adam(Optimizer):
         stochastic_rounding: bool = True,
         rounding_seed: int = 0,
     ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        self._begin(
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        )
+
+    def _begin(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        master_weights: bool,
+        state_dtype: torch.dtype | None,
+        stochastic_rounding: bool,
+        rounding_seed: int,
+    ) -> None:
+        """What a constructor does with its arguments: check and keep them."""
         self._name = f"optim.{type(self).__name__}"
         expect = self._expect
         if max_grad_norm is not None:
@@ -126,21 +160,8 @@ class Adam(Optimizer):
         self.rounding_seed = int(rounding_seed)
         # A dict, since what a compiled step sets on an optimizer itself is lost.
         self._outcome: dict[str, Tensor | None] = {"grad_norm": None}
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        _check_options(expect, defaults)
-        super().__init__(params, defaults)
+        self._check_group(defaults)
+        Optimizer.__init__(self, params, defaults)
 
     @property
     def _expect(self) -> Expect:
@@ -151,7 +172,7 @@ class Adam(Optimizer):
         super().add_param_group(param_group)
         group, expect = self.param_groups[-1], self._expect
         try:
-            _check_options(expect, group)
+            self._check_group(group)
             for key in _OWN_SETTINGS:
                 fix = "Give it to the optimizer: it holds for all groups"
                 given = group.get(key, "none")
@@ -164,6 +185,18 @@ class Adam(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What holds for options that a group does not have."""
+        return self.defaults
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Whether a group's options are of the types and in the ranges that they may have."""
+        _check_options(self._expect, group)
+
+    def _check_loaded(self, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Whether a group's options in a loaded state dict are what a step can read."""
+        _check_types(self._expect, self._defaults_of(group) | saved)
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return state | {key: getattr(self, key) for key in (*_OWN_SETTINGS, "_name")}
@@ -172,9 +205,11 @@ class Adam(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_outcome", {"grad_norm": None})
         for group in self.param_groups:
-            for key, value in self.defaults.items():
+            for key, value in self._defaults_of(group).items():
                 group.setdefault(key, value)
-            group["betas"] = tuple(group["betas"])
+            for key in ("betas", "ns_coefficients"):
+                if key in group:
+                    group[key] = tuple(group[key])
 
     # ---- the step ----
 
@@ -199,12 +234,28 @@ class Adam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        work = self._collect()
+        work = self._collect(self.param_groups)
         norm = None
-        if self.max_grad_norm is not None and (work.sharded or len(work.by_device) > 1):
+        if self.max_grad_norm is not None and work.needs_total_norm():
             norm = work.total_norm(grad_scale)
+        norm = self._update(work, norm, grad_scale, found_inf)
+        if self.max_grad_norm is not None:
+            self._outcome["grad_norm"] = op.no_norm() if norm is None else norm
+
+    def _update(
+        self,
+        work: "_Work",
+        norm: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Write the parameters; returns the norm, which one call of the op measures by itself."""
         stochastic = self.stochastic_rounding and not self.master_weights
         for device, groups in work.by_device.items():
             result = op.launch(
@@ -216,18 +267,16 @@ class Adam(Optimizer):
                 seed=self.rounding_seed if stochastic else None,
             )
             norm = result if norm is None else norm
-        if self.max_grad_norm is not None:
-            self._outcome["grad_norm"] = op.no_norm() if norm is None else norm
-        return loss
+        return norm
 
-    def _collect(self) -> "_Work":
+    def _collect(self, all_options: Sequence[dict[str, Any]]) -> "_Work":
         """The tensors of this step as arguments of the op.
 
         Parameters, gradients and state may be replaced at any time: nothing is kept from step to
         step.
         """
         work = _Work(self._expect)
-        for options in self.param_groups:
+        for options in all_options:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             exp_avgs: list[Tensor] = []
@@ -332,25 +381,22 @@ class Adam(Optimizer):
             if changed is not None:
                 state_dict = changed
         saved_groups = deepcopy(state_dict["param_groups"])
-        for saved in saved_groups:
-            _check_types(self._expect, self.defaults | saved)
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         expected = f"for groups of {sizes} parameters"
         fix = "build the optimizer with the groups that it was saved with"
         fits = sizes == saved_sizes
         self._expect(fits, "the loaded state_dict", expected, saved_sizes, fix)
-        parameter_of = dict(
-            zip(
-                chain.from_iterable(group["params"] for group in saved_groups),
-                chain.from_iterable(group["params"] for group in self.param_groups),
-                strict=True,
-            )
-        )
+        parameter_of: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            self._check_loaded(group, saved)
+            for number, p in zip(saved["params"], group["params"], strict=True):
+                parameter_of[number] = p, group
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, value in state_dict["state"].items():
             if key in parameter_of:
-                state[parameter_of[key]] = self._adopt(key, parameter_of[key], value)
+                p, group = parameter_of[key]
+                state[p] = self._adopt(key, p, group, value)
             else:
                 state[key] = value
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -361,12 +407,19 @@ class Adam(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _adopt(self, number: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    def _kept(self, p: Tensor, group: dict[str, Any]) -> tuple[str, set[str], dict[str, Any]]:
+        """What a parameter's state is of: in words, what it has to have, dtypes of the tensors."""
+        words = f"of an Adam, with step, {' and '.join(MOMENTS[:2])}"
+        return words, {"step", *MOMENTS[:2]}, dict.fromkeys(MOMENTS, self._moment_dtype(p))
+
+    def _adopt(
+        self, number: Any, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
+    ) -> dict[str, Any]:
         """One parameter's loaded state, copied to its device and layout and to our dtypes."""
         adopted: dict[str, Any] = {}
-        if saved and not {"step", *MOMENTS[:2]} <= saved.keys():
+        expected, needed, dtypes = self._kept(p, group)
+        if saved and not needed <= saved.keys():
             what = f"the state of parameter {number} in the loaded state_dict"
-            expected = f"of an Adam, with step, {' and '.join(MOMENTS[:2])}"
             got = ", ".join(map(str, saved))
             fix = "the state of another kind of optimizer cannot be continued"
             raise self._expect.error(what, expected, got, fix)
@@ -374,12 +427,12 @@ class Adam(Optimizer):
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32, device=p.device)
                 adopted[key] = step.detach().reshape(()).clone()
-            elif key in MOMENTS or key == MASTER:
+            elif key in dtypes or key == MASTER:
                 if key == MASTER and not (self.master_weights and p.dtype in NARROW):
                     continue  # it would go stale
                 what = f"{key!r} of parameter {number} in the loaded state_dict"
                 self._expect.shape(what, value, p.shape, of="the parameter's shape")
-                dtype = torch.float32 if key == MASTER else self._moment_dtype(p)
+                dtype = torch.float32 if key == MASTER else dtypes[key]
                 adopted[key] = torch.empty_like(
                     p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 ).copy_(value.detach())
@@ -472,6 +525,13 @@ class _Work:
         self.by_device: dict[torch.device, list[AdamGroup]] = {}
         # (mesh, its dimensions over which the gradient is cut) -> this rank's pieces
         self.sharded: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+        # What is updated beside the op (by Muon), and its gradients, which count in the norm.
+        self.beside: list[Any] = []
+        self.beside_grads: dict[torch.device, list[Tensor]] = {}
+
+    def needs_total_norm(self) -> bool:
+        """Whether one call of the op does not see all gradients."""
+        return bool(self.sharded or self.beside_grads) or len(self.by_device) > 1
 
     def add(self, device: torch.device, group: AdamGroup) -> None:
         self.by_device.setdefault(device, []).append(group)
@@ -534,9 +594,12 @@ class _Work:
     def total_norm(self, grad_scale: Tensor | None) -> Tensor:
         """The gradients' norm over all devices, and over the ranks that hold pieces of them."""
         elsewhere = {id(piece) for pieces in self.sharded.values() for piece in pieces}
-        parts = []
+        grads_on = {device: list(grads) for device, grads in self.beside_grads.items()}
         for device, groups in self.by_device.items():
-            whole = [g for group in groups for g in group.grads if id(g) not in elsewhere]
+            grads_on.setdefault(device, []).extend(g for group in groups for g in group.grads)
+        parts = []
+        for device, grads in grads_on.items():
+            whole = [g for g in grads if id(g) not in elsewhere]
             if whole:
                 parts.append(op.adam_norm(whole, _on(grad_scale, device)))
         for (mesh, cut), pieces in self.sharded.items():
