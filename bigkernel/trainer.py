@@ -11,6 +11,7 @@ not finite stops the run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -43,7 +44,9 @@ with needs("train", "bigkernel.Trainer"):
 from bigkernel import checkpoint, precision
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
+from bigkernel.data.collators import PackingCollator, PaddingCollator
 from bigkernel.integrations import contract, heads
+from bigkernel.integrations.packing import Packing, PackingError, packing_of
 from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
@@ -63,6 +66,12 @@ class TrainingArguments(transformers.TrainingArguments):
     multiplies it 1.5 times as fast or more. Weights, gradients,
     optimizer, evaluation and what is saved stay float32. True and False are obeyed as ever; with
     fp16, DeepSpeed, FSDP, ``accelerate launch`` or a loss of one's own, None is False.
+
+    ``packing=True`` lays the documents of each batch end to end
+    (:class:`bigkernel.data.PackingCollator`): the same steps on the same examples with the same
+    losses as padded, without computing the padding. Examples are lists of tokens, or what the data
+    collator makes batches [B, L] of. Evaluations that return outputs, and predictions, are padded.
+    Models that do not keep packed documents apart are refused before the first step.
     """
 
     # Not "bool | None": for that, HfArgumentParser no longer takes "--bf16" without a value.
@@ -93,6 +102,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True,
         metadata={
             "help": "On Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save a checkpoint."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the documents of a batch end to end, without padding and without letting "
+            "them see each other."
         },
     )
     announce: bool = field(
@@ -151,8 +167,12 @@ class Trainer(transformers.Trainer):
         self._clipping_paused: tuple[Adam, float | None] | None = None
         self._steps_in_bf16 = False
         self._steps_were_in_bf16: bool | None = None
+        self._packing: Packing | None = None
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
+        given = positional[0] if positional else keywords.get("data_collator")
+        if given is None and getattr(args, "packing", False):
+            self.data_collator = PaddingCollator(self._pad_token_id())
 
     # What is replaced
 
@@ -244,6 +264,78 @@ class Trainer(transformers.Trainer):
         if self._clipping_paused is not None:
             optimizer, limit = self._clipping_paused
             optimizer.max_grad_norm, self._clipping_paused = limit, None
+
+    # Packed documents
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers', packed with ``packing=True``."""
+        with self._collating(packed=True):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As transformers', packed with ``packing=True`` where the loss alone is wanted."""
+        loss_alone = self.compute_metrics is None or self.args.prediction_loss_only
+        with self._collating(packed=loss_alone):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As transformers'; never packed, as predictions belong to examples."""
+        with self._collating(packed=False):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _collating(self, packed: bool) -> Iterator[None]:
+        """Inside, the data collator is that of packed batches, or of padded ones beside them."""
+        given: Any = self.data_collator
+        collator = given
+        loading: Any = self.accelerator.dataloader_config
+        dispatch = loading.dispatch_batches
+        if isinstance(given, PackingCollator) or getattr(self.args, "packing", False):
+            shifted, first_position = self._how_to_pack()
+            if isinstance(given, (PackingCollator, PaddingCollator)):
+                collator = copy.copy(given)
+                collator.shifted = shifted
+            if packed and isinstance(given, PaddingCollator):
+                collator = PackingCollator(shifted=shifted)
+            elif packed and not isinstance(given, PackingCollator):
+                collator = PackingCollator(collator=given, shifted=shifted)
+            if isinstance(collator, PackingCollator):
+                collator.first_position = first_position
+                if dispatch:
+                    raise PackingError(
+                        "dispatch_batches=True cuts batches into rows for the processes, and a "
+                        "packed batch is one row. Use dispatch_batches=False."
+                    )
+                loading.dispatch_batches = False  # left open, it is True for streams
+        self.data_collator = collator
+        try:
+            yield
+        finally:
+            self.data_collator, loading.dispatch_batches = given, dispatch
+
+    def _how_to_pack(self) -> Packing:
+        """How documents are packed for the model; PackingError where that cannot be."""
+        if self._packing is None:
+            parallel = getattr(self.accelerator, "parallelism_config", None)
+            if self.args.n_gpu > 1:
+                raise PackingError(
+                    "packed batches are one row, and torch.nn.DataParallel deals out rows to "
+                    f"{self.args.n_gpu} GPUs. Start one process a GPU (torchrun), or show one GPU."
+                )
+            if max(getattr(parallel, "cp_size", 1), getattr(parallel, "sp_size", 1)) > 1:
+                raise PackingError(
+                    "context and sequence parallelism cut sequences into pieces, and the offsets "
+                    "of packed documents would not be those of a piece. Train without packing."
+                )
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            with same_random_numbers_after():
+                self._packing = packing_of(model, lambda batch: self.compute_loss(model, batch))
+        return self._packing
+
+    def _pad_token_id(self) -> int:
+        sources: Any = (self.processing_class, getattr(self._module(), "config", None))
+        ids = (getattr(source, "pad_token_id", None) for source in sources)
+        return next((n for n in ids if isinstance(n, int) and n >= 0), 0)
 
     # Images
 
@@ -341,6 +433,11 @@ class Trainer(transformers.Trainer):
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the parameters have not been touched.
         """
+        if getattr(self.args, "packing", False) and "cu_seq_lens_q" not in inputs:
+            raise PackingError(
+                f"packing=True, and a training batch is not packed: {type(self).__name__} makes "
+                "its own. Use bigkernel.data.PackingCollator there, or packing=False."
+            )
         self._in_training_step = True
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
