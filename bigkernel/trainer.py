@@ -330,6 +330,8 @@ class Trainer(transformers.Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             with same_random_numbers_after():
                 self._packing = packing_of(model, lambda batch: self.compute_loss(model, batch))
+            # By which transformers counts the labels of a step; of GPT-2 it does not know.
+            self._loss_shifts_labels = self._packing.shifted
         return self._packing
 
     def _pad_token_id(self) -> int:

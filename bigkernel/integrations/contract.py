@@ -166,6 +166,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "transformers.trainer.Trainer",
             compute_loss_func=_INSTANCE,
             label_smoother=_INSTANCE,
+            _loss_shifts_labels=_INSTANCE,
             _tr_loss=_INSTANCE,
             _total_loss_scalar=_INSTANCE,
             _globalstep_last_logged=_INSTANCE,
