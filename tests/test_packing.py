@@ -413,7 +413,7 @@ def trained(out, name, data, collator=None, trainer=None, **changes):
         eval_dataset=data[:7],
         **(trainer or {}),
     )
-    # transformers takes the loss of GPT-2 for one that is not shifted, and counts a label more a row.
+    # transformers takes GPT-2's loss for one that is not shifted: it counts a label more a row.
     made._loss_shifts_labels = name not in MASKED
     made.train()
     return made

@@ -125,7 +125,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
                 "ignore_keys=None, metric_key_prefix='eval')"
             ),
             floating_point_ops="(self, inputs)",
+            get_eval_dataloader="(self, eval_dataset=None)",
             get_optimizer_cls_and_kwargs="(args, model=None)",
+            get_test_dataloader="(self, test_dataset)",
+            get_train_dataloader="(self)",
             prediction_step="(self, model, inputs, prediction_loss_only, ignore_keys=None)",
             train="(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
             training_step="(self, model, inputs, num_items_in_batch=None)",
