@@ -283,6 +283,22 @@ class Trainer(transformers.Trainer):
         with self._collating(packed=False):
             return super().get_test_dataloader(test_dataset)
 
+    def check_packing(self) -> None:
+        """Where batches are packed, try out whether the model keeps their documents apart.
+
+        `train` does so before the first step.
+
+        Raises:
+            PackingError: it does not; the message names it.
+        """
+        self._packing = None  # of a model that may be another now
+        if self._packs():
+            self._how_to_pack()
+
+    def _packs(self) -> bool:
+        packing = getattr(self.args, "packing", False)
+        return packing or isinstance(self.data_collator, PackingCollator)
+
     @contextlib.contextmanager
     def _collating(self, packed: bool) -> Iterator[None]:
         """Inside, the data collator is that of packed batches, or of padded ones beside them."""
@@ -290,7 +306,7 @@ class Trainer(transformers.Trainer):
         collator = given
         loading: Any = self.accelerator.dataloader_config
         dispatch = loading.dispatch_batches
-        if isinstance(given, PackingCollator) or getattr(self.args, "packing", False):
+        if self._packs():
             shifted, first_position = self._how_to_pack()
             if isinstance(given, (PackingCollator, PaddingCollator)):
                 collator = copy.copy(given)
@@ -540,6 +556,7 @@ class Trainer(transformers.Trainer):
         Raises:
             NoCheckpointError: nothing to resume from.
             RunLockedError: another run writes to the output folder.
+            PackingError: the model cannot be trained on packed documents.
             TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
             NonFiniteLossError: the loss became NaN or infinite.
             CheckpointError: a checkpoint could not be written, or could not have been, which is
@@ -557,6 +574,7 @@ class Trainer(transformers.Trainer):
                         raise
                     # Only a signal would have something saved; then the folder is named again.
             self.check_saving()
+            self.check_packing()
             self.accelerator.wait_for_everyone()
             folder: Path | None = None
             if resume_from_checkpoint:

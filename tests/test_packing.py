@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import bigkernel
+from bigkernel import recipes
 from bigkernel.data import PackedDataset, PackingCollator, PaddingCollator, build_tokenizer
 from bigkernel.integrations import native
 from bigkernel.integrations.packing import Packing, PackingError, packing_of
@@ -574,6 +575,20 @@ def test_trainers_that_cannot_pack_say_so_before_the_first_step(tmp_path):
     bad = [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}] * 8
     with pytest.raises(ValueError, match="hides tokens between others"):
         trained(tmp_path / "run", "llama", bad, packing=True)
+
+
+def test_train_text_refuses_a_model_that_would_leak_and_leaves_the_folder(tmp_path):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("some words of a text. " * 40)
+    options = {"data": text, "out": run, "quiet": True, "max_steps": 1, "max_length": 16}
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    recipes.train_text(**options, model=shape)
+    kept = sorted(run.iterdir())
+    build("bloom").save_pretrained(tmp_path / "bloom")
+    with pytest.raises(PackingError, match=r"^BloomForCausalLM cannot be trained on packed"):
+        recipes.train_text(**options, init_from=tmp_path / "bloom", tokenizer="bytes", force=True)
+    assert sorted(run.iterdir()) == kept
 
 
 def test_padding_grouped_by_length(tmp_path):
