@@ -15,6 +15,7 @@ import torch
 import transformers
 from families import VOCAB, build, tokens
 from test_patch import with_exact_norms
+from test_trainer import on_two_ranks
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -532,6 +533,40 @@ def test_streams_and_workers(tmp_path, workers):
         made.train()
         made.evaluate()
     assert_same_run(*runs)
+
+
+RANKS = """
+import sys
+import test_packing
+from test_packing import PaddingCollator, arguments, build, many
+
+for data in (many(), test_packing.Stream()):
+    runs = [
+        test_packing.Trainer(
+            build("llama"),
+            arguments(
+                sys.argv[1],
+                packing=packing,
+                eval_strategy="steps",
+                eval_steps=2,
+                # Dealt out by one rank, padded batches would have to be of one length.
+                accelerator_config=None if packing else {"dispatch_batches": False},
+            ),
+            None if packing else PaddingCollator(),
+            data,
+            eval_dataset=many(6),
+        )
+        for packing in (True, False)
+    ]
+    for made in runs:
+        made.train()
+    test_packing.assert_same_run(*runs)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_packed_as_padded(tmp_path):
+    on_two_ranks(tmp_path, RANKS, tmp_path)
 
 
 def test_a_users_packing_collator_is_told_how_the_model_is_packed(tmp_path):
