@@ -645,7 +645,6 @@ def test_padding_grouped_by_length(tmp_path):
     ("name", "backend"),
     [
         ("llama", "eager"),
-        ("bert", "eager"),
         *(pytest.param(n, "aot_eager", marks=pytest.mark.slow) for n in ("llama", "bert", "gpt2")),
     ],
 )
