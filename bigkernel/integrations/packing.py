@@ -41,7 +41,8 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
     """Try a model out, in evaluation mode, on three short documents of random tokens.
 
     Args:
-        model: a model of transformers, or one with its ``get_input_embeddings``.
+        model: any module; without transformers' ``get_input_embeddings``, its first
+            `torch.nn.Embedding` counts.
         loss: the loss of a batch, as a training step computes it; called with the model in
             evaluation mode.
 
@@ -51,13 +52,11 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(model, "an encoder and a decoder read a sequence each, and packing lays one")
-    try:
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        vocabulary = int(embedding.weight.shape[0])
-    except (AttributeError, NotImplementedError, IndexError):
-        raise _refused(model, "it has no get_input_embeddings() to try it out with") from None
+    embedding = _embedding(model)
+    if embedding is None:
+        raise _refused(model, "it has no embedding of tokens")
     probe = _Probe(embedding, loss)
-    device = embedding.weight.device
+    device, vocabulary = embedding.weight.device, int(embedding.weight.shape[0])
     starts, room = _starts(config)
     before, length, after = (min(n, room) for n in _LENGTHS)
     here = slice(before, before + length)
@@ -102,6 +101,16 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
     if not errors[first] <= torch.finfo(expected.dtype).eps ** 0.5:
         raise _refused(model, "the positions of packed documents would not be those of each alone")
     return Packing(shifted, first)
+
+
+def _embedding(model: nn.Module) -> Any:
+    try:
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(found.weight, Tensor):
+            return found
+    except (AttributeError, NotImplementedError):
+        pass
+    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
 def _refused(model: nn.Module, why: str, hint: str = "") -> PackingError:
