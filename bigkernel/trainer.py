@@ -11,6 +11,7 @@ not finite stops the run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -43,8 +44,10 @@ with needs("train", "bigkernel.Trainer"):
 from bigkernel import checkpoint, precision
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
+from bigkernel.data.collators import PackingCollator, PaddingCollator
 from bigkernel.expect import Expect
 from bigkernel.integrations import contract, heads
+from bigkernel.integrations.packing import Packing, PackingError, packing_of
 from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
@@ -81,6 +84,12 @@ class TrainingArguments(transformers.TrainingArguments):
     may have ``muon_lr``, ``momentum``, ``nesterov``, ``ns_steps``, ``ns_dtype`` and
     ``adjust_lr_fn``, as in ``"muon_lr=0.02,momentum=0.9"``; ``adam_beta1``, ``adam_beta2`` and
     ``adam_epsilon`` are AdamW's.
+
+    ``packing=True`` lays the documents of each batch end to end
+    (:class:`bigkernel.data.PackingCollator`): the same steps on the same examples with the same
+    losses as padded, without computing the padding. Examples are lists of tokens, or what the data
+    collator makes batches [B, L] of. Evaluations that return outputs, and predictions, are padded.
+    Models that do not keep packed documents apart are refused before the first step.
     """
 
     # Not "bool | None": for that, HfArgumentParser no longer takes "--bf16" without a value.
@@ -116,6 +125,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True,
         metadata={
             "help": "On Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save a checkpoint."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the documents of a batch end to end, without padding and without letting "
+            "them see each other."
         },
     )
     announce: bool = field(
@@ -222,8 +238,12 @@ class Trainer(transformers.Trainer):
         self._clipping_paused: tuple[Adam, float | None] | None = None
         self._steps_in_bf16 = False
         self._steps_were_in_bf16: bool | None = None
+        self._packing: Packing | None = None
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
+        given = positional[0] if positional else keywords.get("data_collator")
+        if given is None and getattr(args, "packing", False):
+            self.data_collator = PaddingCollator(self._pad_token_id())
 
     # What is replaced
 
@@ -343,6 +363,96 @@ class Trainer(transformers.Trainer):
             optimizer, limit = self._clipping_paused
             optimizer.max_grad_norm, self._clipping_paused = limit, None
 
+    # Packed documents
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers', packed with ``packing=True``."""
+        with self._collating(packed=True):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As transformers', packed with ``packing=True`` where the loss alone is wanted."""
+        loss_alone = self.compute_metrics is None or self.args.prediction_loss_only
+        with self._collating(packed=loss_alone):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As transformers'; never packed, as predictions belong to examples."""
+        with self._collating(packed=False):
+            return super().get_test_dataloader(test_dataset)
+
+    def check_packing(self) -> None:
+        """Where batches are packed, try out whether the model keeps their documents apart.
+
+        `train` does so before the first step.
+
+        Raises:
+            PackingError: it does not; the message names it.
+        """
+        self._packing = None  # of a model that may be another now
+        if self._packs():
+            self._how_to_pack()
+
+    def _packs(self) -> bool:
+        packing = getattr(self.args, "packing", False)
+        return packing or isinstance(self.data_collator, PackingCollator)
+
+    @contextlib.contextmanager
+    def _collating(self, packed: bool) -> Iterator[None]:
+        """Inside, the data collator is that of packed batches, or of padded ones beside them."""
+        given: Any = self.data_collator
+        collator = given
+        loading: Any = self.accelerator.dataloader_config
+        dispatch = loading.dispatch_batches
+        if self._packs():
+            shifted, first_position = self._how_to_pack()
+            if isinstance(given, (PackingCollator, PaddingCollator)):
+                collator = copy.copy(given)
+                collator.shifted = shifted
+            if packed and isinstance(given, PaddingCollator):
+                collator = PackingCollator(shifted=shifted)
+            elif packed and not isinstance(given, PackingCollator):
+                collator = PackingCollator(collator=given, shifted=shifted)
+            if isinstance(collator, PackingCollator):
+                collator.first_position = first_position
+                if dispatch:
+                    raise PackingError(
+                        "dispatch_batches=True cuts batches into rows for the processes, and a "
+                        "packed batch is one row. Use dispatch_batches=False."
+                    )
+                loading.dispatch_batches = False  # left open, it is True for streams
+        self.data_collator = collator
+        try:
+            yield
+        finally:
+            self.data_collator, loading.dispatch_batches = given, dispatch
+
+    def _how_to_pack(self) -> Packing:
+        """How documents are packed for the model; PackingError where that cannot be."""
+        if self._packing is None:
+            parallel = getattr(self.accelerator, "parallelism_config", None)
+            if self.args.n_gpu > 1:
+                raise PackingError(
+                    "packed batches are one row, and torch.nn.DataParallel deals out rows to "
+                    f"{self.args.n_gpu} GPUs. Start one process a GPU (torchrun), or show one GPU."
+                )
+            if max(getattr(parallel, "cp_size", 1), getattr(parallel, "sp_size", 1)) > 1:
+                raise PackingError(
+                    "context and sequence parallelism cut sequences into pieces, and the offsets "
+                    "of packed documents would not be those of a piece. Train without packing."
+                )
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            with same_random_numbers_after():
+                self._packing = packing_of(model, lambda batch: self.compute_loss(model, batch))
+            # By which transformers counts the labels of a step; of GPT-2 it does not know.
+            self._loss_shifts_labels = self._packing.shifted
+        return self._packing
+
+    def _pad_token_id(self) -> int:
+        sources: Any = (self.processing_class, getattr(self._module(), "config", None))
+        ids = (getattr(source, "pad_token_id", None) for source in sources)
+        return next((n for n in ids if isinstance(n, int) and n >= 0), 0)
+
     # Images
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -439,6 +549,11 @@ class Trainer(transformers.Trainer):
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the parameters have not been touched.
         """
+        if getattr(self.args, "packing", False) and "cu_seq_lens_q" not in inputs:
+            raise PackingError(
+                f"packing=True, and a training batch is not packed: {type(self).__name__} makes "
+                "its own. Use bigkernel.data.PackingCollator there, or packing=False."
+            )
         self._in_training_step = True
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -539,6 +654,7 @@ class Trainer(transformers.Trainer):
         Raises:
             NoCheckpointError: nothing to resume from.
             RunLockedError: another run writes to the output folder.
+            PackingError: the model cannot be trained on packed documents.
             TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
             NonFiniteLossError: the loss became NaN or infinite.
             CheckpointError: a checkpoint could not be written, or could not have been, which is
@@ -556,6 +672,7 @@ class Trainer(transformers.Trainer):
                         raise
                     # Only a signal would have something saved; then the folder is named again.
             self.check_saving()
+            self.check_packing()
             self.accelerator.wait_for_everyone()
             folder: Path | None = None
             if resume_from_checkpoint:

@@ -4,8 +4,10 @@ Both train the model of `bigkernel train text|images --preset demo` on the same 
 clipping and learning rate; transformers' with torch's SDPA and its own choice of AdamW. Images are
 augmented by the demo's recipe: ours on the batch, for transformers by torchvision v2, image by
 image in the collator. A LLaMA of 16.9M parameters is trained on random tokens, 4 x 512, in the
-precision that each Trainer takes by itself, in float32 and in bfloat16 (autocast). A run is some
-steps of training, timed from the end of the first ones on.
+precision that each Trainer takes by itself, in float32 and in bfloat16 (autocast). It is also
+trained, in float32, on documents of 64 to 512 tokens: packed by our Trainer, padded by it and by
+transformers'; the tokens of the documents count, those of the padding do not. A run is some steps
+of training, timed from the end of the first ones on.
 """
 
 import contextlib
@@ -25,9 +27,10 @@ import transformers
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from bigkernel import precision
+from bigkernel import _library, precision
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.measure import Run
+from bigkernel.data import PaddingCollator
 from bigkernel.recipes import images, models, presets, text
 from bigkernel.recipes.errors import quietly
 from bigkernel.recipes.settings import ImageSettings, TextSettings, gather
@@ -35,8 +38,10 @@ from bigkernel.recipes.training import Task
 from bigkernel.trainer import Trainer, TrainingArguments
 
 THEIRS = "transformers Trainer"
+PADDED = "bigkernel, padded"
 WARM, STEPS = 3, 15
 LLAMA_STEPS, ROWS, LENGTH = 4, 4, 512
+DOCUMENTS, SHORTEST = 8, 64  # in a batch; tokens
 
 
 def cases(small: bool = False) -> list[Case]:
@@ -72,23 +77,49 @@ def cases(small: bool = False) -> list[Case]:
     for name, options, bar in precisions:
         build = partial(build_llama, options, rows, length, small)
         table.append((f"LLaMA 16.9M, {name}", build, "tokens/s", rows * length, llama, bar))
+    count, shortest = (2, 4) if small else (DOCUMENTS, SHORTEST)
+    lengths = _lengths(count * (WARM + llama), shortest, length)
+    wide = _library.native is not None and _library.native.cpu_isa().startswith(("avx512", "amx"))
+    packed = Case(
+        "train",
+        f"LLaMA 16.9M, float32, documents of {shortest} to {length} tokens, packed",
+        (OURS, REFERENCE, PADDED, THEIRS),
+        partial(build_packed, lengths, count, small, llama),
+        (Bar(2.2 if wide else 2.0, THEIRS),),
+        "tokens/s",
+        sum(lengths[count * WARM :]),
+    )
     return [
-        Case(
-            "train",
-            name,
-            (OURS, REFERENCE, THEIRS),
-            partial(build, steps),
-            (Bar(bar, THEIRS),),
-            unit,
-            items * steps,
-        )
-        for name, build, unit, items, steps, bar in table
+        *(
+            Case(
+                "train",
+                name,
+                (OURS, REFERENCE, THEIRS),
+                partial(build, steps),
+                (Bar(bar, THEIRS),),
+                unit,
+                items * steps,
+            )
+            for name, build, unit, items, steps, bar in table
+        ),
+        packed,
     ]
+
+
+def _lengths(count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths of documents, as many from 64 to 128 as from 256 to 512: text has a long tail."""
+    draw = torch.Generator().manual_seed(0)
+    places = torch.rand(count, generator=draw, dtype=torch.float64)
+    drawn: list[int] = (shortest * (longest / shortest) ** places).round().long().tolist()
+    return drawn
 
 
 @dataclass
 class _Training:
-    """What both Trainers are given. ``their_collate``: theirs, where it is another."""
+    """What both Trainers are given.
+
+    their_collate: theirs, where it is another. packing: ours packs, and pads with theirs beside.
+    """
 
     model: Any
     data: Any
@@ -96,6 +127,7 @@ class _Training:
     collate: Callable[..., Any] | None = None
     their_collate: Callable[..., Any] | None = None
     ours: dict[str, Any] = field(default_factory=dict)
+    packing: bool = False
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
@@ -125,6 +157,31 @@ def build_text(steps: int) -> Ready:
 
 def build_llama(options: dict[str, Any], rows: int, length: int, small: bool, steps: int) -> Ready:
     """A LLaMA of 16.9M parameters, or a `small` one, over random tokens."""
+    model = _llama(small)
+    draw = torch.Generator().manual_seed(0)
+    size = rows * (WARM + steps), length
+    tokens = torch.randint(0, model.config.vocab_size, size, generator=draw)
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    options = {**options, "per_device_train_batch_size": rows}
+    return _ready(_Training(model, data, options), steps, {}, op="attention", alike=True)
+
+
+def build_packed(lengths: list[int], count: int, small: bool, steps: int) -> Ready:
+    """The same model over random documents of these lengths, so many in a batch."""
+    model = _llama(small)
+    draw = torch.Generator().manual_seed(0)
+    size = model.config.vocab_size
+    data = [{"input_ids": torch.randint(0, size, (n,), generator=draw)} for n in lengths]
+    options = {
+        "bf16": False,
+        "per_device_train_batch_size": count,
+        "train_sampling_strategy": "sequential",
+    }
+    training = _Training(model, data, options, None, PaddingCollator(), packing=True)
+    return _ready(training, steps, {}, op="attention", alike=True)
+
+
+def _llama(small: bool) -> Any:
     width, layers = (64, 1) if small else (384, 6)
     config = transformers.LlamaConfig(
         vocab_size=256 if small else 8192,
@@ -135,11 +192,7 @@ def build_llama(options: dict[str, Any], rows: int, length: int, small: bool, st
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
-        tokens = torch.randint(0, config.vocab_size, (rows * (WARM + steps), length))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    options = {**options, "per_device_train_batch_size": rows}
-    return _ready(_Training(model, data, options), steps, {}, op="attention", alike=True)
+        return transformers.LlamaForCausalLM(config)
 
 
 def build_images(steps: int) -> Ready:
@@ -190,13 +243,14 @@ def _ready(
         own = {"output_dir": folder, "max_steps": WARM + steps}
         return {**_ARGUMENTS, **training.options, **own}
 
-    def ours(name: str) -> float:
+    def ours(name: str, packing: bool = training.packing) -> float:
+        padded = training.packing and not packing
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 model=copy.deepcopy(training.model),
-                args=TrainingArguments(**arguments(folder), announce=False),
+                args=TrainingArguments(**arguments(folder), announce=False, packing=packing),
                 train_dataset=training.data,
-                data_collator=training.collate,
+                data_collator=training.their_collate if padded else training.collate,
                 **training.ours,
             )
             return _timed(name, trainer)
@@ -224,13 +278,15 @@ def _ready(
         OURS: partial(ours, OURS),
         REFERENCE: on_torch(partial(ours, REFERENCE)),
     }
+    if training.packing:
+        runs[PADDED] = partial(ours, PADDED, packing=False)
     if THEIRS not in skipped:
         runs[THEIRS] = theirs
 
     def check(runs: dict[str, Run]) -> str:
         for run in runs.values():
             run()
-        compared = [REFERENCE, THEIRS] if alike else [REFERENCE]
+        compared = [name for name in runs if name != OURS] if alike else [REFERENCE]
         for name in compared:
             for mine, other in zip(losses[OURS], losses[name], strict=True):
                 assert abs(mine - other) < 2e-3 * abs(other), f"loss {mine} beside {name}'s {other}"

@@ -3,6 +3,7 @@
 from bigkernel.extras import needs
 
 with needs("train", "bigkernel.data"):
+    from bigkernel.data.collators import PackingCollator, PaddingCollator
     from bigkernel.data.corpus import Corpus, load_corpus, split_corpus
     from bigkernel.data.errors import DataError
     from bigkernel.data.images import (
@@ -12,7 +13,7 @@ with needs("train", "bigkernel.data"):
         load_digits,
         load_image_folder,
     )
-    from bigkernel.data.text import PackedDataset, PackingCollator, TextDataset, cu_seqlens, unpack
+    from bigkernel.data.text import PackedDataset, TextDataset, cu_seqlens, unpack
     from bigkernel.data.tokenizer import build_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ImageDataset",
     "PackedDataset",
     "PackingCollator",
+    "PaddingCollator",
     "TextDataset",
     "build_tokenizer",
     "collate_images",

@@ -6,7 +6,6 @@ import operator
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,46 +152,6 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return self._rows[index]
 
 
-class PackingCollator:
-    """Lays the rows of a batch end to end as one sequence that knows where its documents are.
-
-    Takes items with ``input_ids``, ``position_ids`` and ``labels`` (any lengths); gives those three
-    as [1, T] and, for attention that reads them, ``cu_seq_lens_q``/``cu_seq_lens_k`` (int32
-    [documents + 1], the offsets of the documents) and ``max_length_q``/``max_length_k``. There is
-    no attention mask: with one, transformers would not see the packing.
-
-    Args:
-        max_length: the constant that ``max_length_q`` is set to, an upper bound of the length of
-            any document in a row. Without it, the longest of each batch, which changes from batch
-            to batch and makes torch.compile compile again.
-    """
-
-    def __init__(self, max_length: int | None = None) -> None:
-        self.max_length = max_length
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if not rows:
-            raise ValueError("cannot pack a batch of no rows.")
-        batch: dict[str, Any] = {
-            name: torch.cat([_as_tensor(row[name]) for row in rows])[None]
-            for name in ("input_ids", "position_ids", "labels")
-        }
-        # Row by row: what one row's positions look like says nothing about another's.
-        pieces = [document_starts(_as_tensor(row["position_ids"])[None])[0] for row in rows]
-        offsets = offsets_of_documents(torch.cat(pieces).cumsum(0)[None])
-        longest = int(offsets.diff().max())
-        if self.max_length is not None:
-            if longest > self.max_length:
-                raise ValueError(
-                    f"a document of {longest} tokens is longer than max_length={self.max_length}."
-                )
-            longest = self.max_length
-        for side in ("q", "k"):
-            batch[f"cu_seq_lens_{side}"] = offsets
-            batch[f"max_length_{side}"] = longest
-        return batch
-
-
 def cu_seqlens(position_ids: Tensor) -> Tensor:
     """Offsets of the documents in packed rows: int32 [documents + 1], from 0 to the token count.
 
@@ -246,10 +205,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, eos: int | None) -> T
 
 def _int64(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _as_tensor(row: Any) -> Tensor:
-    return row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu")
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:

@@ -106,7 +106,9 @@ def train(
         trainer.remove_callback(shown_by_us)
     if resume is None:
         config = dump(settings, task.command, record)
-        trainer.check_saving()  # while there is still the run that this one replaces
+        # While there is still the run that this one replaces.
+        trainer.check_saving()
+        trainer.check_packing()
         run_folder.clear(run)
         run_folder.write_text(run / run_folder.CONFIG, config)
     try:
