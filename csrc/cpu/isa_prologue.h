@@ -8,7 +8,8 @@
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
-// GCC 12 writes "any value" in its own AVX-512 headers as a variable that is initialized with itself.
+// GCC 12 writes "any value" in its own AVX-512 headers as a variable that is initialized with
+// itself.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
