@@ -246,6 +246,34 @@ def test_a_header_stands_alone(compile_commands, header):
     assert done.returncode == 0, done.stderr
 
 
+@needs_ninja
+@pytest.mark.parametrize(
+    ("signature", "fits"),
+    [
+        ("std::tuple<Tensor, Tensor> run(std::vector<Tensor> x, double scale, int64_t n)", True),
+        ("Tensor run(const Tensor& x, float scale)", False),
+        ("Tensor run(const Tensor& x, std::optional<int> n)", False),
+        ("std::tuple<Tensor, float> run(const Tensor& x)", False),
+    ],
+)
+def test_a_kernel_of_other_types_than_a_schemas_does_not_compile(
+    compile_commands, tmp_path, signature, fits
+):
+    """Torch would read a float of the schema, a double, as the lower half of its bits."""
+    source = tmp_path / "run.h"
+    source.write_text(
+        '#include "common/box.h"\nusing torch::stable::Tensor;\n'
+        f"{signature};\nauto* boxed = BK_BOX(run);\n"
+    )
+    box = "csrc/common/box.h"
+    command = compile_commands[box]["arguments"]
+    given = [str(source) if word.endswith(box) else word for word in command]
+    assert given != command
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == fits, done.stderr
+    assert fits or "static assertion failed: what a schema calls" in done.stderr
+
+
 def test_contradicting_switches_are_refused():
     done = setup_py("--name", BIGKERNEL_CUDA="1", BIGKERNEL_NATIVE="0")
     assert done.returncode != 0

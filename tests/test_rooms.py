@@ -67,6 +67,13 @@ def test_kernels_include_no_torch_header(pattern):
         assert "#include <torch" not in path.read_text(), f"{path} includes a torch header"
 
 
+def test_arguments_are_read_by_their_types_in_the_schema():
+    """BK_BOX refuses other types while it compiles; torch's own macro reads a float as garbage."""
+    bindings = [path for path in ROOT.glob("csrc/*/*.cpp") if "m.impl(" in path.read_text()]
+    assert len(bindings) > 5
+    assert not [str(path) for path in bindings if "TORCH_BOX(" in path.read_text()]
+
+
 def test_kernels_are_named_by_their_generation():
     sources = [path for op in OPS for path in ROOT.glob(f"csrc/{op.noun}/*")]
     kernels = [path.name for path in sources if "__global__" in path.read_text()]

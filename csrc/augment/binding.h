@@ -7,6 +7,7 @@
 
 #include "augment/augment.h"
 #include "augment/tables.h"
+#include "common/box.h"
 #include "common/checks.h"
 #include "cpu/results.h"
 

@@ -144,6 +144,4 @@ Tensor augment_cpu(std::vector<Tensor> images, Tensor geometry, Tensor color, Te
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("augment", TORCH_BOX(&bigkernel::augment_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) { m.impl("augment", BK_BOX(bigkernel::augment_cpu)); }

@@ -49,5 +49,5 @@ Tensor augment_cuda(std::vector<Tensor> images, Tensor geometry, Tensor color, T
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
-  m.impl("augment", TORCH_BOX(&bigkernel::augment_cuda));
+  m.impl("augment", BK_BOX(bigkernel::augment_cuda));
 }

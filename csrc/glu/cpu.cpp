@@ -2,6 +2,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "glu/glu.h"
@@ -85,6 +86,6 @@ std::tuple<Tensor, Tensor> glu_bwd_cpu(const Tensor& dy, const Tensor& gate,
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("glu_fwd", TORCH_BOX(&bigkernel::glu_fwd_cpu));
-  m.impl("glu_bwd", TORCH_BOX(&bigkernel::glu_bwd_cpu));
+  m.impl("glu_fwd", BK_BOX(bigkernel::glu_fwd_cpu));
+  m.impl("glu_bwd", BK_BOX(bigkernel::glu_bwd_cpu));
 }

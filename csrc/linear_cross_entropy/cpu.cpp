@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "cross_entropy/cross_entropy.h"
@@ -438,6 +439,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd_cpu(
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("linear_cross_entropy_fwd", TORCH_BOX(&bigkernel::linear_cross_entropy_fwd_cpu));
-  m.impl("linear_cross_entropy_bwd", TORCH_BOX(&bigkernel::linear_cross_entropy_bwd_cpu));
+  m.impl("linear_cross_entropy_fwd", BK_BOX(bigkernel::linear_cross_entropy_fwd_cpu));
+  m.impl("linear_cross_entropy_bwd", BK_BOX(bigkernel::linear_cross_entropy_bwd_cpu));
 }

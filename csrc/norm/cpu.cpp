@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "norm/norm.h"
@@ -160,6 +161,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd_cpu(const Tensor& dy, const Optional
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("norm_fwd", TORCH_BOX(&bigkernel::norm_fwd_cpu));
-  m.impl("norm_bwd", TORCH_BOX(&bigkernel::norm_bwd_cpu));
+  m.impl("norm_fwd", BK_BOX(bigkernel::norm_fwd_cpu));
+  m.impl("norm_bwd", BK_BOX(bigkernel::norm_bwd_cpu));
 }

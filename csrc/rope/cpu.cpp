@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "rope/rope.h"
@@ -111,6 +112,6 @@ void rope_inplace_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, boo
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("rope_fwd", TORCH_BOX(&bigkernel::rope_fwd_cpu));
-  m.impl("rope_", TORCH_BOX(&bigkernel::rope_inplace_cpu));
+  m.impl("rope_fwd", BK_BOX(bigkernel::rope_fwd_cpu));
+  m.impl("rope_", BK_BOX(bigkernel::rope_inplace_cpu));
 }

@@ -1,6 +1,7 @@
 // CPU binding of scale_add: checks, memory of the result, threads.
 #include "scale_add/scale_add.h"
 
+#include "common/box.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 
@@ -26,5 +27,5 @@ Tensor scale_add_cpu(const Tensor& x, const Tensor& y, double scale) {
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("scale_add", TORCH_BOX(&bigkernel::scale_add_cpu));
+  m.impl("scale_add", BK_BOX(bigkernel::scale_add_cpu));
 }
