@@ -83,6 +83,11 @@ def _why_no_kernel(op: str, device_type: str) -> str:
         return str(_library.native_error)
     if device_type == "cuda" and _library.native.build_info()["cuda"] is None:
         return "this build has no CUDA kernels"
+    if device_type in registry.LEVELS:  # the op has it: its source is newer than the module
+        return (
+            f"the native module was built without the {device_type} kernel of {op}; "
+            "`make build` builds it anew"
+        )
     return f"there is no native kernel of {op} for device type {device_type!r}"
 
 

@@ -117,6 +117,15 @@ def test_explain_knows_the_widest_head_dim():
     assert text.startswith("attention: torch, because head dim 300 is above")
 
 
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+def test_explain_says_that_the_native_module_is_older_than_an_op(monkeypatch):
+    monkeypatch.setitem(_library.kernels, ("glu_fwd", "cpu"), False)
+    text = bigkernel.explain("glu", torch.ones(2, 4))
+    assert "built without the cpu kernel of glu_fwd; `make build`" in text
+    with pytest.warns(backend.FallbackWarning, match="make build"):
+        bigkernel.ops.glu(torch.ones(2, 4))
+
+
 @pytest.mark.skipif("amx" not in bigkernel.cpu_isas(), reason="no AMX")
 def test_amx_is_avx512_where_it_has_no_products():
     """Hence tests/conftest.py runs under AMX only what multiplies bf16 in attention."""

@@ -1,6 +1,7 @@
 """Every op has the rooms that it says it has, every feature its test: what lacks one fails here."""
 
 import fnmatch
+import itertools
 import re
 from pathlib import Path
 
@@ -46,10 +47,14 @@ def test_op_has_every_room(op):
 def test_native_kernels_are_where_the_op_says(op):
     if _library.native is None:
         pytest.skip("the native module is not built")
-    for function in op.functions:
-        assert _library.kernels[function.name, "cpu"] == ("cpu" not in op.absent)
-        if _library.native.build_info()["cuda"] is not None:
-            assert _library.kernels[function.name, "cuda"] == ("cuda" not in op.absent)
+    levels = ["cpu"] if _library.native.build_info()["cuda"] is None else ["cpu", "cuda"]
+    for level, function in itertools.product(levels, op.functions):
+        built = _library.kernels[function.name, level]
+        assert built == (level not in op.absent), (
+            f"op {op.noun} says that it has {'no' if built else 'a'} {level} kernel, and the "
+            f"native module has {'one' if built else 'none'} of {function.name}. Is it built anew "
+            f"(make build), and does csrc/{op.noun}/{level}.cpp name it in m.impl?"
+        )
 
 
 def test_no_op_outside_the_list():
