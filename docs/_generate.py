@@ -1,5 +1,7 @@
 """Writes docs/_generated/*.md: the tables that the code and the record know better than a page."""
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import _record
 import typer
 
-import bigkernel.ops  # noqa: F401 - registers the ops
+import bigkernel.ops
 from bigkernel import environment, registry
 from bigkernel.cli.app import app
 from bigkernel.recipes.presets import (
@@ -44,6 +46,20 @@ def support_page() -> str:
         rows.append([op.noun, kernels, f"{takes}{'<br>' if op.limits else ''}{op.limits}"])
     titles = "".join(f"- **{op.noun}**: {op.title}\n" for op in registry.every())
     return f"{table(['op', 'kernels', 'they take'], rows)}\n{titles}"
+
+
+def ops_page() -> str:
+    """The public names of each op, as its folder has them."""
+    lines = []
+    for folder in pkgutil.iter_modules(bigkernel.ops.__path__):
+        names = importlib.import_module(f"bigkernel.ops.{folder.name}").__all__
+        title = registry.find(folder.name).title
+        lines += [f"## {title[0].upper()}{title[1:]}\n", "```{eval-rst}"]
+        for name in names:
+            kind = "autoclass" if isinstance(getattr(bigkernel.ops, name), type) else "autofunction"
+            lines.append(f".. {kind}:: bigkernel.ops.{name}\n")
+        lines.append("```\n")
+    return "\n".join(lines)
 
 
 def environment_page() -> str:
@@ -135,6 +151,7 @@ def presets_page() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "support": support_page,
+    "ops": ops_page,
     "environment": environment_page,
     "commands": commands_page,
     "presets": presets_page,

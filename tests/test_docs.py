@@ -12,6 +12,7 @@ import _svg
 import pytest
 import torch
 
+import bigkernel
 from bigkernel.optim import AdamW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +150,8 @@ def test_generated_tables_hold_every_op_option_and_variable():
     pages = {name: make() for name, make in _generate.PAGES.items()}
     for op in _generate.registry.every():
         assert f"| {op.noun} |" in pages["support"]
+    for name in bigkernel.ops.__all__:
+        assert f":: bigkernel.ops.{name}\n" in pages["ops"]
     for variable in _generate.environment.VARIABLES:
         assert f"`{variable.name}`" in pages["environment"]
     for name, command in _generate.commands():
