@@ -194,6 +194,18 @@ def test_a_transform_of_steps_is_folded_with_its_neighbours() -> None:
         pytest.param(lambda i: steps.Crop(i.active, 0.5, 0, 4, 4), "whole numbers", id="half"),
         pytest.param(lambda i: steps.Color(i.active, [[9]] * 6, [[1.0]] * 6), "codes", id="code"),
         pytest.param(lambda i: steps.Color(i.active, [[1]] * 6, [[1, 2]] * 6), "factors", id="k"),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[1]] * 6, [[0.5]] * 5 + [[np.nan]]),
+            "0 or more",
+            id="nan-factor",
+        ),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[2]] * 6, [[-0.1]] * 6), "got -0.1", id="dark"
+        ),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[3]] * 6, [[np.inf]] * 6), "finite", id="inf"
+        ),
+        pytest.param(lambda i: steps.Color(i.active, [[4]] * 6, [[0.6]] * 6), "HUE", id="hue"),
         pytest.param(lambda i: steps.Normalize(i.active, 0.5, 0.0), "without a zero", id="std"),
         pytest.param(lambda i: steps.Flip(~i.active, True), "Start from images.active", id="out"),
         pytest.param(lambda i: steps.Flip(i.active[:2], True), r"\[6\] booleans", id="few"),
@@ -223,6 +235,85 @@ def test_bad_draws(returned: Any, words: str) -> None:
         Wrong()(images())
 
 
+def test_factors_that_say_nothing_are_not_looked_at() -> None:
+    def color(images: bk.ImageInfo) -> steps.Color:
+        active = images.active & (np.arange(6) < 3)
+        factors = np.where(active, 1.0, np.nan)[:, None] * [1, np.nan, np.nan, 0.5]
+        return steps.Color(active, [[steps.BRIGHTNESS, 0, steps.GREYSCALE, steps.HUE]] * 6, factors)
+
+    given = images()
+    result = one_step(color)(given)
+    assert torch.equal(result[3:], given[3:])
+    assert not torch.equal(result[:3], given[:3])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: torch.rand(()), np.random.rand, random.random],
+    ids=["torch", "numpy", "python"],
+)
+def test_draw_takes_its_numbers_from_u_alone(other: Any) -> None:
+    class Draws(Shift):
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            return super().draw(u * float(other()), images)
+
+    chain = bk.Compose([FLIP, Draws()])
+    for call in (
+        lambda: chain(images(), seeded(), range(6)),
+        lambda: chain.sample([(17, 22)], seeded(), [0]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"Draws: what its draw returns must be a function of u"
+        ):
+            call()
+
+
+def test_what_a_transform_changes_in_place_is_its_own() -> None:
+    class Turn(bk.Transform):
+        blocks = 1
+
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            active, height = images.active, images.height
+            active &= u[0, :, 0] < 0.5
+            height //= 2
+            u[:] = 0
+            return bk.Params(active), [steps.Flip(active, False)]
+
+    class Brighten(Noise):
+        def transform(self, images: Tensor, u: Tensor) -> Tensor:
+            return super().transform(images, u.mul_(0.5))
+
+        def sizes(self, height: Any, width: Any) -> Any:
+            after = height.copy(), width.copy()
+            height //= 2
+            return after
+
+    class Grainy(Brighten):  # which is called a second time
+        def transform(self, images: Tensor, u: Tensor) -> Tensor:
+            return super().transform(images, u) + 0 * torch.rand(())
+
+    given = images() / 255
+    turned = Turn()(given, seeded(), range(6))
+    assert not torch.equal(turned, given)
+    mirrored = bk.Compose([Turn(), bk.RandomHorizontalFlip(1.0), bk.CenterCrop(17)])
+    expected = turned.flip(-1)[..., 2:19]  # 2.5 pixels, rounded to even
+    assert torch.equal(mirrored(given, seeded(), range(6)), expected)
+    plain, twice = (t(given, seeded(), range(6)) for t in (Brighten(), Grainy()))
+    assert torch.equal(plain, twice)
+    assert torch.equal(plain, Noise(0.25)(given, seeded(), range(6)))
+
+
+def test_a_function_may_return_the_same_memory_in_every_call() -> None:
+    kept = torch.zeros(6, 3, 17, 22)
+
+    def into_kept(x: Tensor) -> Tensor:
+        return torch.add(x, torch.rand(()), out=kept[: len(x)])
+
+    chain, given = bk.Compose([into_kept]), images() / 255
+    alone = [chain(image, seeded(), i) for i, image in enumerate(given)]
+    assert torch.equal(chain(given, seeded(), range(6)), torch.stack(alone))
+
+
 def test_subclasses_say_one_thing() -> None:
     with pytest.raises(TypeError, match="one that has both"):
 
@@ -238,6 +329,10 @@ def test_subclasses_say_one_thing() -> None:
 
             def transform(self, images: Any, params: Any) -> Any:
                 return images
+
+    for method in ("forward", "__call__"):
+        with pytest.raises(TypeError, match=f"one with a {method} of its own"):
+            type("Calls", (Noise,), {method: lambda self, images: images})
 
     class Nothing(bk.Transform):
         pass
@@ -553,7 +648,8 @@ def test_sizes_are_checked_against_what_is_said() -> None:
         def transform(self, images: Tensor, u: Tensor) -> Tensor:
             return images.repeat_interleave(2, -1)
 
-    with pytest.raises(ValueError, match=r"of the size that its sizes.*Define sizes in Enlarge"):
+    said = r"its sizes\(height, width\) says, \(17, 22\) for image 0, got \(17, 44\)\. Define"
+    with pytest.raises(ValueError, match=said):
         Enlarge()(images())
 
     class Said(Enlarge):
@@ -564,6 +660,25 @@ def test_sizes_are_checked_against_what_is_said() -> None:
     applied, _, crop = chain.sample([(17, 22)] * 99, seeded(), range(99))
     assert crop.left[~applied.active].max() <= 18 < crop.left[applied.active].max()
     assert chain(images(), seeded(), range(6)).shape == (6, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(lambda h, w: w, id="one"),
+        pytest.param(lambda h, w: 17, id="number"),
+        pytest.param(lambda h, w: (h, w + 0.5), id="half"),
+        pytest.param(lambda h, w: (h, w[:2]), id="few"),
+    ],
+)
+def test_bad_sizes(said: Any) -> None:
+    class Told(Noise):
+        def sizes(self, height: Any, width: Any) -> Any:
+            return said(height, width)
+
+    for call in (lambda: Told()(images()), lambda: Told().sample([(17, 22)] * 6)):
+        with pytest.raises(ValueError, match=r"what sizes of Told returns must be \(heights, wid"):
+            call()
 
 
 def test_sample_goes_as_far_as_sizes_are_known() -> None:

@@ -363,6 +363,15 @@ class Color(Step):
             wanted = "BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE or 0"
             got = sorted(set(self.codes.ravel().tolist()))
             raise _COLOR.error("codes", wanted, got)
+        # torchvision's bounds; also false of what is not a number.
+        plain, hue = self.codes <= SATURATION, self.codes == HUE
+        fits = (plain & (self.factors >= 0) & (self.factors < np.inf)) | (
+            hue & (np.abs(self.factors) <= 0.5)
+        )
+        fits |= (self.codes == 0) | (self.codes == GREYSCALE) | ~self.active[:, None]
+        if not fits.all():
+            wanted = "finite and 0 or more, and of HUE between -0.5 and 0.5"
+            raise _COLOR.error("factors", wanted, float(self.factors[~fits][0]))
 
     def of_pictures(self, modes: frozenset[str]) -> Step:
         if self.active.any() and not modes <= BYTE_MODES:

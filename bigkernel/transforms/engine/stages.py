@@ -138,18 +138,19 @@ def call_keyed(name: str, function: Callable[[Tensor, Ints], Any], given: Given)
     """
     images, everyone = given.images, np.arange(len(given.images))
     kept = images.clone()  # it may work in place, and have to be called again
-    with _generators(images.device) as has_drawn:
+    with global_generators(images.device) as has_drawn:
         result = function(images, everyone)
         drew = has_drawn()
     if not drew:
         return [(everyone, check_result(name, result, images))]
     seeds, parts = given.draws.seeds(given.place), []
-    with _generators(images.device):
+    with global_generators(images.device):
         for sample in np.unique(given.samples):
             places = np.flatnonzero(given.samples == sample)
             frames = kept[int(places[0]) : int(places[-1]) + 1]
             _seed(seeds[sample], images.device)
-            parts.append((places, check_result(name, function(frames, places), frames)))
+            result = check_result(name, function(frames, places), frames)
+            parts.append((places, result.clone()))  # its memory may be that of every call
     if len({part.shape[1:] for _, part in parts}) == 1:
         return [(everyone, torch.cat([part for _, part in parts]))]
     return parts
@@ -176,7 +177,7 @@ def takes_ids(function: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+def global_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     """The global generators stay as they are; gives a function that says whether they were used."""
     torches = _torch_generators(device)
     before = [generator.get_state() for generator in torches]
