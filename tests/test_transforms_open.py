@@ -1,8 +1,12 @@
 """What is not of the package in a chain: transforms of one's own, functions, torchvision's."""
 
 import copy
+import multiprocessing
 import pickle
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -207,6 +211,15 @@ def test_a_transform_of_steps_is_folded_with_its_neighbours() -> None:
         ),
         pytest.param(lambda i: steps.Color(i.active, [[4]] * 6, [[0.6]] * 6), "HUE", id="hue"),
         pytest.param(lambda i: steps.Normalize(i.active, 0.5, 0.0), "without a zero", id="std"),
+        pytest.param(lambda i: steps.Normalize(i.active, np.nan, 1.0), "mean .*finite", id="mean"),
+        pytest.param(lambda i: steps.ToDtype(i.active, "float32", True), "dtype of tor", id="name"),
+        pytest.param(lambda i: steps.ToDtype(i.active, torch.cfloat, True), "cfloat|64", id="kind"),
+        pytest.param(lambda i: steps.Flip(i.active, i.active), "are two steps", id="each-way"),
+        pytest.param(
+            lambda i: steps.Affine(i.active, [[1e300, 0, 0, 0, 1e300, 0]] * 6, 4, 4, "nearest", 0),
+            "finite",
+            id="huge",
+        ),
         pytest.param(lambda i: steps.Flip(~i.active, True), "Start from images.active", id="out"),
         pytest.param(lambda i: steps.Flip(i.active[:2], True), r"\[6\] booleans", id="few"),
         pytest.param(lambda i: steps.Flip(i.active * 1, True), "booleans", id="ints"),
@@ -253,10 +266,18 @@ def test_factors_that_say_nothing_are_not_looked_at() -> None:
     ids=["torch", "numpy", "python"],
 )
 def test_draw_takes_its_numbers_from_u_alone(other: Any) -> None:
-    class Draws(Shift):
+    class Draws(bk.Transform):
         def draw(self, u: Any, images: bk.ImageInfo) -> Any:
-            return super().draw(u * float(other()), images)
+            step = steps.Color(images.active, [[1]] * len(images), [[float(other())]] * len(images))
+            return bk.Params(images.active), [step]
 
+    class Asks(Shift):
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            other()  # as another thread may
+            return super().draw(u, images)
+
+    same = [t.sample([(17, 22)] * 6, seeded(), range(6)).pixels.tolist() for t in (Shift(), Asks())]
+    assert same[0] == same[1]
     chain = bk.Compose([FLIP, Draws()])
     for call in (
         lambda: chain(images(), seeded(), range(6)),
@@ -387,6 +408,10 @@ STAGES: dict[str, Any] = {
     "ids": lambda x, generator=None, ids=None: (
         x * ids.view(-1, 1, 1, 1) + torch.rand((), generator=generator)
     ),
+    "handed": lambda x, generator=None, ids=None: (
+        x + torch.rand(len(x), 1, 1, 1, generator=generator)
+    ),
+    "unused": lambda x, generator=None, ids=None: x + torch.rand(len(x), 1, 1, 1),
 }
 V2 = ["GaussianBlur", "GaussianNoise", "RandomErasing", "RandomPerspective", "ElasticTransform"]
 
@@ -425,12 +450,12 @@ def test_with_ids_draws_depend_on_neither_batch_nor_order(name: str) -> None:
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
-@pytest.mark.parametrize("name", ["torch-random", "GaussianNoise", "ids"])
+@pytest.mark.parametrize("name", ["torch-random", "GaussianNoise", "handed", "unused"])
 def test_images_and_places_draw_differently(name: str) -> None:
     alike = torch.zeros(4, 3, 9, 9)
     once = bk.Compose([stage(name)])(alike, seeded(), [1, 2, 3, 4])
     twice = bk.Compose([stage(name), stage(name)])(alike, seeded(), [1, 2, 3, 4])
-    assert len({image.sum().item() for image in once}) == (1 if name == "ids" else 4)
+    assert len({image.sum().item() for image in once}) == 4
     assert not torch.allclose(twice, 2 * once)
 
 
@@ -737,6 +762,40 @@ def test_workers_make_what_one_process_makes(start: str) -> None:
         items, batch_size=3, num_workers=2, multiprocessing_context=start
     )
     assert torch.equal(torch.cat(list(loader)), torch.stack([items[i] for i in range(6)]))
+
+
+def test_threads_make_what_one_makes() -> None:
+    def draws(x: Tensor) -> Tensor:
+        time.sleep(0.002)  # which lets the others run, between its seeds and its draws
+        return x + torch.rand(()) + float(np.random.rand())
+
+    chain, given = bk.Compose([CROP, FLOATS, draws, Shift()]), images()
+    expected = chain(given, seeded(), range(6))
+    with ThreadPoolExecutor(4) as threads:
+        ones = list(threads.map(lambda i: chain(given[i], seeded(), i), range(6)))
+    assert torch.equal(torch.stack(ones), expected)
+
+
+def test_a_fork_during_a_stage_does_not_wait_for_it() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def waits(x: Tensor) -> Tensor:
+        inside.set()
+        assert leave.wait(60)
+        return x
+
+    thread = threading.Thread(target=bk.Compose([waits]), args=[images()])
+    thread.start()
+    assert inside.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=bk.Stage(darker), args=[images()])
+    try:
+        child.start()
+        child.join(60)
+    finally:
+        leave.set()
+        thread.join()
+        child.kill()
+    assert child.exitcode == 0
 
 
 def test_inside_a_compiled_function() -> None:

@@ -17,7 +17,7 @@ from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.images import Images, gather
 from bigkernel.transforms.engine.passes import Part
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints
-from bigkernel.transforms.engine.stages import Given, call_keyed, global_generators
+from bigkernel.transforms.engine.stages import Given, call_keyed, draws_since
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
 
@@ -313,7 +313,7 @@ class Transform(nn.Module):
             walk.stage(self._name(), self.sizes, self._call, active)
             return
         try:
-            drawn = self._drawn(u, ImageInfo(active, walk))
+            drawn = self._drawn(u, active, walk)
         except IndexError as error:
             error.add_note(_about_blocks(name, len(u)))
             raise
@@ -339,14 +339,16 @@ class Transform(nn.Module):
                 raise self._expect.error(which, wanted, f"{step.active!r:.80}", fix)
         walk.add(name, params, todo)
 
-    def _drawn(self, u: Floats, images: ImageInfo) -> Any:
+    def _drawn(self, u: Floats, active: Bools, walk: Walk) -> Any:
         """What ``draw`` returns, which nothing but ``u`` has decided."""
+        images = ImageInfo(active, walk)
         if type(self).draw.__module__.startswith(__package__):
             return self.draw(u, images)
-        with global_generators(torch.device("cpu")) as has_drawn:
-            drawn = self.draw(u, images)
-            self._expect(
-                not has_drawn(),
+        has_drawn = draws_since(torch.device("cpu"))
+        drawn = self.draw(u.copy(), images)
+        # Another thread may have drawn meanwhile, so ask again before saying that draw has.
+        if has_drawn() and not _alike(drawn, self.draw(u.copy(), ImageInfo(active, walk))):
+            raise self._expect.error(
                 "what its draw returns",
                 "a function of u, so that an image gets the same in every batch and order",
                 "one that drew from a global generator of torch, NumPy or Python",
@@ -417,6 +419,19 @@ class Transform(nn.Module):
             for name, value in own
             if not name.startswith("_") and isinstance(value, shown)
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two results of ``draw`` say the same."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.tobytes() == other.tobytes()
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, (Step, Params)):
+        return _alike([*vars(one).values()], [*vars(other).values()])
+    return bool(one == other)
 
 
 def _about_blocks(name: str, blocks: int) -> str:
