@@ -726,6 +726,9 @@ def test_the_trainers_augmentation_is_keyed() -> None:
     part = BatchAugmentation(3)(chain, images()[2:5], ids[2:5], 0)
     torch.testing.assert_close(part, whole[2:5])
     assert not torch.allclose(BatchAugmentation(3)(chain, images(), ids, 1), whole)
+    for other, name in ((half_size, "half_size"), (nn.AvgPool2d(2), "AvgPool2d"), (bk.Pad, "Pad")):
+        with pytest.raises(TypeError, match=rf"got {name} \(.*Compose\(\[{name}, \.\.\.\]\)"):
+            BatchAugmentation(3)(other, images(), ids, 0)
 
 
 def test_copies_pickles_and_what_is_printed() -> None:
