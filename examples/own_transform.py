@@ -16,7 +16,7 @@ from bigkernel import transforms as T
 
 
 class GaussianBlur(T.Transform):
-    """Blurs float images, each by a sigma of its own, between the two numbers of ``sigma``."""
+    """Blurs images, each by a sigma of its own, between the two numbers of ``sigma``."""
 
     blocks = 1  # of four random numbers, for each image
 
@@ -30,10 +30,12 @@ class GaussianBlur(T.Transform):
         sigmas = low + (high - low) * u[0, :, 0]
         reach = torch.arange(-self.radius, self.radius + 1, device=u.device)
         weights = torch.softmax(-(reach**2) / (2 * sigmas[:, None] ** 2), 1)  # [N, 2 radius + 1]
-        kernel = weights.to(images.dtype).repeat_interleave(c, 0)[:, None]  # a channel, an image
-        y = pad(images, [self.radius] * 4, mode="reflect").flatten(0, 1)[None]
+        y = images if images.is_floating_point() else images.float()
+        kernel = weights.to(y.dtype).repeat_interleave(c, 0)[:, None]  # for each channel and image
+        y = pad(y, [self.radius] * 4, mode="reflect").flatten(0, 1)[None]
         y = conv2d(y, kernel[:, :, None, :], groups=n * c)  # along x
-        return conv2d(y, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)  # along y
+        y = conv2d(y, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)  # along y
+        return y if images.is_floating_point() else y.round().to(images.dtype)
 
 
 def main() -> None:

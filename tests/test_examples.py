@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bigkernel.backend import FallbackWarning
+from bigkernel.testing import assert_as_accurate
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -102,6 +103,18 @@ def test_plain_loop_learns_letters(run):
 def test_own_transform_is_keyed_by_image(run):
     said = run("own_transform.py", "--images", 8, "--size", 16)
     assert said == "(8, 3, 16, 16); the same in a batch of half the size: True\n"
+
+
+def test_own_transform_blurs_as_torchvision_does():
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    own = runpy.run_path(str(ROOT / "examples" / "own_transform.py"))["GaussianBlur"]
+    blur, theirs = own(3, (1.3, 1.3)), v2.GaussianBlur(7, 1.3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 12, 15), dtype=torch.uint8, generator=generator)
+    for given in (images, images.short()):
+        assert torch.equal(blur(given), theirs(images.double()).round().to(given.dtype))
+    floats = images / 255
+    assert_as_accurate(blur(floats), theirs(floats.double()), theirs(floats))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")

@@ -556,7 +556,7 @@ def test_colors_need_one_or_three_channels() -> None:
         bk.Normalize([0.1, 0.2], [1, 1])(four)
 
 
-@pytest.mark.parametrize("ids", [[0, 1, 2], [[0, 1, 2, 3]], [0.5] * 4, ["a"] * 4, 7])
+@pytest.mark.parametrize("ids", [[0, 1, 2], [[0, 1, 2, 3]], [0.5] * 4, ["a"] * 4, 7, {0, 1, 2, 3}])
 def test_bad_ids(ids: Any) -> None:
     with pytest.raises(ValueError, match="ids"):
         CROP(batch(), ids=ids)

@@ -1,8 +1,12 @@
 """What is not of the package in a chain: transforms of one's own, functions, torchvision's."""
 
 import copy
+import multiprocessing
 import pickle
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -194,7 +198,28 @@ def test_a_transform_of_steps_is_folded_with_its_neighbours() -> None:
         pytest.param(lambda i: steps.Crop(i.active, 0.5, 0, 4, 4), "whole numbers", id="half"),
         pytest.param(lambda i: steps.Color(i.active, [[9]] * 6, [[1.0]] * 6), "codes", id="code"),
         pytest.param(lambda i: steps.Color(i.active, [[1]] * 6, [[1, 2]] * 6), "factors", id="k"),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[1]] * 6, [[0.5]] * 5 + [[np.nan]]),
+            "0 or more",
+            id="nan-factor",
+        ),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[2]] * 6, [[-0.1]] * 6), "got -0.1", id="dark"
+        ),
+        pytest.param(
+            lambda i: steps.Color(i.active, [[3]] * 6, [[np.inf]] * 6), "finite", id="inf"
+        ),
+        pytest.param(lambda i: steps.Color(i.active, [[4]] * 6, [[0.6]] * 6), "HUE", id="hue"),
         pytest.param(lambda i: steps.Normalize(i.active, 0.5, 0.0), "without a zero", id="std"),
+        pytest.param(lambda i: steps.Normalize(i.active, np.nan, 1.0), "mean .*finite", id="mean"),
+        pytest.param(lambda i: steps.ToDtype(i.active, "float32", True), "dtype of tor", id="name"),
+        pytest.param(lambda i: steps.ToDtype(i.active, torch.cfloat, True), "cfloat|64", id="kind"),
+        pytest.param(lambda i: steps.Flip(i.active, i.active), "are two steps", id="each-way"),
+        pytest.param(
+            lambda i: steps.Affine(i.active, [[1e300, 0, 0, 0, 1e300, 0]] * 6, 4, 4, "nearest", 0),
+            "finite",
+            id="huge",
+        ),
         pytest.param(lambda i: steps.Flip(~i.active, True), "Start from images.active", id="out"),
         pytest.param(lambda i: steps.Flip(i.active[:2], True), r"\[6\] booleans", id="few"),
         pytest.param(lambda i: steps.Flip(i.active * 1, True), "booleans", id="ints"),
@@ -223,6 +248,93 @@ def test_bad_draws(returned: Any, words: str) -> None:
         Wrong()(images())
 
 
+def test_factors_that_say_nothing_are_not_looked_at() -> None:
+    def color(images: bk.ImageInfo) -> steps.Color:
+        active = images.active & (np.arange(6) < 3)
+        factors = np.where(active, 1.0, np.nan)[:, None] * [1, np.nan, np.nan, 0.5]
+        return steps.Color(active, [[steps.BRIGHTNESS, 0, steps.GREYSCALE, steps.HUE]] * 6, factors)
+
+    given = images()
+    result = one_step(color)(given)
+    assert torch.equal(result[3:], given[3:])
+    assert not torch.equal(result[:3], given[:3])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: torch.rand(()), np.random.rand, random.random],
+    ids=["torch", "numpy", "python"],
+)
+def test_draw_takes_its_numbers_from_u_alone(other: Any) -> None:
+    class Draws(bk.Transform):
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            step = steps.Color(images.active, [[1]] * len(images), [[float(other())]] * len(images))
+            return bk.Params(images.active), [step]
+
+    class Asks(Shift):
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            other()  # as another thread may
+            return super().draw(u, images)
+
+    same = [t.sample([(17, 22)] * 6, seeded(), range(6)).pixels.tolist() for t in (Shift(), Asks())]
+    assert same[0] == same[1]
+    chain = bk.Compose([FLIP, Draws()])
+    for call in (
+        lambda: chain(images(), seeded(), range(6)),
+        lambda: chain.sample([(17, 22)], seeded(), [0]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"Draws: what its draw returns must be a function of u"
+        ):
+            call()
+
+
+def test_what_a_transform_changes_in_place_is_its_own() -> None:
+    class Turn(bk.Transform):
+        blocks = 1
+
+        def draw(self, u: Any, images: bk.ImageInfo) -> Any:
+            active, height = images.active, images.height
+            active &= u[0, :, 0] < 0.5
+            height //= 2
+            u[:] = 0
+            return bk.Params(active), [steps.Flip(active, False)]
+
+    class Brighten(Noise):
+        def transform(self, images: Tensor, u: Tensor) -> Tensor:
+            return super().transform(images, u.mul_(0.5))
+
+        def sizes(self, height: Any, width: Any) -> Any:
+            after = height.copy(), width.copy()
+            height //= 2
+            return after
+
+    class Grainy(Brighten):  # which is called a second time
+        def transform(self, images: Tensor, u: Tensor) -> Tensor:
+            return super().transform(images, u) + 0 * torch.rand(())
+
+    given = images() / 255
+    turned = Turn()(given, seeded(), range(6))
+    assert not torch.equal(turned, given)
+    mirrored = bk.Compose([Turn(), bk.RandomHorizontalFlip(1.0), bk.CenterCrop(17)])
+    expected = turned.flip(-1)[..., 2:19]  # 2.5 pixels, rounded to even
+    assert torch.equal(mirrored(given, seeded(), range(6)), expected)
+    plain, twice = (t(given, seeded(), range(6)) for t in (Brighten(), Grainy()))
+    assert torch.equal(plain, twice)
+    assert torch.equal(plain, Noise(0.25)(given, seeded(), range(6)))
+
+
+def test_a_function_may_return_the_same_memory_in_every_call() -> None:
+    kept = torch.zeros(6, 3, 17, 22)
+
+    def into_kept(x: Tensor) -> Tensor:
+        return torch.add(x, torch.rand(()), out=kept[: len(x)])
+
+    chain, given = bk.Compose([into_kept]), images() / 255
+    alone = [chain(image, seeded(), i) for i, image in enumerate(given)]
+    assert torch.equal(chain(given, seeded(), range(6)), torch.stack(alone))
+
+
 def test_subclasses_say_one_thing() -> None:
     with pytest.raises(TypeError, match="one that has both"):
 
@@ -238,6 +350,10 @@ def test_subclasses_say_one_thing() -> None:
 
             def transform(self, images: Any, params: Any) -> Any:
                 return images
+
+    for method in ("forward", "__call__"):
+        with pytest.raises(TypeError, match=f"one with a {method} of its own"):
+            type("Calls", (Noise,), {method: lambda self, images: images})
 
     class Nothing(bk.Transform):
         pass
@@ -292,6 +408,10 @@ STAGES: dict[str, Any] = {
     "ids": lambda x, generator=None, ids=None: (
         x * ids.view(-1, 1, 1, 1) + torch.rand((), generator=generator)
     ),
+    "handed": lambda x, generator=None, ids=None: (
+        x + torch.rand(len(x), 1, 1, 1, generator=generator)
+    ),
+    "unused": lambda x, generator=None, ids=None: x + torch.rand(len(x), 1, 1, 1),
 }
 V2 = ["GaussianBlur", "GaussianNoise", "RandomErasing", "RandomPerspective", "ElasticTransform"]
 
@@ -330,12 +450,12 @@ def test_with_ids_draws_depend_on_neither_batch_nor_order(name: str) -> None:
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
-@pytest.mark.parametrize("name", ["torch-random", "GaussianNoise", "ids"])
+@pytest.mark.parametrize("name", ["torch-random", "GaussianNoise", "handed", "unused"])
 def test_images_and_places_draw_differently(name: str) -> None:
     alike = torch.zeros(4, 3, 9, 9)
     once = bk.Compose([stage(name)])(alike, seeded(), [1, 2, 3, 4])
     twice = bk.Compose([stage(name), stage(name)])(alike, seeded(), [1, 2, 3, 4])
-    assert len({image.sum().item() for image in once}) == (1 if name == "ids" else 4)
+    assert len({image.sum().item() for image in once}) == 4
     assert not torch.allclose(twice, 2 * once)
 
 
@@ -553,7 +673,8 @@ def test_sizes_are_checked_against_what_is_said() -> None:
         def transform(self, images: Tensor, u: Tensor) -> Tensor:
             return images.repeat_interleave(2, -1)
 
-    with pytest.raises(ValueError, match=r"of the size that its sizes.*Define sizes in Enlarge"):
+    said = r"its sizes\(height, width\) says, \(17, 22\) for image 0, got \(17, 44\)\. Define"
+    with pytest.raises(ValueError, match=said):
         Enlarge()(images())
 
     class Said(Enlarge):
@@ -564,6 +685,25 @@ def test_sizes_are_checked_against_what_is_said() -> None:
     applied, _, crop = chain.sample([(17, 22)] * 99, seeded(), range(99))
     assert crop.left[~applied.active].max() <= 18 < crop.left[applied.active].max()
     assert chain(images(), seeded(), range(6)).shape == (6, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(lambda h, w: w, id="one"),
+        pytest.param(lambda h, w: 17, id="number"),
+        pytest.param(lambda h, w: (h, w + 0.5), id="half"),
+        pytest.param(lambda h, w: (h, w[:2]), id="few"),
+    ],
+)
+def test_bad_sizes(said: Any) -> None:
+    class Told(Noise):
+        def sizes(self, height: Any, width: Any) -> Any:
+            return said(height, width)
+
+    for call in (lambda: Told()(images()), lambda: Told().sample([(17, 22)] * 6)):
+        with pytest.raises(ValueError, match=r"what sizes of Told returns must be \(heights, wid"):
+            call()
 
 
 def test_sample_goes_as_far_as_sizes_are_known() -> None:
@@ -586,6 +726,9 @@ def test_the_trainers_augmentation_is_keyed() -> None:
     part = BatchAugmentation(3)(chain, images()[2:5], ids[2:5], 0)
     torch.testing.assert_close(part, whole[2:5])
     assert not torch.allclose(BatchAugmentation(3)(chain, images(), ids, 1), whole)
+    for other, name in ((half_size, "half_size"), (nn.AvgPool2d(2), "AvgPool2d"), (bk.Pad, "Pad")):
+        with pytest.raises(TypeError, match=rf"got {name} \(.*Compose\(\[{name}, \.\.\.\]\)"):
+            BatchAugmentation(3)(other, images(), ids, 0)
 
 
 def test_copies_pickles_and_what_is_printed() -> None:
@@ -622,6 +765,40 @@ def test_workers_make_what_one_process_makes(start: str) -> None:
         items, batch_size=3, num_workers=2, multiprocessing_context=start
     )
     assert torch.equal(torch.cat(list(loader)), torch.stack([items[i] for i in range(6)]))
+
+
+def test_threads_make_what_one_makes() -> None:
+    def draws(x: Tensor) -> Tensor:
+        time.sleep(0.002)  # which lets the others run, between its seeds and its draws
+        return x + torch.rand(()) + float(np.random.rand())
+
+    chain, given = bk.Compose([CROP, FLOATS, draws, Shift()]), images()
+    expected = chain(given, seeded(), range(6))
+    with ThreadPoolExecutor(4) as threads:
+        ones = list(threads.map(lambda i: chain(given[i], seeded(), i), range(6)))
+    assert torch.equal(torch.stack(ones), expected)
+
+
+def test_a_fork_during_a_stage_does_not_wait_for_it() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def waits(x: Tensor) -> Tensor:
+        inside.set()
+        assert leave.wait(60)
+        return x
+
+    thread = threading.Thread(target=bk.Compose([waits]), args=[images()])
+    thread.start()
+    assert inside.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=bk.Stage(darker), args=[images()])
+    try:
+        child.start()
+        child.join(60)
+    finally:
+        leave.set()
+        thread.join()
+        child.kill()
+    assert child.exitcode == 0
 
 
 def test_inside_a_compiled_function() -> None:

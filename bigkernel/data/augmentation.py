@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -51,8 +52,10 @@ class BatchAugmentation:
             float [N, C, H, W].
 
         Raises:
+            TypeError: the augmentation cannot be called with those arguments.
             ValueError: the augmentation gives something else.
         """
+        _check_arguments(augmentation)
         if ids is None:
             start = 0 if epoch is None else self.seen
             ids = torch.arange(start, start + len(images), dtype=torch.int64, device="cpu")
@@ -86,3 +89,20 @@ class BatchAugmentation:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.seed, self.seen = int(state["seed"]), int(state["seen"])
+
+
+def _check_arguments(augmentation: Any) -> None:
+    """Raises if it cannot be called as ``augmentation(images, generator=..., ids=...)``."""
+    is_module = isinstance(augmentation, torch.nn.Module)
+    try:
+        signature = inspect.signature(augmentation.forward if is_module else augmentation)
+    except (TypeError, ValueError):  # some of those written in C
+        return
+    try:
+        signature.bind(None, generator=None, ids=None)
+    except TypeError as error:
+        name = getattr(augmentation, "__name__", type(augmentation).__name__)
+        raise TypeError(
+            "the augmentation must take (images, generator=..., ids=...), got "
+            f"{name} ({error}); put it into a chain: bigkernel.transforms.Compose([{name}, ...])."
+        ) from None

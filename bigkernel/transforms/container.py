@@ -132,8 +132,11 @@ class Compose(_Container):
     torchvision's. It is a tensor stage: what comes before and after it is folded. If it draws from
     a global generator of torch, NumPy or Python, it is called for one sample after another, with
     those generators seeded by (seed, id, place in the chain), and leaves them as they were. One
-    with the arguments ``generator`` and ``ids`` is called with those, once. What it draws from
-    generators of its own is not seen. ``explain()`` shows the stages.
+    with the arguments ``generator`` and ``ids`` is called with those: once, if it takes the seed
+    of that generator and the ids alone; if it draws from it, for one sample after another too.
+    What it draws from generators of its own is not seen. The global generators are the process's:
+    no other thread may draw from them while a chain with such stages runs, but for other chains.
+    ``explain()`` shows the stages.
 
     One call resamples each image once, then recolours and normalises it. Folding changes nothing
     but this:

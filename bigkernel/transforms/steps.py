@@ -18,6 +18,7 @@ A step fits into the call before it when
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from bigkernel.expect import Expect
-from bigkernel.ops.augment.reference import bound
+from bigkernel.ops.augment.reference import OUT_DTYPES, bound
 from bigkernel.ops.augment.table import (
     BRIGHTNESS,
     CLAMP,
@@ -100,6 +101,13 @@ class Flip(Step):
     """Mirrors the active samples, left to right if ``horizontal``, else top to bottom."""
 
     horizontal: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.horizontal
+        fits = isinstance(given, (bool, np.bool_))
+        fix = "Flips of some images each way are two steps"
+        self._expect(fits, "horizontal", "True or False, for all images", f"{given!r:.80}", fix)
 
     def fits(self, table: Table) -> Bools:
         return np.ones(len(self.active), dtype=bool)
@@ -232,7 +240,9 @@ class Affine(Step):
 
     def check(self, height: Ints, width: Ints) -> None:
         a, b, _, d, e, _ = self.matrix.T
-        fits = np.isfinite(self.matrix).all() and (a * e != b * d).all()
+        with np.errstate(over="ignore", invalid="ignore"):
+            det = a * e - b * d
+        fits = np.isfinite(self.matrix).all() and np.isfinite(det).all() and (det != 0).all()
         _AFFINE(fits, "matrix", "finite and invertible", "one that is not")
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
@@ -363,6 +373,15 @@ class Color(Step):
             wanted = "BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE or 0"
             got = sorted(set(self.codes.ravel().tolist()))
             raise _COLOR.error("codes", wanted, got)
+        # torchvision's bounds; also false of what is not a number.
+        plain, hue = self.codes <= SATURATION, self.codes == HUE
+        fits = (plain & (self.factors >= 0) & (self.factors < np.inf)) | (
+            hue & (np.abs(self.factors) <= 0.5)
+        )
+        fits |= (self.codes == 0) | (self.codes == GREYSCALE) | ~self.active[:, None]
+        if not fits.all():
+            wanted = "finite and 0 or more, and of HUE between -0.5 and 0.5"
+            raise _COLOR.error("factors", wanted, float(self.factors[~fits][0]))
 
     def of_pictures(self, modes: frozenset[str]) -> Step:
         if self.active.any() and not modes <= BYTE_MODES:
@@ -394,6 +413,8 @@ class Normalize(Step):
             self.mean = arguments.channel_values(_NORMALIZE, "mean", self.mean)
             self.std = arguments.channel_values(_NORMALIZE, "std", self.std)
         _NORMALIZE(0.0 not in self.std, "std", "without a zero", self.std)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _NORMALIZE(all(map(math.isfinite, values)), name, "finite", values)
 
     def fits(self, table: Table) -> Bools:
         return np.full(len(self.active), not table.rounded)
@@ -409,6 +430,12 @@ class ToDtype(Step):
     dtype: torch.dtype
     scale: bool
     shared: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = "a floating-point, whole-number or bool dtype of torch's"
+        if self.dtype not in OUT_DTYPES:
+            raise self._expect.error("dtype", wanted, f"{self.dtype!r:.80}", cls=TypeError)
 
     def fits(self, table: Table) -> Bools:
         return np.full(len(self.active), not table.rounded)

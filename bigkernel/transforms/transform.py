@@ -17,7 +17,7 @@ from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.images import Images, gather
 from bigkernel.transforms.engine.passes import Part
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints
-from bigkernel.transforms.engine.stages import Given, call_keyed
+from bigkernel.transforms.engine.stages import Given, call_keyed, draws_since
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
 
@@ -42,8 +42,9 @@ class ImageInfo:
         pil: whether they are PIL images, and not tensors.
     """
 
+    # Copies, so that one that computes in place changes nothing for those after it in the chain.
     def __init__(self, active: Bools, walk: Walk) -> None:
-        self.active = active
+        self.active = active.copy()
         self.pil = walk.pil
         self._walk = walk
 
@@ -53,12 +54,12 @@ class ImageInfo:
     @property
     def height(self) -> Ints:
         """[N] in pixels."""
-        return self._walk.sizes[0]
+        return self._walk.sizes[0].copy()
 
     @property
     def width(self) -> Ints:
         """[N] in pixels."""
-        return self._walk.sizes[1]
+        return self._walk.sizes[1].copy()
 
 
 Drawn = tuple[Params, Sequence[Step]]
@@ -106,6 +107,8 @@ class Transform(nn.Module):
     ``t.sample(sizes, generator, ids)`` returns the parameters alone, and ``t.explain()`` the stages
     of a call.
 
+    A chain does not call the transforms in it, so their hooks do not fire there.
+
     A subclass defines one of two methods: ``draw(u, images)``, which returns steps that a chain
     folds, or ``transform(images, u)``, which is given tensors and returns tensors. Its attribute
     ``blocks`` says how many times four random numbers it takes for each image.
@@ -120,6 +123,16 @@ class Transform(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # A chain asks its transforms what to do, and calls none of them.
+        for method, own in (("forward", Transform.forward), ("__call__", nn.Module.__call__)):
+            if getattr(cls, method) is not own:
+                raise Expect("transforms.Transform").error(
+                    f"a subclass ({cls.__name__})",
+                    "one that says what it does in draw or transform, which a chain asks for",
+                    f"one with a {method} of its own, which a chain would not call",
+                    "Define transform(self, images, u), or put a function beside it into the chain",
+                    TypeError,
+                )
         drawn = cls.draw is not Transform.draw
         cls._is_stage = (cls.transform, cls._call) != (Transform.transform, Transform._call)
         if drawn and cls._is_stage:
@@ -151,6 +164,7 @@ class Transform(nn.Module):
 
         Args:
             u: float64 [blocks, N, 4], numbers in [0, 1), keyed by (seed, id, place in the chain).
+                There are no others: one that draws from a global generator is refused.
             images: the N images: which of them it is for, and their sizes.
 
         Returns:
@@ -174,7 +188,8 @@ class Transform(nn.Module):
                 place in the chain); the frames of a clip share them.
 
         Returns:
-            [M, C', H', W']; another size must be that of :meth:`sizes`.
+            [M, C', H', W'], each image a function of its own alone, as which others are in the
+            batch is chance; another size must be that of :meth:`sizes`.
 
         One that draws from a global generator of torch, NumPy or Python besides, such as by
         ``torch.randn_like``, is called for one sample after another, with those generators seeded
@@ -298,7 +313,7 @@ class Transform(nn.Module):
             walk.stage(self._name(), self.sizes, self._call, active)
             return
         try:
-            drawn = self.draw(u, ImageInfo(active, walk))
+            drawn = self._drawn(u, active, walk)
         except IndexError as error:
             error.add_note(_about_blocks(name, len(u)))
             raise
@@ -324,6 +339,23 @@ class Transform(nn.Module):
                 raise self._expect.error(which, wanted, f"{step.active!r:.80}", fix)
         walk.add(name, params, todo)
 
+    def _drawn(self, u: Floats, active: Bools, walk: Walk) -> Any:
+        """What ``draw`` returns, which nothing but ``u`` has decided."""
+        images = ImageInfo(active, walk)
+        if type(self).draw.__module__.startswith(__package__):
+            return self.draw(u, images)
+        has_drawn = draws_since(torch.device("cpu"))
+        drawn = self.draw(u.copy(), images)
+        # Another thread may have drawn meanwhile, so ask again before saying that draw has.
+        if has_drawn() and not _alike(drawn, self.draw(u.copy(), ImageInfo(active, walk))):
+            raise self._expect.error(
+                "what its draw returns",
+                "a function of u, so that an image gets the same in every batch and order",
+                "one that drew from a global generator of torch, NumPy or Python",
+                "Take the numbers from u; the attribute blocks says how many there are",
+            )
+        return drawn
+
     def _name(self) -> str:
         """What errors of a tensor stage call it."""
         return type(self).__name__
@@ -333,7 +365,8 @@ class Transform(nn.Module):
         u = given.numbers()
 
         def function(images: Tensor, places: Ints) -> Tensor:
-            numbers = u if len(places) == u.shape[1] else u[:, places.tolist()]
+            # A copy: it may change them in place, and have to be called again.
+            numbers = u[:, places.tolist()]
             try:
                 return self.transform(images, numbers)
             except IndexError as error:
@@ -386,6 +419,19 @@ class Transform(nn.Module):
             for name, value in own
             if not name.startswith("_") and isinstance(value, shown)
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two results of ``draw`` say the same."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.tobytes() == other.tobytes()
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, (Step, Params)):
+        return _alike([*vars(one).values()], [*vars(other).values()])
+    return bool(one == other)
 
 
 def _about_blocks(name: str, blocks: int) -> str:

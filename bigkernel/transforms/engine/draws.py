@@ -131,6 +131,9 @@ def sample_ids(ids: Any, count: int) -> Ints:
     """int64 [count] from a tensor, an array, a range, a list of ints, or one int."""
     if isinstance(ids, torch.Tensor):
         array = ids.detach().cpu().numpy()
+    elif isinstance(ids, (set, frozenset)):
+        wanted = "one whole number for each image, in the order of the images"
+        raise _EXPECT.error("ids", wanted, "a set, which has none")
     elif isinstance(ids, Iterable):
         array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
         if array.size == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -129,18 +131,24 @@ def check_result(name: str, result: Any, images: Tensor) -> Tensor:
     return result
 
 
-def call_keyed(name: str, function: Callable[[Tensor, Ints], Any], given: Given) -> list[Part]:
+def call_keyed(
+    name: str,
+    function: Callable[[Tensor, Ints], Any],
+    given: Given,
+    handed: torch.Generator | None = None,
+) -> list[Part]:
     """``function(images, places)``, so that its draws depend on neither the batch nor its order.
 
-    It is called for all images. If it has drawn from a global generator, that result is dropped,
-    and it is called again, for one sample after another, with those generators seeded by (seed, id,
-    place). The generators are left as they were.
+    It is called for all images. If it has drawn from a global generator, or from the one that it is
+    ``handed``, that result is dropped, and it is called again, for one sample after another, with
+    those generators seeded by (seed, id, place). The global ones are left as they were.
     """
+    own = [] if handed is None else [(handed, handed.get_state())]
     images, everyone = given.images, np.arange(len(given.images))
     kept = images.clone()  # it may work in place, and have to be called again
     with _generators(images.device) as has_drawn:
         result = function(images, everyone)
-        drew = has_drawn()
+        drew = has_drawn() or any(not torch.equal(g.get_state(), state) for g, state in own)
     if not drew:
         return [(everyone, check_result(name, result, images))]
     seeds, parts = given.draws.seeds(given.place), []
@@ -149,7 +157,10 @@ def call_keyed(name: str, function: Callable[[Tensor, Ints], Any], given: Given)
             places = np.flatnonzero(given.samples == sample)
             frames = kept[int(places[0]) : int(places[-1]) + 1]
             _seed(seeds[sample], images.device)
-            parts.append((places, check_result(name, function(frames, places), frames)))
+            if handed is not None:
+                handed.manual_seed(seeds[sample])
+            result = check_result(name, function(frames, places), frames)
+            parts.append((places, result.clone()))  # its memory may be that of every call
     if len({part.shape[1:] for _, part in parts}) == 1:
         return [(everyone, torch.cat([part for _, part in parts]))]
     return parts
@@ -161,8 +172,11 @@ def call_foreign(name: str, function: Callable[..., Any], given: Given) -> list[
         return call_keyed(name, lambda images, places: function(images), given)
     generator = torch.Generator().manual_seed(given.draws.seed(given.place))
     ids = torch.from_numpy(given.draws.key.ids[given.samples])
-    result = function(given.images, generator=generator, ids=ids)
-    return [(np.arange(len(given.images)), check_result(name, result, given.images))]
+
+    def call(images: Tensor, places: Ints) -> Any:
+        return function(images, generator=generator, ids=ids[torch.from_numpy(places)])
+
+    return call_keyed(name, call, given, generator)
 
 
 def takes_ids(function: Callable[..., Any]) -> bool:
@@ -175,29 +189,46 @@ def takes_ids(function: Callable[..., Any]) -> bool:
     return {"generator", "ids"} <= set(known)
 
 
+# The global generators are the process's: of threads that call stages, one at a time has them.
+_TURN = threading.RLock()
+
+
+def _renew_turn() -> None:
+    global _TURN
+    _TURN = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_turn)  # the thread that has it is not in the child
+
+
 @contextmanager
 def _generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     """The global generators stay as they are; gives a function that says whether they were used."""
-    torches = _torch_generators(device)
-    before = [generator.get_state() for generator in torches]
-    plain, numpys = random.getstate(), np.random.get_state(legacy=False)
+    with _TURN:
+        has_drawn = draws_since(device)
+        torches = _torch_generators(device)
+        before = [generator.get_state() for generator in torches]
+        plain, numpys = random.getstate(), np.random.get_state(legacy=False)
+        try:
+            yield has_drawn
+        finally:
+            for generator, state in zip(torches, before, strict=True):
+                generator.set_state(state)
+            random.setstate(plain)
+            np.random.set_state(numpys)
 
-    def has_drawn() -> bool:
-        now = np.random.get_state(legacy=False)
-        return not (
-            all(torch.equal(g.get_state(), b) for g, b in zip(torches, before, strict=True))
-            and random.getstate() == plain
-            and all(np.array_equal(now["state"][k], numpys["state"][k]) for k in now["state"])
-            and (now["has_gauss"], now["gauss"]) == (numpys["has_gauss"], numpys["gauss"])
-        )
 
-    try:
-        yield has_drawn
-    finally:
-        for generator, state in zip(torches, before, strict=True):
-            generator.set_state(state)
-        random.setstate(plain)
-        np.random.set_state(numpys)
+def draws_since(device: torch.device) -> Callable[[], bool]:
+    """A function that says whether a global generator has been used since now."""
+
+    def states() -> tuple[Any, ...]:
+        numpys = np.random.get_state(legacy=False)
+        words = [w.tobytes() if isinstance(w, np.ndarray) else w for w in numpys["state"].values()]
+        torches = [g.get_state().numpy().tobytes() for g in _torch_generators(device)]
+        return random.getstate(), *words, numpys["has_gauss"], numpys["gauss"], *torches
+
+    before = states()
+    return lambda: states() != before
 
 
 def _torch_generators(device: torch.device) -> list[torch.Generator]:

@@ -90,15 +90,30 @@ class Walk:
         active: Bools,
     ) -> None:
         """A tensor stage; ``sizes`` says those after it, or None where nobody knows."""
-        after = None if self._sizes is None else sizes(*self._sizes)
-        if after is not None:
-            before = self._sizes
-            assert before is not None
-            pairs = zip(after, before, strict=True)
-            self._sizes = tuple(np.where(active, new, old) for new, old in pairs)  # type: ignore[assignment]
-        else:
-            self._sizes = None
-            self._unknown_after = name
+        self._sizes = None if self._sizes is None else _told(name, sizes, self._sizes, active)
+        if self._sizes is None:
+            self._unknown_after = self._unknown_after or name
+
+
+def _told(
+    name: str, sizes: Callable[[Ints, Ints], Sizes | None], before: Sizes, active: Bools
+) -> Sizes | None:
+    """What a tensor stage's ``sizes`` says of those after it, which are ``before`` it."""
+    after: Any = sizes(*(side.copy() for side in before))
+    if after is None:
+        return None
+    pair = isinstance(after, (tuple, list)) and len(after) == 2
+    sides = [np.asarray(side) for side in after] if pair else []
+    fits = pair and all(
+        side.shape in ((), active.shape) and side.dtype.kind in "iuf" and (side == side // 1).all()
+        for side in sides
+    )
+    wanted = f"(heights, widths), whole numbers [{len(active)}] or one for all, or None"
+    _EXPECT(fits, f"what sizes of {name} returns", wanted, f"{after!r:.80}")
+    height, width = (
+        np.where(active, new, old).astype(np.int64) for new, old in zip(sides, before, strict=True)
+    )
+    return height, width
 
 
 @dataclass
@@ -150,7 +165,7 @@ class Run(Walk):
                 self.batch = _own(self.batch)
         self._staged = True
         per = self.batch.frames
-        expected = sizes(*self.sizes)
+        expected = _told(name, sizes, self.sizes, active)
         everyone = np.repeat(active, per)
         if everyone.any():
             modes = self.modes if self.pil else frozenset()
@@ -158,11 +173,15 @@ class Run(Walk):
         self.done.append(Done(int(everyone.sum())))
         found = self.batch.height[::per], self.batch.width[::per]
         self._sizes = found
-        if expected is not None:
-            told = [(np.asarray(a) == b) | ~active for a, b in zip(expected, found, strict=True)]
-            wanted = "of the size that its sizes(height, width) says"
+        if expected is None:
+            return
+        wrong = (expected[0] != found[0]) | (expected[1] != found[1])
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            said, got = ((int(h[i]), int(w[i])) for h, w in (expected, found))
+            wanted = f"of the size that its sizes(height, width) says, {said} for image {i}"
             fix = f"Define sizes in {name}, to return the heights and widths after it, or None"
-            _EXPECT(np.all(told), f"the results of {name}", wanted, "another", fix)
+            raise _EXPECT.error(f"the results of {name}", wanted, str(got), fix)
 
     def finish(self) -> tuple[Tensor | list[Tensor], bool]:
         """The images after all of it (one batch if they have one size), and their layout."""
