@@ -1342,8 +1342,14 @@ if trainer.is_world_process_zero():
 """
 
 
-# Without it a rank that ends later than the other can be aborted by gloo's threads.
-LEAVE = "import torch\ntorch.distributed.destroy_process_group()\n"
+# Not by the end of the interpreter, which aborts a process in which one of gloo's threads wants the
+# interpreter's lock once more; DistributedDataParallel keeps them beyond the group.
+LEAVE = """
+import os, sys, torch
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 def on_two_ranks(tmp_path, code, *arguments):
