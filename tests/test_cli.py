@@ -121,7 +121,8 @@ def test_text_run_leaves_everything(texts: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
-    assert {"loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes"} <= steps[-1].keys()
+    wanted = {"loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "mfu"}
+    assert wanted <= steps[-1].keys()
     assert any("eval_loss" in r for r in records)
     with Image.open(run / "loss.png") as image:
         assert image.width > 300

@@ -108,15 +108,22 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         unit: what a step consumes ``per_step`` of: "tokens" or "images".
         per_step: how many of them.
         device: whose memory is told.
+        whole: how many a second would take all of the machine's matrix rate; None is not known.
     """
 
     def __init__(
-        self, metrics: MetricsFile, unit: str, per_step: int, device: torch.device
+        self,
+        metrics: MetricsFile,
+        unit: str,
+        per_step: int,
+        device: torch.device,
+        whole: float | None = None,
     ) -> None:
         self.metrics = metrics
         self.unit = unit
         self.per_step = per_step
         self.device = device
+        self.whole = whole
         self.seconds = 0.0
         self._throughput = Throughput()
         self._latest: dict[str, float] = {}
@@ -162,6 +169,8 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
             rate = self._throughput.steps_per_second() * self.per_step
             if math.isfinite(rate):
                 record[f"{self.unit}_per_second"] = round(rate, 1)
+                if self.whole is not None:
+                    record["mfu"] = round(rate / self.whole, 4)
             record["memory_bytes"] = memory_bytes(self.device)
         self.metrics.append({"step": state.global_step, **record})
         self.show(state.global_step, state.max_steps)
@@ -206,7 +215,10 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
                 parts[name] = f"{shown} {self._latest[name]:{form}}"
         speed = self._throughput.steps_per_second()
         if math.isfinite(speed):
-            parts["speed"] = f"{speed * self.per_step:,.0f} {self.unit}/s"
+            rate = speed * self.per_step
+            parts["speed"] = f"{rate:,.0f} {self.unit}/s"
+            if self.whole is not None:
+                parts["mfu"] = f"MFU {rate / self.whole:.0%}"
         parts["memory"] = human_bytes(memory_bytes(self.device))
         if self._throughput._marks:
             left = max_steps - self._throughput._marks[-1][1]
@@ -215,7 +227,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
 
 
 # What a narrow terminal is spared, first things first.
-_SPARED = ("grad_norm", "memory", "lr", "speed", "eval_loss", "eval_accuracy", "loss")
+_SPARED = ("grad_norm", "memory", "lr", "mfu", "speed", "eval_loss", "eval_accuracy", "loss")
 
 
 def fitting(parts: Mapping[str, str], width: int | None) -> str:

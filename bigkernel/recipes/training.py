@@ -23,6 +23,7 @@ from bigkernel.recipes.errors import Failure, is_quiet, option, say
 from bigkernel.recipes.models import parameters
 from bigkernel.recipes.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.recipes.settings import Settings, dump
+from bigkernel.recipes.utilization import matrix_rate, sequence_length, training_flops
 from bigkernel.trainer import MUON, Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
@@ -91,6 +92,7 @@ def train(
         task.unit,
         settings.batch_size * settings.accumulate * task.per_item,
         arguments.device,
+        _whole_rate(task, arguments),
     )
     trainer = Trainer(
         model=task.model,
@@ -180,6 +182,16 @@ def _arguments(task: Task) -> TrainingArguments:
         dataloader_pin_memory=device.type == "cuda",
         optim=MUON if settings.optim == MUON else TrainingArguments.default_optim,
     )
+
+
+def _whole_rate(task: Task, arguments: TrainingArguments) -> float | None:
+    """Tokens or images a second that would take all of the machine's matrix rate."""
+    tokens = sequence_length(task.model, task.unit, task.per_item)
+    flops = None if tokens is None else training_flops(task.model, tokens)
+    if flops is None:
+        return None
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return task.per_item * matrix_rate(arguments.device, half or task.model.dtype) / flops
 
 
 def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
