@@ -70,7 +70,8 @@ BK_INLINE void turn_hue(Pixels<3>& p, float factor) {
   const VecF r = p.v[0], g = p.v[1], b = p.v[2];
   const VecF high = vmax(r, vmax(g, b)), low = vmin(r, vmin(g, b));
   const VecF chroma = high - low;
-  const VecF inverse = 1.0f / (chroma == 0.0f ? set1(1.0f) : chroma);
+  // Of less than this the inverse is infinite; it is grey.
+  const VecF inverse = 1.0f / (chroma < 0x1p-126f ? set1(1.0f) : chroma);
   const VecI reddest = high == r, greenest = high == g;
   const VecF across = reddest ? g - b : (greenest ? b - r : r - g);
   const VecF base = reddest ? set1(turn) : (greenest ? set1(turn + 2.0f) : set1(turn + 4.0f));

@@ -32,7 +32,8 @@ __device__ __forceinline__ float grey_of(const float (&v)[3]) {
 // 4 - k), 0, 1).
 __device__ __forceinline__ void turn_hue(float (&v)[3], float factor) {
   const float high = max_nan(v[0], max_nan(v[1], v[2])), low = min_nan(v[0], min_nan(v[1], v[2]));
-  const float chroma = high - low, inverse = __fdividef(1.0f, chroma == 0.0f ? 1.0f : chroma);
+  // Of less than this the inverse is infinite; it is grey.
+  const float chroma = high - low, inverse = __fdividef(1.0f, chroma < 0x1p-126f ? 1.0f : chroma);
   const float sector = high == v[0]   ? (v[1] - v[2]) * inverse
                        : high == v[1] ? (v[2] - v[0]) * inverse + 2.0f
                                       : (v[0] - v[1]) * inverse + 4.0f;

@@ -23,14 +23,39 @@ struct Options {  // in the schema's order
 // What forward and backward have in common, and what keeps its memory alive.
 struct Call {
   CrossEntropyArgs args{};
-  RowView rows;
+  RowView rows, soft;
   Tensor labels, weight;
 };
+
+void prepare_labels(const char* op, Call& call, const Options& o) {
+  CrossEntropyArgs& a = call.args;
+  const Tensor& labels = call.labels;
+  if (labels.dim() == 2) {
+    BK_CHECK(labels.size(0) == call.rows.rows && labels.size(1) == a.classes, op,
+             "labels must be int64 [", call.rows.rows, "] or probabilities [", call.rows.rows, ", ",
+             a.classes, "]");
+    a.soft_type = float_type(labels, op, "labels");
+    call.soft = row_view(labels, op, "labels");
+    a.soft = call.soft.data;
+    a.soft_stride = call.soft.stride;
+    return;
+  }
+  BK_CHECK(labels.is_cpu() && labels.dim() == 1 && labels.size(0) == call.rows.rows &&
+               labels.scalar_type() == ScalarType::Long,
+           op, "labels must be int64 [", call.rows.rows, "] or probabilities [", call.rows.rows,
+           ", ", a.classes, "] on the CPU");
+  if (!labels.is_contiguous()) call.labels = torch::stable::contiguous(labels);
+  a.labels = static_cast<const int64_t*>(call.labels.const_data_ptr());
+  for (int64_t i = 0; i < call.rows.rows; ++i)
+    BK_CHECK(a.labels[i] == o.ignore_index || (a.labels[i] >= 0 && a.labels[i] < a.classes), op,
+             "labels must be 0 to ", a.classes - 1, " or ignore_index, ", o.ignore_index, ", got ",
+             a.labels[i], " at row ", i);
+}
 
 Call prepare(const char* op, const Tensor& logits, const Tensor& labels,
              const OptionalTensor& weight, const Options& o) {
   BK_CHECK(logits.dim() == 2, op, "logits must be [N, classes]");
-  Call call{{}, row_view(logits, op, "logits"), labels, {}};
+  Call call{{}, row_view(logits, op, "logits"), {}, labels, {}};
   CrossEntropyArgs& a = call.args;
   a.type = float_type(logits, op, "logits");
   a.logits = call.rows.data;
@@ -38,15 +63,7 @@ Call prepare(const char* op, const Tensor& logits, const Tensor& labels,
   a.classes = call.rows.dim;
   BK_CHECK(a.classes > 0 && a.classes <= INT32_MAX, op, "logits must have 1 to ", INT32_MAX,
            " classes, got ", a.classes);
-  BK_CHECK(labels.is_cpu() && labels.dim() == 1 && labels.size(0) == logits.size(0) &&
-               labels.scalar_type() == ScalarType::Long,
-           op, "labels must be int64 [", logits.size(0), "] on the CPU");
-  if (!labels.is_contiguous()) call.labels = torch::stable::contiguous(labels);
-  a.labels = static_cast<const int64_t*>(call.labels.const_data_ptr());
-  for (int64_t i = 0; i < call.rows.rows; ++i)
-    BK_CHECK(a.labels[i] == o.ignore_index || (a.labels[i] >= 0 && a.labels[i] < a.classes), op,
-             "labels must be 0 to ", a.classes - 1, " or ignore_index, ", o.ignore_index, ", got ",
-             a.labels[i], " at row ", i);
+  prepare_labels(op, call, o);
   a.weight_sum = float(a.classes);
   if (weight.has_value()) {
     BK_CHECK(weight->is_cpu() && weight->dim() == 1 && weight->size(0) == a.classes &&

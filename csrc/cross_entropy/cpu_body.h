@@ -161,7 +161,7 @@ void soft_backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       to[0] += n < kLanes ? (lane_index() < n ? m : VecF{}) : m;
     });
     const float g = a.scale[row], peak = a.peak[row], spread = a.spread[row];
-    const float every = whole[0] + 2 * a.z_loss * (peak + spread);
+    const float every = whole[0], drift = 2 * a.z_loss * (peak + spread);
     for_elements(a.classes, [&](int64_t i, int n) BK_LAMBDA {
       VecF z = load_some(logits + i, n), slope = set1(g);
       if constexpr (kCapped) {
@@ -169,7 +169,9 @@ void soft_backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         z = rounded(z * a.softcap);
         slope *= g;
       }
-      const VecF d = fma(vexp((z - peak) - spread), set1(every), -rounded(mass(a, soft, i, n)));
+      const VecF p = vexp((z - peak) - spread);
+      // As above: p sum(m) and m are nearly equal where p is near 1.
+      const VecF d = fma(p, set1(drift), fma(p, set1(every), -rounded(mass(a, soft, i, n))));
       store_some(out + i, d * slope, n);
     });
   }

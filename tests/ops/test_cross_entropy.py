@@ -1,7 +1,7 @@
 """Cross-entropy of given logits. Which feature has which test:
 
 reductions, ignored rows, smoothing, z-loss,
-softcap, class weights, dtypes              matches_torch
+softcap, class weights, soft labels, dtypes matches_torch
 numbers of classes and rows, strides        shapes, noncontiguous
 large logits, masked classes, NaN           extremes, masked_classes, non_finite
 gradient in place of the logits             overwrites_*
@@ -28,7 +28,11 @@ OPTIONS = {
     "softcap": {"softcap": 5.0},
     "weight": {"weight": True},
     "everything": {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0, "weight": True},
-}
+    "soft": {"soft": True},
+    "everything soft": {
+        "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0, "weight": True, "soft": True,
+    },
+}  # fmt: skip
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -42,17 +46,22 @@ def torch_cross_entropy(
     z = logits.to(torch.promote_types(logits.dtype, F32))
     z = softcap * torch.tanh(z / softcap) if softcap else z
     weight = None if weight is None else weight.to(z.dtype)
-    given = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    given = {"weight": weight, "label_smoothing": label_smoothing}
+    soft = labels.is_floating_point()
+    if soft:
+        labels = labels.to(z.dtype)
+    else:
+        given["ignore_index"] = ignore_index
     loss = F.cross_entropy(z, labels, reduction=reduction, **given)
     if z_loss == 0:
         return loss
-    kept = labels != ignore_index
+    kept = torch.ones(len(z), dtype=torch.bool) if soft else labels != ignore_index
     extra = (z_loss * z.logsumexp(-1).square()).masked_fill(~kept, 0.0)
     if reduction == "none":
         return loss + extra
     if reduction == "sum":
         return loss + extra.sum()
-    counted = kept.sum() if weight is None else weight[labels[kept]].sum()
+    counted = kept.sum() if weight is None or soft else weight[labels[kept]].sum()
     return loss + extra.sum() / counted
 
 
@@ -63,8 +72,15 @@ def labels_of(rows, classes, ignored=True, seed=3):
     return labels
 
 
+def soft_labels(labels, classes, dtype=F32):
+    """Probabilities in place of labels; a row's follow from its label."""
+    return (labels[:, None] + torch.arange(classes) * 0.37).sin().mul(2).softmax(-1).to(dtype)
+
+
 def functions(labels, options, classes, **more):
     options = dict(options, **more)
+    if options.pop("soft", False):
+        labels = soft_labels(labels, classes)
     if "weight" in options:
         options["weight"] = normal((classes,), F32, 8).abs() + 0.1
     given = {k: v for k, v in options.items() if k != "overwrite_logits"}
@@ -86,14 +102,54 @@ def test_cross_entropy_matches_torch(cpu_isa, options, dtype, reduction):
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 1023, 1024, 1025, 4099])
 def test_cross_entropy_shapes(cpu_isa, options, classes):
     """Around a vector and around a block; labels at both ends."""
-    logits = normal((40, classes), F32, 0, 2.0)
-    labels = labels_of(40, classes)
+    logits = normal((200, classes), F32, 0, 2.0)
+    labels = labels_of(200, classes)
     labels[0], labels[-1] = 0, classes - 1
     ours, theirs = functions(labels, options, classes, reduction="none")
     if classes == 1 and not options.get("z_loss"):
         torch.testing.assert_close(ours(logits), theirs(logits))  # 0, and a gradient of 0
     else:
         assert_fused(ours, theirs, [logits])
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 17, 1500])
+def test_cross_entropy_soft_labels_of_the_logits_dtype(cpu_isa, dtype, classes):
+    """Rows of zeros too, which torch takes as well; whose strides are even or not."""
+    logits, soft = (
+        normal((9, classes), dtype, 0),
+        soft_labels(labels_of(9, classes), classes, dtype),
+    )
+    soft[3] = 0
+    wide = torch.zeros(9, classes + 30, dtype=dtype)
+    wide[:, 7 : 7 + classes] = soft
+    results = []
+    for given in (soft, wide[:, 7 : 7 + classes], soft.T.contiguous().T):
+        leaf = logits.clone().requires_grad_()
+        loss = ops.cross_entropy(leaf, given)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+        if classes > 1:
+            assert_fused(
+                lambda x, q=given: ops.cross_entropy(x, q, reduction="none"),
+                lambda x, q=given: torch_cross_entropy(x, q, reduction="none"),
+                [logits],
+            )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_cross_entropy_of_soft_labels_beside_the_logits_leaves_them_whole():
+    """Labels in the memory of the logits would be read while the gradient is written there."""
+    leaf = normal((4, 30), F32, 0).requires_grad_()
+    grads = []
+    for overwrite in (False, True):
+        both = torch.cat([leaf * 2, leaf.detach().softmax(-1)], 1)
+        labels = both.detach()[:, 30:]
+        loss = ops.cross_entropy(both[:, :30], labels, overwrite_logits=overwrite)
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+        assert torch.equal(labels, leaf.detach().softmax(-1))
+    assert torch.equal(*grads)
 
 
 def test_cross_entropy_noncontiguous():
@@ -267,13 +323,20 @@ def test_cross_entropy_no_rows():
         assert loss.sum() == 0
     assert leaf.grad.shape == (0, 30)
     assert ops.cross_entropy(leaf, torch.zeros(0, dtype=torch.int64)).isnan()
+    soft = torch.zeros(0, 30)
+    assert ops.cross_entropy(leaf, soft, reduction="sum") == 0
+    assert ops.cross_entropy(leaf, soft).isnan()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_cross_entropy_opcheck(dtype):
-    labels, weight = labels_of(6, 40), normal((40,), F32, 1).abs()
+    hard, weight = labels_of(6, 40), normal((40,), F32, 1).abs()
     namespace = torch.ops.bigkernel
-    for options in ((weight, -100, 0.1, 1e-3, 20.0), (None, -100, 0.0, 0.0, 0.0)):
+    for labels, options in (
+        (hard, (weight, -100, 0.1, 1e-3, 20.0)),
+        (hard, (None, -100, 0.0, 0.0, 0.0)),
+        (soft_labels(hard, 40), (weight, -100, 0.1, 1e-3, 20.0)),
+    ):
         logits = normal((6, 40), dtype, 0)
         leaf = logits.clone().requires_grad_()
         torch.library.opcheck(namespace.cross_entropy_fwd.default, (leaf, labels, *options))
@@ -285,7 +348,8 @@ def test_cross_entropy_opcheck(dtype):
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["apart", "overwrite"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_cross_entropy_compile(reduction, overwrite):
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_cross_entropy_compile(soft, reduction, overwrite):
     """Without a break, and other lengths compile nothing more."""
 
     def model(x, labels):
@@ -297,6 +361,7 @@ def test_cross_entropy_compile(reduction, overwrite):
     graphs = []
     for rows in (5, 6, 17):
         labels, results = labels_of(rows, 24), []
+        labels = soft_labels(labels, 24) if soft else labels
         for function in (compiled, model):
             leaf = normal((rows, 24), F32, 0).requires_grad_()
             loss = function(leaf, labels)
@@ -355,8 +420,11 @@ def test_cross_entropy_float64_runs_in_pytorch(monkeypatch):
         ({"logits": torch.zeros(2, 3, 4)}, ValueError, r"logits must be \[N, V\].*Flatten"),
         ({"logits": torch.zeros(4, 0)}, ValueError, r"logits must be \[N, V\]"),
         ({"logits": torch.zeros(4, 8).int()}, TypeError, "logits must be float16"),
-        ({"labels": torch.zeros(4)}, TypeError, "an int64 tensor, got torch.float32"),
-        ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be an int64 tensor, got list"),
+        ({"labels": torch.zeros(4).int()}, TypeError, "an int64 tensor, or.*got torch.int32"),
+        ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be an int64 tensor, or.*got list"),
+        ({"labels": torch.zeros(4)}, ValueError, r"labels must be of shape \(4, 8\)"),
+        ({"labels": torch.zeros(4, 8, dtype=F64)}, TypeError, "float32 or of logits's dtype"),
+        ({"labels": torch.zeros(4, 8).requires_grad_()}, ValueError, "without a gradient"),
         ({"labels": torch.zeros(5).long()}, ValueError, r"labels must be of shape \(4,\)"),
         ({"labels": torch.tensor([0, 8, 1, 1])}, ValueError, "0 to 7 or ignore_index.*8 at row 1"),
         ({"labels": torch.tensor([0, 1, -1, 1])}, ValueError, "got -1 at row 2"),

@@ -15,8 +15,9 @@ from bigkernel.ops.cross_entropy import reference
 from bigkernel.ops.cross_entropy.checks import check_labels, check_options
 
 _EXPECT = Expect("cross_entropy")
-# logits [N, V]; labels [N] int64; weight [V] float32; losses [N] and total [] and stats [2, N]
-# float32 (float64 for float64 logits); scale [N], of their dtype: the gradient of each loss.
+# logits [N, V]; labels [N] int64, or [N, V] probabilities; weight [V] float32; losses [N] and total
+# [] and stats [2, N] float32 (float64 for float64 logits); scale [N], of their dtype: the gradient
+# of each loss.
 _OPTIONS = "SymInt ignore_index, float smoothing, float z_loss, float softcap"
 _SCHEMA_FWD = (
     f"(Tensor logits, Tensor labels, Tensor? weight, {_OPTIONS}) "
@@ -145,15 +146,18 @@ def cross_entropy(
     softcap: float | None = None,
     overwrite_logits: bool = False,
 ) -> Tensor:
-    """Cross-entropy of rows of logits with their labels.
+    """Cross-entropy of rows of logits with their labels, hard or soft.
 
     Args:
         logits: [N, V], float16, bfloat16, float32 or float64; any strides, evenly spaced rows are
             read in place.
-        labels: [N], int64: 0 to V - 1, or ignore_index.
+        labels: [N], int64: 0 to V - 1, or ignore_index. Or [N, V], float32 or of logits's dtype:
+            probabilities, which get no gradient; a teacher's, or those of mixed images.
         weight: [V], float32 or of logits's dtype, a weight for each class; gets no gradient. As in
-            torch, "mean" then divides by the sum of the labels' weights.
+            torch, "mean" then divides by the sum of the labels' weights, but by N with
+            probabilities.
         ignore_index: rows with this label have loss 0, get no gradient and are not counted.
+            Probabilities have none.
         reduction: "mean" over the rows that are not ignored (NaN if all are, as in torch), "sum" or
             "none".
         label_smoothing: 0 to 1, the share of the label's probability that all classes share.
@@ -177,14 +181,15 @@ def cross_entropy(
     _check(logits, labels, weight)
     softcap = 0.0 if softcap is None else softcap
     check_options(_EXPECT, reduction, label_smoothing, z_loss, softcap)
-    if not torch.compiler.is_compiling() and labels.device.type == "cpu":
+    soft = labels.is_floating_point()
+    if not soft and not torch.compiler.is_compiling() and labels.device.type == "cpu":
         check_labels(_EXPECT, "labels", labels, ignore_index, logits.shape[1])
     if weight is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         weight = weight.detach().to(wide)
     ops = select("cross_entropy_fwd", logits.device, _OP.why_not_native((logits,)))
     arguments = (logits, labels, weight, ignore_index, label_smoothing, z_loss, softcap)
-    if overwrite_logits and _can_overwrite(logits):
+    if overwrite_logits and _can_overwrite(logits, labels):
         losses, total, _ = _InPlace.apply(ops, *arguments)
     else:
         losses, total, _ = _library.run(ops, "cross_entropy_fwd", *arguments)
@@ -192,6 +197,8 @@ def cross_entropy(
         return losses
     if reduction == "sum":
         return total
+    if soft:
+        return total / labels.shape[0] if labels.shape[0] else total * float("nan")
     counted = labels != ignore_index
     if weight is None:
         return total / counted.sum()
@@ -199,7 +206,7 @@ def cross_entropy(
     return total / weights.sum(dtype=torch.float64).to(total.dtype)
 
 
-def _can_overwrite(logits: Tensor) -> bool:
+def _can_overwrite(logits: Tensor, labels: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -208,6 +215,7 @@ def _can_overwrite(logits: Tensor) -> bool:
         and not logits.is_leaf
         and (logits.stride(1) == 1 or logits.shape[1] == 1)
         and (logits.stride(0) >= logits.shape[1] or logits.shape[0] == 1)
+        and logits.untyped_storage().data_ptr() != labels.untyped_storage().data_ptr()
     )
 
 
@@ -217,13 +225,21 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
     if logits.dim() != 2 or logits.shape[1] < 1:
         fix = "Flatten batch and length: logits.view(-1, V), labels.view(-1)"
         raise expect.error("logits", "[N, V]", shape_of(logits), fix)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+    if not isinstance(labels, Tensor) or labels.dtype not in (
+        torch.int64,
+        torch.float32,
+        logits.dtype,
+    ):
+        expected = "an int64 tensor, or probabilities that are float32 or of logits's dtype"
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        fix = "Convert it with .long()"
-        raise expect.error("labels", "an int64 tensor", got, fix, TypeError)
+        raise expect.error("labels", expected, got, "Convert it with .long()", TypeError)
     expect.meaning("labels", labels)
-    expect.shape("labels", labels, logits.shape[:1])
+    soft = labels.dtype != torch.int64
+    expect.shape("labels", labels, logits.shape if soft else logits.shape[:1])
     expect.device("labels", labels, logits.device, "logits")
+    if labels.requires_grad and torch.is_grad_enabled():
+        fix = "Give labels.detach()"
+        raise expect.error("labels", "without a gradient", "labels that require one", fix)
     if weight is not None:
         expect.shape("weight", weight, logits.shape[1:])
         allowed = (torch.float32, logits.dtype)
