@@ -279,6 +279,17 @@ def test_yardstick_is_the_fastest_product(slower, monkeypatch):
     assert ("faster here than in bfloat16" in name) == (fastest != torch.bfloat16)
 
 
+@needs_native
+def test_models_of_full_size_are_native():
+    """What the small ones of the other tests cannot show; without training them."""
+    large = [case for case in cases_of("train", small=False) if "LLaMA" in case.name]
+    assert len(large) == 4
+    for case in large:
+        with case_module.strict():
+            sentence = case_module.native_backend(case, case.build())
+        assert sentence.startswith("attention: cpu")
+
+
 def test_a_slow_peer_runs_once_and_the_table_says_so(capsys):
     called = []
     plan = Plan(share=0.01, rounds=4, least=3, warmups=1, sample=1e-9, patience=0.03)

@@ -293,7 +293,9 @@ def _ready(
         return f"the loss of every step, to 0.2%, beside {' and '.join(compared)}"
 
     sample: Tensor = next(iter(training.model.parameters())).detach()
-    tensors = (sample[None, None],) if op == "attention" else (sample,)
+    config = training.model.config
+    dim = config.hidden_size // config.num_attention_heads
+    tensors = (sample[None, None, :, :dim],) if op == "attention" else (sample,)
     return Ready(runs, check, op, tensors, skipped=skipped)
 
 
