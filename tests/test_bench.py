@@ -282,7 +282,7 @@ def test_yardstick_is_the_fastest_product(slower, monkeypatch):
 @needs_native
 def test_models_of_full_size_are_native():
     """What the small ones of the other tests cannot show; without training them."""
-    large = [case for case in cases_of("train", small=False) if "LLaMA" in case.name]
+    large = [case for case in cases_of("train", small=False) if "16.9M" in case.name]
     assert len(large) == 4
     for case in large:
         with case_module.strict():
