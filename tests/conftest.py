@@ -66,3 +66,26 @@ def cpu_isa(request: pytest.FixtureRequest):
         pytest.skip("the native module is not built")
     with bigkernel.use_cpu_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Of small models more than one only cost time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fallback to PyTorch is an error."""
+    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
+
+
+@pytest.fixture
+def every_call(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Models so small that most of their calls would be left to torch call our ops all the same."""
+    from bigkernel.integrations import native
+
+    monkeypatch.setattr(native, "SMALLEST", dict.fromkeys(native.SMALLEST, 0))

@@ -32,17 +32,10 @@ MASKED = ["bert", "roberta", "modernbert"]
 OTHERS = ["t5", "opt", "gpt_oss"]
 F32, BF16 = torch.float32, torch.bfloat16
 
-pytestmark = pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning")
-
-
-@pytest.fixture(autouse=True)
-def every_call(monkeypatch):
-    """The models are so small that most of their calls would be left to torch."""
-    monkeypatch.setattr(native, "SMALLEST", dict.fromkeys(native.SMALLEST, 0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning"),
+    pytest.mark.usefixtures("every_call"),
+]
 
 
 @pytest.fixture

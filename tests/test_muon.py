@@ -27,19 +27,11 @@ import bigkernel.optim.muon as module
 from bigkernel.optim import AdamW, Muon, muon_groups
 from bigkernel.testing.tolerance import assert_as_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fallback")
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SCALINGS = [None, "original", "match_rms_adamw", "spectral_unclamped"]
 # Wide, tall, square, and pairs of one shape, which are multiplied together.
 SHAPES = [(24, 40), (40, 24), (24, 40), (16, 16), (16, 16), (1, 8), (8, 1), (24, 40)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_no_fallback(monkeypatch):
-    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(shapes=SHAPES, dtype=F32):

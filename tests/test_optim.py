@@ -27,18 +27,9 @@ import bigkernel
 from bigkernel.optim import Adam, AdamW
 
 BF16 = torch.bfloat16
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fallback")
 PAIRS = [(AdamW, torch.optim.AdamW), (Adam, torch.optim.Adam)]
 IDS = ["adamw", "adam"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_no_fallback(monkeypatch):
-    """Small models: threads only cost time. A fallback to PyTorch is an error."""
-    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model(dtype=torch.float32, seed=0):

@@ -22,24 +22,14 @@ from torch._dynamo.utils import counters
 import bigkernel
 from bigkernel import recipes
 from bigkernel.data import PackedDataset, PackingCollator, PaddingCollator, build_tokenizer
-from bigkernel.integrations import native
 from bigkernel.integrations.packing import Packing, PackingError, packing_of
 from bigkernel.testing.tolerance import assert_as_accurate
 from bigkernel.trainer import Trainer, TrainingArguments
 
+pytestmark = pytest.mark.usefixtures("every_call")
 LENGTHS = [5, 1, 13, 2, 8]
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2"]
 MASKED = ["bert", "roberta", "modernbert"]
-
-
-@pytest.fixture(autouse=True)
-def every_call(monkeypatch):
-    """The models are so small that most of their calls would be left to torch, and threads wait."""
-    monkeypatch.setattr(native, "SMALLEST", dict.fromkeys(native.SMALLEST, 0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def documents(lengths=LENGTHS, masked=False, seed=0):

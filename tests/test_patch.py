@@ -52,17 +52,10 @@ QUICK = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5 gated"]
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "gpt_neox"]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning")
-
-
-@pytest.fixture(autouse=True)
-def every_call(monkeypatch):
-    """The models are so small that most of their calls would be left to torch."""
-    monkeypatch.setattr(native, "SMALLEST", dict.fromkeys(native.SMALLEST, 0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning"),
+    pytest.mark.usefixtures("every_call"),
+]
 
 
 def patched(model, **options):

@@ -109,7 +109,7 @@ def _embedding(model: nn.Module) -> Any:
         if isinstance(found.weight, Tensor):
             return found
     except (AttributeError, NotImplementedError):
-        pass
+        pass  # no model of transformers, or one that has no single embedding
     return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
