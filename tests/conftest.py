@@ -16,6 +16,10 @@ SANITIZED = os.environ.get("BIGKERNEL_EXPECT_SANITIZER") == "1"
 def pytest_configure(config: pytest.Config) -> None:
     kept = Path(__file__).resolve().parents[1] / "build" / "ptx"
     os.environ.setdefault("BIGKERNEL_PTX_CACHE", str(kept))
+    if held := os.environ.get("ATEN_CPU_CAPABILITY"):
+        # Inductor finds code by its graph alone and compiles it for vectors of today's length: code
+        # made for others writes past its tensors.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept.parent / "inductor" / held))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
     # A shell starts background jobs with Ctrl-C ignored, and children would inherit that.
