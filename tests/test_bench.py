@@ -10,6 +10,7 @@ bad usage -> test_bad_usage.
 
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,9 @@ from bigkernel.bench import (
 from bigkernel.bench import attention as attention_bench
 from bigkernel.bench import augment as augment_bench
 from bigkernel.bench import case as case_module
-from bigkernel.bench.case import LIMIT, OURS, REFERENCE
+from bigkernel.bench import train as train_bench
+from bigkernel.bench import training as training_bench
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar
 from bigkernel.cli import main
 
 ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9, patience=0)
@@ -145,6 +148,19 @@ def test_result_compares_with_peers_and_limit():
     assert [got.held(bar) for bar in bars] == [False, True, None, False]
 
 
+def test_a_bar_of_memory_is_held_by_the_peaks():
+    case = Case("train", "some", (OURS, "peer"), lambda: None)
+    times = timings(**{OURS: 1.0, "peer": 2.0})
+    peaks = {OURS: Alone(70, {}, []), "peer": Alone(100, {}, [])}
+    got = replace(result(case, times), alone=peaks)
+    assert MemoryBar(0.7, "peer").reached(got) == pytest.approx(0.7)
+    assert [got.held(MemoryBar(most, "peer")) for most in (0.71, 0.69)] == [True, False]
+    assert got.held(MemoryBar(0.7, "absent")) is None
+    assert result(case, times).held(MemoryBar(0.7, "peer")) is None
+    unknown = replace(got, alone={**peaks, OURS: Alone(None, {}, [])})
+    assert unknown.held(MemoryBar(0.7, "peer")) is None
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("op", "case"), CASES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
@@ -167,13 +183,41 @@ def test_case_is_checked_and_native(op, case):
             ready.limit()
 
 
+TRAININGS = [
+    pytest.param(
+        case,
+        id=case.name,
+        marks=[pytest.mark.slow] if case.name.endswith(("compiled", "65,536")) else [],
+    )
+    for case in cases_of("train", small=True)
+]
+
+
 @needs_native
-@pytest.mark.parametrize("case", cases_of("train", small=True), ids=lambda case: case.name)
-def test_trainers_agree_and_report_their_own_time(case):
+@pytest.mark.parametrize("case", TRAININGS)
+def test_trainers_agree_and_report_their_own_time(case, monkeypatch):
+    monkeypatch.setattr(train_bench, "alone", lambda *case: None)
     got = run_case(case, ONCE)
-    assert set(got.timings) | set(got.skipped) == set(case.competitors)
+    assert (set(got.timings) | set(got.skipped)) - {LIMIT} == set(case.competitors)
     assert got.case.items > 0
     assert "loss" in got.compared
+    counted = case.name.startswith(("LLaMA 16.9M", "ViT-S/16")) and "packed" not in case.name
+    assert (got.share is not None and 0 < got.share < 1) == counted
+
+
+@needs_native
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+def test_a_training_alone_says_its_memory_and_the_parts_of_a_step():
+    (case,) = (c for c in cases_of("train", small=True) if c.name == "LLaMA 16.9M, float32")
+    for name in (OURS, train_bench.THEIRS):
+        alone = training_bench.alone(case.name, small=True)(name)
+        assert len(alone.losses) == train_bench.WARM + 1
+        assert alone.losses[0] == pytest.approx(5.5, abs=0.5)  # that of 256 tokens
+        assert alone.peak > 2**20
+        assert set(alone.parts) == set(training_bench.PARTS)
+        assert all(seconds > 0 for seconds in alone.parts.values())
+    with pytest.raises(RuntimeError, match="fails in a process of its own"):
+        training_bench.alone(case.name, small=True)("somebody else's")
 
 
 @needs_native
@@ -283,7 +327,7 @@ def test_yardstick_is_the_fastest_product(slower, monkeypatch):
 def test_models_of_full_size_are_native():
     """What the small ones of the other tests cannot show; without training them."""
     large = [case for case in cases_of("train", small=False) if "16.9M" in case.name]
-    assert len(large) == 4
+    assert len(large) == 6
     for case in large:
         with case_module.strict():
             sentence = case_module.native_backend(case, case.build())
@@ -311,8 +355,13 @@ def test_a_slow_peer_runs_once_and_the_table_says_so(capsys):
 
 def test_losses_are_printed(capsys):
     case = Case("adam", "a lost case", (OURS, "peer"), lambda: None, (Bar(1.0, "peer"),))
-    report.show([result(case, timings(**{OURS: 2.0, "peer": 1.0}))], report.console())
+    alone = {OURS: Alone(3 * 2**20, {"forward": 1.5}, [2.0, 1.25])}
+    got = replace(result(case, timings(**{OURS: 2.0, "peer": 1.0})), alone=alone)
+    report.show([got], report.console())
     out = capsys.readouterr().out
+    for cell in ("forward", "1.5 s", "2.0000 to 1.2500", "3 MiB"):
+        assert cell in out
+    assert report.as_dict(got)["alone"][OURS]["peak"] == 3 * 2**20
     assert "slower than a peer: 1" in out
     assert "a lost case: 0.50x peer" in out
     assert "bars not held: 1 of 1" in out
@@ -327,6 +376,7 @@ def test_losses_are_printed(capsys):
             "There are: adam, attention, augment, cross_entropy, glu, linear_cross_entropy, norm, "
             "rope, train",
         ),
+        (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],

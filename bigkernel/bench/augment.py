@@ -96,8 +96,8 @@ def _case(spec: Spec, bars: tuple[float, float] | None) -> Case:
 
 def build(spec: Spec) -> Ready:
     """Images and one run for each library that is installed."""
-    images = _images(spec)
-    chain = _ours(spec)
+    images = photographs(spec)
+    chain = our_chain(spec)
     layout = "channels_last" if spec.interleaved else "channels_first"
     given = _batch(spec, images)
     runs: dict[str, Run] = {OURS: lambda: chain(given, layout=layout)}
@@ -129,7 +129,7 @@ def build(spec: Spec) -> Ready:
 
 def build_cost(spec: Spec) -> Ready:
     """Our long chain, a short one, and the long one to half the side."""
-    batch = torch.stack(_images(spec))
+    batch = torch.stack(photographs(spec))
 
     def chain(side: int, many: bool) -> T.Compose:
         turn: list[T.Transform] = [T.RandomRotation(DEGREES, "bilinear")]
@@ -165,7 +165,7 @@ def build_cost(spec: Spec) -> Ready:
     )
 
 
-def _images(spec: Spec) -> list[Tensor]:
+def photographs(spec: Spec) -> list[Tensor]:
     """Photograph-like uint8 images [3, H, W]: smooth, with some noise."""
     generator = torch.Generator().manual_seed(0)
 
@@ -184,7 +184,7 @@ def _batch(spec: Spec, images: list[Tensor]) -> Any:
     return images if spec.ragged else torch.stack(images)
 
 
-def _ours(
+def our_chain(
     spec: Spec, antialias: bool = True, rotate: bool | None = None, color: bool | None = None
 ) -> T.Compose:
     """Our chain; with parts left out it still draws the same for those before them."""
@@ -216,7 +216,7 @@ class Drawn:
 def _drawn(spec: Spec, count: int) -> list[Drawn]:
     sizes = spec.sizes()[:count]
     generator = torch.Generator().manual_seed(SEED)
-    params = _ours(spec).sample(sizes, generator, list(range(count)))
+    params = our_chain(spec).sample(sizes, generator, list(range(count)))
     drawn = []
     for i, (height, width) in enumerate(sizes):
         here = Drawn(0, 0, height, width, False)
@@ -247,7 +247,9 @@ class Torchvision:
         self.F = importlib.import_module("torchvision.transforms.v2.functional")
         self.spec = spec
 
-    def run(self, images: list[Tensor]) -> Run:
+    @property
+    def chain(self) -> Any:
+        """Of one image."""
         v2, spec = self.v2, self.spec
         size = (spec.output, spec.output)
         first = [v2.Resize(size, antialias=True)]
@@ -256,14 +258,17 @@ class Torchvision:
         if spec.full:
             bilinear = v2.InterpolationMode.BILINEAR
             first += [v2.RandomRotation(DEGREES, bilinear), v2.ColorJitter(*JITTER)]
-        chain = v2.Compose([*first, v2.ToDtype(spec.dtype, scale=True), v2.Normalize(MEAN, STD)])
-        if spec.interleaved:
+        return v2.Compose([*first, v2.ToDtype(spec.dtype, scale=True), v2.Normalize(MEAN, STD)])
+
+    def run(self, images: list[Tensor]) -> Run:
+        chain = self.chain
+        if self.spec.interleaved:
             images = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in images]
         return lambda: torch.stack([chain(image) for image in images])
 
     def alike(self) -> T.Compose:
         """What of our chain ``apply`` repeats."""
-        return _ours(self.spec)
+        return our_chain(self.spec)
 
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         F = self.F
@@ -313,7 +318,7 @@ class Albumentations:
 
     def alike(self) -> T.Compose:
         """What of our chain ``apply`` repeats."""
-        return _ours(self.spec, antialias=not self.spec.crop, color=False)
+        return our_chain(self.spec, antialias=not self.spec.crop, color=False)
 
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         A, size = self.A, self.spec.output
@@ -365,7 +370,7 @@ class Kornia:
 
     def alike(self) -> T.Compose:
         """What of our chain ``apply`` repeats."""
-        return _ours(self.spec, antialias=False, rotate=False, color=False)
+        return our_chain(self.spec, antialias=False, rotate=False, color=False)
 
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         right, bottom = drawn.left + drawn.width, drawn.top + drawn.height
@@ -418,7 +423,7 @@ def _check(
         out: Tensor = chain(given[:count], generator, list(range(count)), layout)
         return out.permute(0, 3, 1, 2) if spec.interleaved else out
 
-    ours = _ours(spec)
+    ours = our_chain(spec)
     _from_pytorch(lambda: call(ours))
     said = []
     for name, peer in peers.items():

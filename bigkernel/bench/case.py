@@ -29,6 +29,45 @@ class Bar:
             return f">= {self.at_least:.0%} of the limit"
         return f">= {self.at_least:g}x {self.over}"
 
+    def reached(self, result: "Result") -> float | None:
+        return result.share if self.over == LIMIT else result.ratio(self.over)
+
+    def holds(self, value: float) -> bool:
+        return value >= self.at_least
+
+
+@dataclass(frozen=True)
+class MemoryBar:
+    """What a case may take: so many times the memory of ``over`` at the peak."""
+
+    at_most: float
+    over: str
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most:g}x the memory of {self.over}"
+
+    def reached(self, result: "Result") -> float | None:
+        ours, theirs = (
+            result.alone[name].peak if name in result.alone else None for name in (OURS, self.over)
+        )
+        return ours / theirs if ours is not None and theirs else None
+
+    def holds(self, value: float) -> bool:
+        return value <= self.at_most
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one competitor took in a process of its own.
+
+    peak: bytes above what was held before, None where the system does not say. parts: seconds of a
+    step, by its part. losses: of each step.
+    """
+
+    peak: int | None
+    parts: dict[str, float]
+    losses: list[float]
+
 
 @dataclass
 class Ready:
@@ -38,7 +77,7 @@ class Ready:
     what was compared; raises AssertionError. op, tensors: what `explain` is asked, so that a
     fallback is seen. limit: a run that does ``limit_work`` where a call of ours does ``work``, both
     in the same unit; limit_name says what it is. skipped: peers that are not there, with the
-    reason.
+    reason. alone: measures what a run takes in a process of its own, by its name.
     """
 
     runs: dict[str, Run]
@@ -50,6 +89,7 @@ class Ready:
     limit_work: float = 1.0
     limit_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
+    alone: Callable[[str], Alone] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +100,7 @@ class Case:
     name: str
     competitors: tuple[str, ...]
     build: Callable[[], Ready]
-    bars: tuple[Bar, ...] = ()
+    bars: tuple[Bar | MemoryBar, ...] = ()
     unit: str = "s"
     items: float = 0.0  # in a call, for a table that shows items per second
 
@@ -77,6 +117,7 @@ class Result:
     backend: str
     skipped: dict[str, str]
     limit_name: str = ""
+    alone: dict[str, Alone] = field(default_factory=dict)
 
     def ratio(self, peer: str) -> float | None:
         """How many times as fast as ``peer`` we are; None if it was not there."""
@@ -90,12 +131,9 @@ class Result:
         ratio = self.ratio(LIMIT)
         return None if ratio is None else ratio * self.work / self.limit_work
 
-    def reached(self, bar: Bar) -> float | None:
-        return self.share if bar.over == LIMIT else self.ratio(bar.over)
-
-    def held(self, bar: Bar) -> bool | None:
-        value = self.reached(bar)
-        return None if value is None else value >= bar.at_least
+    def held(self, bar: Bar | MemoryBar) -> bool | None:
+        value = bar.reached(self)
+        return None if value is None else bar.holds(value)
 
 
 @contextlib.contextmanager
@@ -163,6 +201,7 @@ def run_case(case: Case, plan: Plan) -> Result:
         if ready.limit is not None:
             runs[LIMIT] = ready.limit
         timings = interleave(runs, plan, first_calls)
+        alone = {} if ready.alone is None else {name: ready.alone(name) for name in ready.runs}
     return Result(
         case,
         timings,
@@ -172,4 +211,5 @@ def run_case(case: Case, plan: Plan) -> Result:
         sentence,
         dict(ready.skipped),
         ready.limit_name,
+        alone,
     )

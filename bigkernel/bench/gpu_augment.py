@@ -24,8 +24,8 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
 
     def row(spec: augment.Spec) -> Row:
         skipped = dict[str, str]()
-        images = [image.to(device) for image in augment._images(spec)]
-        batch, chain = torch.stack(images), augment._ours(spec)
+        images = [image.to(device) for image in augment.photographs(spec)]
+        batch, chain = torch.stack(images), augment.our_chain(spec)
         runs: dict[str, Callable[[], object]] = {OURS: partial(chain, batch)}
         runs[REFERENCE] = on_torch(runs[OURS])
         for name, make in peers.items():
@@ -46,6 +46,6 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
 def repeated(device: str) -> Callable[[], list[Tensor]]:
     """What has to give the same bits each time."""
     spec = augment.Spec("", 4, (100, 90), 64, full=True)
-    batch, chain = torch.stack(augment._images(spec)).to(device), augment._ours(spec)
+    batch, chain = torch.stack(augment.photographs(spec)).to(device), augment.our_chain(spec)
     ids = torch.arange(4)  # draws are keyed by them
     return lambda: [chain(batch, torch.Generator().manual_seed(3), ids=ids)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ with needs("cli", "bigkernel.bench.report"):
     from rich.table import Table
     from rich.text import Text
 
-from bigkernel.bench.case import LIMIT, OURS, Bar, Result
+from bigkernel.bench.case import LIMIT, OURS, Bar, MemoryBar, Result
 from bigkernel.bench.measure import Timing
 
 WIDTH = 200  # of a table that goes to a file
@@ -56,6 +57,25 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
+def steps(results: Sequence[Result]) -> Table:
+    """Of each training: the time of a step's parts, its losses and its memory at the peak."""
+    parts = list(dict.fromkeys(p for r in results for a in r.alone.values() for p in a.parts))
+    shown = Table(title="a step, in a process of its own", title_justify="left")
+    shown.add_column("case", overflow="fold")
+    shown.add_column("")
+    for name in (*parts, "losses", "peak memory"):
+        shown.add_column(name, justify="right")
+    for result in results:
+        for i, (name, alone) in enumerate(result.alone.items()):
+            times = [human(alone.parts[part]) for part in parts]
+            losses = f"{alone.losses[0]:.4f} to {alone.losses[-1]:.4f}"
+            peak = "" if alone.peak is None else f"{alone.peak / 2**20:,.0f} MiB"
+            last = i == len(result.alone) - 1
+            shown.add_row("" if i else result.case.name, name, *times, losses, peak,
+                          end_section=last)  # fmt: skip
+    return shown
+
+
 def _time(result: Result, name: str) -> Text:
     timing = result.timings[name]
     if result.case.items:
@@ -83,8 +103,8 @@ def _against(result: Result, name: str) -> Text:
     return _time(result, name).append("\n").append(f"{ratio:.2f}x", style=style)
 
 
-def _held(result: Result, bar: Bar) -> Text:
-    value = result.reached(bar)
+def _held(result: Result, bar: Bar | MemoryBar) -> Text:
+    value = bar.reached(result)
     if value is None:
         return Text("not measured", style="yellow")
     got = f"{value:.0%}" if bar.over == LIMIT else f"{value:.2f}x"
@@ -98,6 +118,8 @@ def _held(result: Result, bar: Bar) -> Text:
 def show(results: Sequence[Result], console: Console) -> None:
     """The table, and below it what was skipped, compared and lost."""
     console.print(table(results))
+    if any(result.alone for result in results):
+        console.print(steps(results))
     console.print(
         "Median of the rounds ± half the distance of the quartiles. Below a peer's time: how many "
         "times its speed ours is."
@@ -156,13 +178,16 @@ def as_dict(result: Result) -> dict[str, Any]:
         "bars": [
             {
                 "bar": str(bar),
-                "at_least": bar.at_least,
+                "at_least" if isinstance(bar, Bar) else "at_most": (
+                    bar.at_least if isinstance(bar, Bar) else bar.at_most
+                ),
                 "over": bar.over,
-                "reached": result.reached(bar),
+                "reached": bar.reached(result),
                 "held": result.held(bar),
             }
             for bar in result.case.bars
         ],
+        "alone": {name: asdict(alone) for name, alone in result.alone.items()},
         "skipped": result.skipped,
     }
 

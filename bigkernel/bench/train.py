@@ -1,21 +1,26 @@
-"""bigkernel's Trainer against transformers': tokens and images per second.
+"""bigkernel's Trainer against transformers': tokens and images per second, and memory.
 
-Both train the model of `bigkernel train text|images --preset demo` on the same data, with the same
-clipping and learning rate; transformers' with torch's SDPA and its own choice of AdamW. Images are
-augmented by the demo's recipe: ours on the batch, for transformers by torchvision v2, image by
-image in the collator. A LLaMA of 16.9M parameters is trained on random tokens, 4 x 512, in the
-precision that each Trainer takes by itself, in float32 and in bfloat16 (autocast). It is also
-trained, in float32, on documents of 64 to 512 tokens: packed by our Trainer, padded by it and by
-transformers'; the tokens of the documents count, those of the padding do not. A run is some steps
-of training, timed from the end of the first ones on.
+Both train the same model on the same data, with the same clipping and learning rate; transformers'
+with torch's SDPA and its own choice of AdamW. The models:
+
+- those of `bigkernel train text|images --preset demo`, on their data. Images are augmented by the
+  demo's recipe: ours on the batch, for transformers by torchvision v2, image by image in the
+  collator;
+- a LLaMA of 16.9M parameters on random tokens, 4 x 512, in the precision that each Trainer takes by
+  itself, in float32 and in bfloat16 (autocast); compiled by both, in the faster precision, beside
+  ours not compiled; and with a vocabulary of 65,536;
+- the same, in float32, on documents of 64 to 512 tokens: packed by our Trainer, padded by it and by
+  transformers'; the tokens of the documents count, those of the padding do not;
+- ViT-S/16 on uint8 images of 256 x 256, cropped, flipped, rotated, their colours changed: ours on
+  the batch, for transformers by torchvision v2 in two workers.
+
+A run is some steps of training, timed from the end of the first ones on. The limit is the rate of
+torch's matrix product; the share of it is the model FLOPs utilization (MFU). Memory is the peak
+above what a process holds before training, the model included; it, and the parts of a step, are
+measured once, in a process of its own for each.
 """
 
-import contextlib
-import copy
-import importlib
-import io
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,85 +30,146 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from bigkernel import _library, precision
-from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
+from bigkernel.bench import augment, limits
+from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, MemoryBar, Ready, on_torch
 from bigkernel.bench.measure import Run
-from bigkernel.data import PaddingCollator
-from bigkernel.recipes import images, models, presets, text
+from bigkernel.bench.training import WARM, Training, alone
+from bigkernel.data import PaddingCollator, collate_images
+from bigkernel.recipes import images, models, presets, text, utilization
 from bigkernel.recipes.errors import quietly
 from bigkernel.recipes.settings import ImageSettings, TextSettings, gather
 from bigkernel.recipes.training import Task
-from bigkernel.trainer import Trainer, TrainingArguments
 
 THEIRS = "transformers Trainer"
 PADDED = "bigkernel, padded"
-WARM, STEPS = 3, 15
-LLAMA_STEPS, ROWS, LENGTH = 4, 4, 512
+PLAIN = "bigkernel, not compiled"
+STEPS = 15
+LLAMA_STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 512, 8192
 DOCUMENTS, SHORTEST = 8, 64  # in a batch; tokens
+VIT_STEPS, VIT_BATCH = 3, 16
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row of the table.
+
+    build: makes the training of so many steps. items: tokens or images of the timed steps. more:
+    further runs of ours, by name, with their options. alike: the losses of theirs are ours.
+    """
+
+    name: str
+    build: Callable[[int], Training]
+    steps: int
+    items: int
+    bars: tuple[Bar | MemoryBar, ...]
+    unit: str = "tokens/s"
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alike: bool = True
+    sequences: float = 0.0  # of the timed steps; 0: the FLOPs of a step are not known
+    length: int = 0  # tokens of a sequence
+    dtype: torch.dtype = torch.float32  # of the products
+
+    def case(self, small: bool) -> Case:
+        names = (OURS, REFERENCE, *self.more, THEIRS)
+        build = partial(_ready, self, small)
+        return Case("train", self.name, names, build, self.bars, self.unit, self.items)
 
 
 def cases(small: bool = False) -> list[Case]:
-    """The table; ``small`` times one step, and the LLaMA is a small one."""
-    recipe = presets.TEXT_RECIPES["demo"]
-    demo = 1 if small else STEPS
-    # What this machine can gain by itself: bfloat16, or no more than the rest of a step.
-    default = 2.0 if precision.bf16_is_faster(torch.device("cpu")) else 1.3
-    table: list[tuple[str, Callable[[int], Ready], str, int, int, float]] = [
-        (
-            "demo text, LLaMA",
-            build_text,
-            "tokens/s",
-            recipe["batch_size"] * recipe["max_length"],
-            demo,
-            1.0,
-        ),
-        (
+    """The table; ``small`` times one step, and the large models are small ones."""
+    return [spec.case(small) for spec in (*_demos(small), *_llamas(small), _vit(small))]
+
+
+def _demos(small: bool) -> list[Spec]:
+    steps = 1 if small else STEPS
+    recipe, batch = presets.TEXT_RECIPES["demo"], presets.IMAGE_RECIPES["demo"]["batch_size"]
+    tokens = recipe["batch_size"] * recipe["max_length"]
+    bar = (Bar(1.0, THEIRS),)
+    return [
+        Spec("demo text, LLaMA", build_text, steps, tokens * steps, bar),
+        Spec(
             "demo images, ViT",
             build_images,
+            steps,
+            batch * steps,
+            bar,
             "images/s",
-            presets.IMAGE_RECIPES["demo"]["batch_size"],
-            demo,
-            1.0,
+            alike=False,
         ),
     ]
-    llama, rows, length = (1, 2, 32) if small else (LLAMA_STEPS, ROWS, LENGTH)
-    precisions: list[tuple[str, dict[str, Any], float]] = [
-        ("as it comes", {}, default),
-        ("float32", {"bf16": False}, 1.3),
-        ("bfloat16", {"bf16": True}, 1.5),
-    ]
-    for name, options, bar in precisions:
-        build = partial(build_llama, options, rows, length, small)
-        table.append((f"LLaMA 16.9M, {name}", build, "tokens/s", rows * length, llama, bar))
-    count, shortest = (2, 4) if small else (DOCUMENTS, SHORTEST)
-    lengths = _lengths(count * (WARM + llama), shortest, length)
+
+
+def _llamas(small: bool) -> list[Spec]:
+    fast = precision.bf16_is_faster(torch.device("cpu"))
+    chosen = torch.bfloat16 if fast else torch.float32
     wide = _library.native is not None and _library.native.cpu_isa().startswith(("avx512", "amx"))
-    packed = Case(
-        "train",
-        f"LLaMA 16.9M, float32, documents of {shortest} to {length} tokens, packed",
-        (OURS, REFERENCE, PADDED, THEIRS),
-        partial(build_packed, lengths, count, small, llama),
-        (Bar(2.2 if wide else 2.0, THEIRS),),
-        "tokens/s",
-        sum(lengths[count * WARM :]),
-    )
+    steps, rows, length = (1, 2, 32) if small else (LLAMA_STEPS, ROWS, LENGTH)
+
+    def spec(
+        name: str, dtype: torch.dtype, speed: float, memory: float, vocabulary: int = VOCABULARY,
+        more: dict[str, dict[str, Any]] | None = None, **options: Any
+    ) -> Spec:  # fmt: skip
+        vocabulary = 256 if small else vocabulary
+        return Spec(
+            f"LLaMA 16.9M, {name}",
+            partial(build_llama, options, vocabulary, rows, length),
+            steps,
+            rows * length * steps,
+            (Bar(speed, THEIRS), MemoryBar(memory, THEIRS)),
+            more=more or {},
+            sequences=rows * steps,
+            length=length,
+            dtype=dtype,
+        )
+
+    # What this machine can gain by itself: bfloat16, or no more than the rest of a step.
+    default, f32 = 2.0 if fast else 1.3, torch.float32
+    count, shortest = (2, 4) if small else (DOCUMENTS, SHORTEST)
+    lengths = _lengths(count * (WARM + steps), shortest, length)
     return [
-        *(
-            Case(
-                "train",
-                name,
-                (OURS, REFERENCE, THEIRS),
-                partial(build, steps),
-                (Bar(bar, THEIRS),),
-                unit,
-                items * steps,
-            )
-            for name, build, unit, items, steps, bar in table
+        spec("as it comes", chosen, default, 0.7),
+        spec("float32", f32, 1.3, 0.7, bf16=False),
+        spec("bfloat16", torch.bfloat16, 1.5, 0.8, bf16=True),
+        spec(
+            "compiled",
+            chosen,
+            1.25,
+            1.0,
+            bf16=fast,
+            torch_compile=True,
+            more={PLAIN: {"torch_compile": False}},
         ),
-        packed,
+        spec("as it comes, vocabulary 65,536", chosen, 1.0, 0.45, vocabulary=65536),
+        Spec(
+            f"LLaMA 16.9M, float32, documents of {shortest} to {length} tokens, packed",
+            partial(build_packed, lengths, count, 256 if small else VOCABULARY),
+            steps,
+            sum(lengths[count * WARM :]),
+            (Bar(2.2 if wide else 2.0, THEIRS),),
+            more={PADDED: {"packing": False}},
+        ),
     ]
+
+
+def _vit(small: bool) -> Spec:
+    steps, batch = (1, 2) if small else (VIT_STEPS, VIT_BATCH)
+    model, size, side = ("vit-digits", 8, 12) if small else ("vit-small", 224, 256)
+    shape = augment.Spec("", count=batch * 4, size=(side, side), output=size, full=True)
+    fast = precision.bf16_is_faster(torch.device("cpu"))
+    return Spec(
+        "ViT-S/16, augmented",
+        partial(build_vit, model, shape, batch),
+        steps,
+        batch * steps,
+        (Bar(1.4, THEIRS), MemoryBar(1.0, THEIRS)),
+        "images/s",
+        alike=False,
+        sequences=batch * steps,
+        length=(size // 16) ** 2 + 1,
+        dtype=torch.bfloat16 if fast else torch.float32,
+    )
 
 
 def _lengths(count: int, shortest: int, longest: int) -> list[int]:
@@ -114,77 +180,43 @@ def _lengths(count: int, shortest: int, longest: int) -> list[int]:
     return drawn
 
 
-@dataclass
-class _Training:
-    """What both Trainers are given.
-
-    their_collate: theirs, where it is another. packing: ours packs, and pads with theirs beside.
-    """
-
-    model: Any
-    data: Any
-    options: dict[str, Any]
-    collate: Callable[..., Any] | None = None
-    their_collate: Callable[..., Any] | None = None
-    ours: dict[str, Any] = field(default_factory=dict)
-    packing: bool = False
-
-
-class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds from the end of step WARM on, and the losses."""
-
-    def __init__(self) -> None:
-        self.begin = self.seconds = 0.0
-        self.losses: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.begin
-        if state.global_step == WARM:
-            self.begin = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            self.losses.append(float(logs["loss"]))
-
-
-def build_text(steps: int) -> Ready:
-    """The default text model, with and without bigkernel."""
+def build_text(steps: int) -> Training:
+    """The default text model."""
     settings = gather("train text", {})
     assert isinstance(settings, TextSettings)
     task = _prepared(lambda run: text.prepare(settings, run, {}))
-    return _ready(_training(task, task.collate), steps, {}, op="attention", alike=True)
+    return _training(task, task.collate, steps)
 
 
-def build_llama(options: dict[str, Any], rows: int, length: int, small: bool, steps: int) -> Ready:
-    """A LLaMA of 16.9M parameters, or a `small` one, over random tokens."""
-    model = _llama(small)
+def build_llama(
+    options: dict[str, Any], vocabulary: int, rows: int, length: int, steps: int
+) -> Training:
+    """A LLaMA of 16.9M parameters over random tokens."""
     draw = torch.Generator().manual_seed(0)
-    size = rows * (WARM + steps), length
-    tokens = torch.randint(0, model.config.vocab_size, size, generator=draw)
+    tokens = torch.randint(0, vocabulary, (rows * (WARM + steps), length), generator=draw)
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    options = {**options, "per_device_train_batch_size": rows}
-    return _ready(_Training(model, data, options), steps, {}, op="attention", alike=True)
+    options = {**options, "per_device_train_batch_size": rows, "max_steps": WARM + steps}
+    return Training(_llama(vocabulary), data, options)
 
 
-def build_packed(lengths: list[int], count: int, small: bool, steps: int) -> Ready:
+def build_packed(lengths: list[int], count: int, vocabulary: int, steps: int) -> Training:
     """The same model over random documents of these lengths, so many in a batch."""
-    model = _llama(small)
     draw = torch.Generator().manual_seed(0)
-    size = model.config.vocab_size
-    data = [{"input_ids": torch.randint(0, size, (n,), generator=draw)} for n in lengths]
+    data = [{"input_ids": torch.randint(0, vocabulary, (n,), generator=draw)} for n in lengths]
     options = {
         "bf16": False,
         "per_device_train_batch_size": count,
         "train_sampling_strategy": "sequential",
+        "max_steps": WARM + steps,
     }
-    training = _Training(model, data, options, None, PaddingCollator(), packing=True)
-    return _ready(training, steps, {}, op="attention", alike=True)
+    return Training(_llama(vocabulary), data, options, None, PaddingCollator(), packing=True)
 
 
-def _llama(small: bool) -> Any:
+def _llama(vocabulary: int) -> Any:
+    small = vocabulary < VOCABULARY
     width, layers = (64, 1) if small else (384, 6)
     config = transformers.LlamaConfig(
-        vocab_size=256 if small else 8192,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=128 if small else 1024,
         num_hidden_layers=layers,
@@ -195,18 +227,58 @@ def _llama(small: bool) -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
-def build_images(steps: int) -> Ready:
-    """The default image model, with and without bigkernel."""
+def build_images(steps: int) -> Training:
+    """The default image model; torchvision augments for transformers', by the same recipe."""
     settings = gather("train images", {})
     assert isinstance(settings, ImageSettings)
     task = _prepared(lambda run: images.prepare(settings, run, {}))
-    skipped = {}
-    collate: Callable[..., Any] | None = None
     try:
-        collate = _torchvision(task)
+        from torchvision.transforms import v2
     except ImportError as error:
-        skipped[THEIRS] = str(error)
-    return _ready(_training(task, collate), steps, skipped, op="augment", alike=False)
+        return _training(task, None, steps, skipped=str(error))
+    (recipe,) = presets.AUGMENTATIONS["gentle"]
+    options = {**recipe["RandomAffine"], "interpolation": v2.InterpolationMode.BILINEAR}
+    affine = v2.RandomAffine(**options)
+    finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+    return _training(task, _ImageByImage(v2.Compose([affine, finish]), task.collate), steps)
+
+
+def build_vit(model: str, shape: augment.Spec, batch: int, steps: int) -> Training:
+    """A ViT on photograph-like images, augmented by the full recipe of the table of augment."""
+    made = augment.photographs(shape)
+    data = [{"pixel_values": image, "labels": i % 10} for i, image in enumerate(made)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = models.new_image_model(model, [str(i) for i in range(10)], 3, shape.output)
+    training = Training(
+        vit,
+        data,
+        {"per_device_train_batch_size": batch, "max_steps": WARM + steps},
+        collate_images,
+        ours={"augmentation": augment.our_chain(shape)},
+        their_options={"dataloader_num_workers": 2},
+    )
+    try:
+        chain = augment.Torchvision(shape).chain
+    except ImportError as error:
+        training.skipped = str(error)
+        return training
+    training.their_collate = _ImageByImage(chain, collate_images)
+    return training
+
+
+@dataclass
+class _ImageByImage:
+    """A collator that augments before the batch is made, as a data loader's workers do."""
+
+    chain: Callable[[Tensor], Tensor]
+    collate: Callable[..., Any]
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate(samples)
+        pixels = torch.stack([self.chain(image) for image in batch["pixel_values"]])
+        batch.pop("sample_ids", None)
+        return {**batch, "pixel_values": pixels}
 
 
 def _prepared(prepare: Callable[[Path], Task]) -> Task:
@@ -214,79 +286,25 @@ def _prepared(prepare: Callable[[Path], Task]) -> Task:
         return prepare(Path(folder) / "run")
 
 
-def _torchvision(task: Task) -> Callable[..., Any]:
-    """The demo's augmentation image by image, before the batch is made."""
-    v2 = importlib.import_module("torchvision.transforms.v2")
-    (recipe,) = presets.AUGMENTATIONS["gentle"]
-    options = {**recipe["RandomAffine"], "interpolation": v2.InterpolationMode.BILINEAR}
-    affine = v2.RandomAffine(**options)
-
-    def collate(samples: Any) -> Any:
-        batch = task.collate(samples)
-        pixels: Tensor = batch["pixel_values"]
-        pixels = torch.stack([affine(image) for image in pixels]).float() / 255
-        return {**batch, "pixel_values": (pixels - images.MEAN) / images.STD}
-
-    return collate
-
-
-def _ready(
-    training: _Training,
-    steps: int,
-    skipped: dict[str, str],
-    op: str,
-    alike: bool,
-) -> Ready:
-    losses: dict[str, list[float]] = {}
-
-    def arguments(folder: str) -> dict[str, Any]:
-        own = {"output_dir": folder, "max_steps": WARM + steps}
-        return {**_ARGUMENTS, **training.options, **own}
-
-    def ours(name: str, packing: bool = training.packing) -> float:
-        padded = training.packing and not packing
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                model=copy.deepcopy(training.model),
-                args=TrainingArguments(**arguments(folder), announce=False, packing=packing),
-                train_dataset=training.data,
-                data_collator=training.their_collate if padded else training.collate,
-                **training.ours,
-            )
-            return _timed(name, trainer)
-
-    def theirs() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = transformers.Trainer(
-                model=copy.deepcopy(training.model),
-                args=transformers.TrainingArguments(**arguments(folder)),
-                train_dataset=training.data,
-                data_collator=training.their_collate,
-            )
-            return _timed(THEIRS, trainer)
-
-    def _timed(name: str, trainer: transformers.Trainer) -> float:
-        clock = _Clock()
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock)
-        with contextlib.redirect_stdout(io.StringIO()), models.quiet_transformers():
-            trainer.train()
-        losses[name] = clock.losses
-        return clock.seconds
-
+def _ready(spec: Spec, small: bool) -> Ready:
+    training = spec.build(spec.steps)
     runs: dict[str, Run] = {
-        OURS: partial(ours, OURS),
-        REFERENCE: on_torch(partial(ours, REFERENCE)),
+        OURS: partial(training.run_ours, OURS),
+        REFERENCE: on_torch(partial(training.run_ours, REFERENCE)),
     }
-    if training.packing:
-        runs[PADDED] = partial(ours, PADDED, packing=False)
-    if THEIRS not in skipped:
-        runs[THEIRS] = theirs
+    for name, options in spec.more.items():
+        runs[name] = partial(training.run_ours, name, **options)
+    skipped = {}
+    if training.skipped:
+        skipped[THEIRS] = training.skipped
+    else:
+        runs[THEIRS] = partial(training.run_theirs, THEIRS)
 
     def check(runs: dict[str, Run]) -> str:
         for run in runs.values():
             run()
-        compared = [name for name in runs if name != OURS] if alike else [REFERENCE]
+        compared = [name for name in runs if name != OURS] if spec.alike else [REFERENCE]
+        losses = training.losses
         for name in compared:
             for mine, other in zip(losses[OURS], losses[name], strict=True):
                 assert abs(mine - other) < 2e-3 * abs(other), f"loss {mine} beside {name}'s {other}"
@@ -295,11 +313,19 @@ def _ready(
     sample: Tensor = next(iter(training.model.parameters())).detach()
     config = training.model.config
     dim = config.hidden_size // config.num_attention_heads
-    tensors = (sample[None, None, :, :dim],) if op == "attention" else (sample,)
-    return Ready(runs, check, op, tensors, skipped=skipped)
+    attention = "augmentation" not in training.ours
+    tensors = (sample[None, None, :, :dim],) if attention else (sample,)
+    op = "attention" if attention else "augment"
+    ready = Ready(runs, check, op, tensors, skipped=skipped)
+    ready.alone = alone(spec.name, small)
+    flops = utilization.training_flops(training.model, spec.length) if spec.length else None
+    if flops is not None:
+        ready.work = flops * spec.sequences
+        ready.limit, ready.limit_work, ready.limit_name = limits.matrix_product(spec.dtype)
+    return ready
 
 
-def _training(task: Task, their_collate: Callable[..., Any] | None) -> _Training:
+def _training(task: Task, their_collate: Any, steps: int, skipped: str = "") -> Training:
     settings = task.settings
     options = {
         "per_device_train_batch_size": settings.batch_size,
@@ -308,19 +334,9 @@ def _training(task: Task, their_collate: Callable[..., Any] | None) -> _Training
         "adam_beta2": settings.beta2,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
+        "max_steps": WARM + steps,
     }
-    return _Training(
-        task.model, task.train, options, task.collate, their_collate, task.trainer_options
+    own = {k: v for k, v in task.trainer_options.items() if k != "eval_augmentation"}
+    return Training(
+        task.model, task.train, options, task.collate, their_collate, own, skipped=skipped
     )
-
-
-_ARGUMENTS = {
-    "use_cpu": True,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "dataloader_num_workers": 0,
-    "dataloader_pin_memory": False,
-}

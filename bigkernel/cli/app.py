@@ -272,12 +272,13 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds: a minute an op.")] = False,
     threads: Threads = None,
     plot: Annotated[Path | None, _text("Write a bar chart to this PNG file.")] = None,
+    only: Annotated[str | None, _text("The cases whose names contain this, and no others.")] = None,
 ) -> None:
     """Time the ops beside their peers and beside what the machine can give."""
     from bigkernel.cli.bench import bench as run
 
     one_process("bench")
-    run(ops, json, quick, threads, plot)
+    run(ops, json, quick, threads, plot, only)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`bigkernel bench`: the tables, and where they are written."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,12 @@ def bench(
     quick: bool,
     threads: int | None,
     plot: Path | None,
+    only: str | None = None,
 ) -> None:
-    """Measure the tables ``ops`` and print them; Failure where a result is wrong or not native."""
+    """Measure the tables ``ops`` and print them; Failure where a result is wrong or not native.
+
+    only: the cases whose names contain it, in letters of either case.
+    """
     for op in ops:
         if op not in TABLES:
             raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(TABLES)}.")
@@ -27,6 +32,15 @@ def bench(
     for path in (json, plot):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}.")
+    tables = {op: cases_of(op) for op in dict.fromkeys(ops)}
+    if only is not None:
+        names = [case.name for cases in tables.values() for case in cases]
+        tables = {
+            op: [case for case in cases if only.lower() in case.name.lower()]
+            for op, cases in tables.items()
+        }
+        if not any(tables.values()):
+            raise UsageError(f"no case has {only!r} in its name. There are:\n" + "\n".join(names))
     if _library.native is None:
         raise Failure(f"there is no native kernel to measure: {_library.native_error}.")
     use_threads(threads)
@@ -39,14 +53,17 @@ def bench(
         highlight=False,
     )
     results: list[Result] = []
-    for op in dict.fromkeys(ops):
+    for op, cases in tables.items():
         table: list[Result] = []
-        for case in cases_of(op):
+        for case in cases:
             print(f"{op}: {case.name} ...", file=sys.stderr, flush=True)
             table.append(run_case(case, QUICK if quick else Plan()))
-        report.show(table, console)
+        if table:
+            report.show(table, console)
         results += table
     command = " ".join(["bigkernel", "bench", *ops, *(["--quick"] if quick else [])])
+    if only is not None:
+        command += f" --only {shlex.quote(only)}"
     if threads is not None:
         command += f" --threads {threads}"
     if json is not None:
