@@ -324,8 +324,8 @@ def test_losses_are_printed(capsys):
     [
         (
             ["bench", "atention"],
-            "There are: adam, attention, augment, cross_entropy, glu, linear_cross_entropy, norm, "
-            "rope, train",
+            "There are: adam, attention, augment, bias_act, cross_entropy, glu, "
+            "linear_cross_entropy, norm, rope, train",
         ),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
