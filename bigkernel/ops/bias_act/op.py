@@ -62,7 +62,7 @@ _OP = registry.register(
                 registry.no_second_derivative("bias_act"),
             ),
         ),
-        in_models={"bias_act": registry.InModels(1 << 16)},
+        in_models={"bias_act": registry.InModels(1 << 18)},
     )
 )
 
