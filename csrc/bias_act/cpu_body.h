@@ -28,20 +28,28 @@ void forward(const BiasActArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Rows are taken a few at a time, so that their sums touch memory once.
 template <class T, class Activation>
 void backward(const BiasActArgs& a, int64_t begin, int64_t end, float* dbias, float* run) {
-  for (int64_t row = begin; row < end; ++row) {
+  constexpr int64_t kRows = 4;
+  static_assert(kBiasActRun % kRows == 0);
+  for (int64_t row = begin; row < end; row += kRows) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
     T* dx = static_cast<T*>(a.y) + row * a.dim;
-    const bool flush = (row - begin) % kBiasActRun == kBiasActRun - 1 || row + 1 == end;
+    const int64_t rows = end - row < kRows ? end - row : kRows;
+    const bool flush = (row + kRows - begin) % kBiasActRun == 0 || row + kRows >= end;
     for_elements(a.dim, [&](int64_t i, int n) BK_LAMBDA {
-      VecF value, slope;
-      Activation::both(sum(a, x, i, n), value, slope);
-      const VecF d = load_some(dy + i, n) * slope;
-      store_some(dx + i, d, n);
+      VecF part = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        VecF value, slope;
+        Activation::both(sum(a, x + r * a.x_stride, i, n), value, slope);
+        const VecF d = load_some(dy + r * a.dy_stride + i, n) * slope;
+        store_some(dx + r * a.dim + i, d, n);
+        part += d;
+      }
       if (dbias == nullptr) return;
-      const VecF part = load_some(run + i, n) + d;
+      part += load_some(run + i, n);
       if (flush) store_some(dbias + i, load_some(dbias + i, n) + part, n);
       store_some(run + i, flush ? VecF{} : part, n);
     });
