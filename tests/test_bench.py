@@ -373,8 +373,8 @@ def test_losses_are_printed(capsys):
     [
         (
             ["bench", "atention"],
-            "There are: adam, attention, augment, cross_entropy, glu, linear_cross_entropy, norm, "
-            "rope, train",
+            "There are: adam, attention, augment, bias_act, cross_entropy, glu, "
+            "linear_cross_entropy, norm, rope, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),

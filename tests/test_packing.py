@@ -434,13 +434,33 @@ def test_packed_training_is_padded_training(tmp_path, name):
     assert isinstance(packed.data_collator, PaddingCollator)  # for predictions
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_accumulated_batches_of_unequal_lengths_give_the_same_gradients(tmp_path, packing):
+def test_gpt2s_loss_of_padded_rows_is_divided_as_transformers_does(tmp_path):
+    """By one label a row more than it predicts: packed, the first labels are not there to count."""
+    lengths, losses = [3, 17, 2, 9], []
+    for kind, packing in ((transformers.Trainer, False), (Trainer, False), (Trainer, True)):
+        given = arguments(tmp_path, packing=packing, max_steps=1, per_device_train_batch_size=4)
+        if kind is transformers.Trainer:
+            given = transformers.TrainingArguments(
+                **{name: getattr(given, name) for name in ("output_dir", "max_steps", "use_cpu")},
+                per_device_train_batch_size=4,
+                report_to="none",
+            )
+        collator = None if packing else PaddingCollator()
+        made = kind(without_dropout("gpt2"), given, collator, documents(lengths))
+        losses.append(made.train().training_loss)
+    theirs, padded, packed = losses
+    assert padded == pytest.approx(theirs, rel=1e-6)
+    total = sum(lengths)
+    assert packed * (total - len(lengths)) == pytest.approx(padded * total, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "packing"), [("llama", True), ("llama", False), ("gpt2", False)])
+def test_accumulated_batches_of_unequal_lengths_give_the_same_gradients(tmp_path, name, packing):
     """1, 2 and 4 batches for a step of the same four documents."""
     gradients = []
     for steps in (1, 2, 4):
         made = Trainer(
-            build("llama"),
+            without_dropout(name),
             arguments(
                 tmp_path,
                 packing=packing,

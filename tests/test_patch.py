@@ -16,6 +16,7 @@ import torch
 import transformers
 from families import VOCAB, Rows, build, clip, collate, tokens
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -37,16 +38,18 @@ FAMILIES = {
     "qwen3": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
     "gemma2": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
     "gemma3": "attention 2, rms_norm 13, residual 2, rope 2, glu 2" + LOSSES,
-    "phi": "attention 2, gelu 2, rope 2" + LOSSES,
-    "gpt2": "attention 2, gelu 2" + LOSSES,
-    "gpt_neox": "attention 2, residual 2, rope 2" + LOSSES,
-    "bert": "attention 2, residual 1, residual 2, residual 2, linear_cross_entropy 1",
-    "roberta": "attention 2, residual 1, residual 2, residual 2, linear_cross_entropy 1",
-    "modernbert": "attention 2, residual 2, rope 2, glu 2" + LOSSES,
-    "vit": "attention 2, residual 2",
+    "phi": "attention 2, gelu 2, rope 2, bias_act 2" + LOSSES,
+    "gpt2": "attention 2, gelu 2, bias_act 2" + LOSSES,
+    "gpt_neox": "attention 2, residual 2, rope 2, bias_act 2" + LOSSES,
+    "bert": "attention 2, residual 1, residual 2, bias_act 2, residual 2, bias_act 1, "
+    "linear_cross_entropy 1",
+    "roberta": "attention 2, residual 1, residual 2, bias_act 2, residual 2, "
+    "linear_cross_entropy 1",
+    "modernbert": "attention 2, residual 2, rope 2, glu 2, bias_act 1" + LOSSES,
+    "vit": "attention 2, residual 2, bias_act 2",
     "t5": "attention 6, rms_norm 12, linear_cross_entropy 1",
     "t5 gated": "attention 6, rms_norm 12, gelu 4, glu 4, linear_cross_entropy 1",
-    "clip": "attention 2, residual 2",
+    "clip": "attention 2, residual 2, bias_act 2",
 }
 QUICK = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5 gated"]
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "gpt_neox"]
@@ -642,6 +645,84 @@ def test_activations_are_known_by_their_values(name):
         torch.testing.assert_close(actual, bigkernel.unpatch(model)(x), atol=1e-6, rtol=1e-5)
 
 
+class Fused(nn.Module):
+    """An activation on what a linear layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act, self.out = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.out(self.act(self.fc(x)))
+
+
+class ByName(Fused):
+    def forward(self, x):
+        x = self.fc(x)
+        x = self.act(x)
+        return self.out(x)
+
+
+class UsedTwice(Fused):
+    """What the linear layer gives is wanted later too."""
+
+    def forward(self, x):
+        h = self.fc(x)
+        y = self.act(h)
+        return self.out(y + h)
+
+
+class Relu(Fused):
+    """torch keeps its result alone, which the next product keeps anyway."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("kind", "served"), [(Fused, True), (ByName, True), (UsedTwice, False), (Relu, False)]
+)
+def test_an_activation_after_a_linear_layer_is_one_op_with_its_bias(monkeypatch, kind, served):
+    calls = calls_of(monkeypatch, activations, "bias_act")
+    module = kind()
+    x, grads = torch.randn(2, 3, 8), []
+    for patch in (lambda m: m, patched):
+        y = patch(module)(x)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), module.parameters())])
+    assert report(module).replaced == ([f"bias_act in 1 x {kind.__name__} (gelu)"] * served)
+    assert calls == ["bias_act"] * served
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_stands_in_a_linear_layers_place_is_called(monkeypatch):
+    """A hook on it, another module in its place, weights of another dtype: as it was."""
+    calls = calls_of(monkeypatch, activations, "bias_act")
+    module = patched(Fused())
+    x, seen = torch.randn(3, 8), []
+    handle = module.fc.register_forward_hook(lambda m, given, out: seen.append(out) or 2 * out)
+    torch.testing.assert_close(module(x), module.out(F.gelu(module.fc(x))))
+    assert len(seen) == 2
+    handle.remove()
+    module.fc = nn.Sequential(module.fc, nn.Tanh())
+    torch.testing.assert_close(module(x), module.out(F.gelu(module.fc(x))))
+    assert calls == []
+
+
+def test_a_bias_stays_in_fp32_inside_autocast(monkeypatch):
+    calls = calls_of(monkeypatch, activations, "bias_act")
+    module, x = Fused(), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(x)
+        got = patched(module)(x)
+    assert calls == ["bias_act"]
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+    got.float().sum().backward()
+    assert module.fc.bias.grad.dtype == torch.float32
+
+
 def test_rotations_are_known_by_their_values():
     def halves(x):
         return torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
@@ -684,7 +765,8 @@ def test_a_forward_that_is_not_what_its_file_says_stays(monkeypatch):
     Other.forward = type(forward)(changed, forward.__globals__, "forward")
     mlp.__class__ = Other
     patched(mlp)
-    assert report(mlp).left == ["glu in 1 x Other: the source of its forward is not what runs"]
+    reason = "in 1 x Other: the source of its forward is not what runs"
+    assert report(mlp).left == [f"glu {reason}", f"bias_act {reason}"]
 
 
 def test_a_forward_that_someone_has_replaced_stays():

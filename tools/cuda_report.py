@@ -30,6 +30,7 @@ sys.path += [str(ROOT), str(ROOT / "tests" / "ops")]
 import adam_ptx
 import attention_ptx
 import augment_ptx
+import bias_act_ptx
 
 from bigkernel import transforms
 from bigkernel.testing import ptx
@@ -189,6 +190,16 @@ def augment(size: int) -> list[Part]:
     return [Part("sample", launch, text_of(augment_ptx.host(), launch), minimum)]
 
 
+def bias_act(size: int) -> list[Part]:
+    """GELU over as many rows as ``size`` of a width of 256, backward."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(size, 256).to(BF16) for _ in range(2))
+    bias_act_ptx.run(x, torch.randn(256), 1, dy, needs_dbias=True)
+    launch, _ = bias_act_ptx.launches
+    minimum = dict.fromkeys(("x", "dy", "y"), x.numel() * 2 // SECTOR)
+    return [Part("backward", launch, text_of(bias_act_ptx.host(), launch), minimum)]
+
+
 CASES = [
     Case("adam", "fp32", adam((F32, F32, F32, False), 16, 12)),
     Case("adam", "fp32 amsgrad", adam((F32, F32, F32, False), 20, 16, amsgrad=True)),
@@ -204,6 +215,7 @@ CASES = [
     ),
     Case("attention", "fp32 D64 causal", attention(64, True, F32)),
     Case("augment", "uint8, crop, flip, normalise", augment),
+    Case("bias_act", "bf16 gelu", bias_act),
 ]  # fmt: skip
 
 
@@ -312,6 +324,9 @@ def bars(row: dict[str, Any]) -> Iterator[tuple[str, bool]]:
             yield "wavefronts at most 1.05x the minimum", moved["bank_conflicts"] <= 1.05
         once = all(sectors <= least for sectors, least in moved["by_array"].values())
         yield "every array once per needed tile", once and moved["ratio"] <= 1.0
+    if row["op"] == "bias_act":
+        once = all(sectors <= least for sectors, least in moved["by_array"].values())
+        yield "every array once", once
     if row["op"] == "augment":
         sectors, least = moved["by_array"]["out"]
         yield "coalesced writes: sectors at most 1.05x the minimum", sectors <= 1.05 * least

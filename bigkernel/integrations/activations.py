@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from bigkernel.integrations import native
 from bigkernel.integrations.report import Change
@@ -18,11 +19,15 @@ from bigkernel.integrations.subclass import (
     original_class,
     why_no_subclass,
 )
+from bigkernel.ops.bias_act import bias_act
 from bigkernel.ops.glu import glu
 from bigkernel.ops.glu.reference import FUNCTIONS
 
 # Written out in elementary operations in transformers, and one kernel in torch.
 _FUSED_IN_TORCH = {"gelu": "none", "gelu_tanh": "tanh"}
+# Of which `bias_act` keeps no more for backward than torch does. torch's relu and sigmoid keep
+# their result, which the product after them keeps anyway.
+SERVED = frozenset(("silu", "gelu", "gelu_tanh", "quick_gelu", "relu2"))
 
 
 class _Count(TorchDispatchMode):
@@ -114,3 +119,37 @@ def gated(kind: type[nn.Module], activation: str) -> Any:
         return act(gate) * up
 
     return glu_of
+
+
+def is_linear(module: Any) -> bool:
+    """Whether this is a product with a weight, perhaps plus a bias, and nothing more."""
+    return original_class(module) in (nn.Linear, Conv1D)
+
+
+@functools.cache
+def biased(kind: type[nn.Module], activation: str) -> Any:
+    """A function (act, linear, x) -> act(linear(x)) for modules ``act`` of this class."""
+
+    def bias_act_of(act: Any, linear: Any, x: Any) -> Any:
+        if (
+            original_class(act) is kind
+            and type(linear) in (nn.Linear, Conv1D)
+            and isinstance(x, Tensor)
+            and x.dim() > 1
+            and native.takes(
+                "bias_act", x, linear.weight, linear.bias, size=_size(x, linear.weight)
+            )
+            and not native.is_watched(act)
+            and not native.is_watched(linear)
+        ):
+            is_transposed = type(linear) is Conv1D
+            y = x @ linear.weight if is_transposed else F.linear(x, linear.weight)
+            return bias_act(y, linear.bias, activation)
+        return act(linear(x))
+
+    return bias_act_of
+
+
+def _size(x: Tensor, weight: Tensor) -> int:
+    """Elements of a product, of which x has the rows."""
+    return x.numel() * weight.numel() // max(1, x.shape[-1]) ** 2

@@ -1,9 +1,10 @@
 """Forwards of layers with some of their expressions run as one op.
 
-Three things stand in the middle of a layer's forward, where no module can be replaced::
+Four things stand in the middle of a layer's forward, where no module can be replaced::
 
     h = residual + h; y = self.norm(h)      add_norm          a residual and the norm after it
     self.act(gate) * up                     gated             a gated linear unit
+    h = self.fc(h); h = self.act(h)         biased            a product's bias and an activation
     apply_rotary_pos_emb(q, k, cos, sin)    rotary            queries and keys rotated
 
 The forward is read, these expressions are replaced in its syntax tree, and the rest is compiled as
@@ -38,6 +39,7 @@ from bigkernel.integrations.subclass import (
 )
 
 _ADD_NORM, _NORMED, _GLU = "_bigkernel_add_norm", "_bigkernel_normed", "_bigkernel_glu"
+_BIAS_ACT = "_bigkernel_bias_act"
 
 
 def apply(model: nn.Module, names: frozenset[str]) -> Change:
@@ -63,7 +65,7 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
     return change
 
 
-_OPS = {"residual": "layer_norm", "glu": "glu", "rope": "rope"}
+_OPS = {"residual": "layer_norm", "glu": "glu", "bias_act": "bias_act", "rope": "rope"}
 
 
 def _may_be_a_layer(module: nn.Module) -> bool:
@@ -78,6 +80,7 @@ class _Found:
     Attributes:
         added: names of its norms, each called on a sum just made.
         gate: (name of its activation, the activation), of a product with it.
+        biased: the same of one called on what a linear layer gives.
         rotates: whether it calls a function whose rotation is known.
         wanted, reason: what could not be replaced, and why.
     """
@@ -86,6 +89,8 @@ class _Found:
         self.module = module
         self.added: tuple[str, ...] = ()
         self.gate: tuple[str, str] | None = None
+        self.biased: tuple[str, str] | None = None
+        self.linears = [name for name, m in module.named_children() if activations.is_linear(m)]
         self.rotates = False
         self.wanted: list[str] = []
         self.reason: str | None = None
@@ -99,6 +104,8 @@ class _Found:
             self.wanted.append("residual")
         if "glu" in names and acts:
             self.wanted.append("glu")
+        if "bias_act" in names and self.linears and activations.SERVED.intersection(acts.values()):
+            self.wanted.append("bias_act")
         if "rope" in names and any("rotary_pos_emb" in name for name in code_names):
             self.wanted.append("rope")
         if not self.wanted:
@@ -117,6 +124,11 @@ class _Found:
             for name, act in acts.items():
                 if _Rewrite([], name).run(definition).gated:
                     self.gate = name, act  # type: ignore[assignment]
+        if "bias_act" in self.wanted and self.gate is None:
+            for name, act in acts.items():
+                rewrite = _Rewrite([], name, self.linears)
+                if act in activations.SERVED and rewrite.run(definition).biased:
+                    self.biased = name, act
         if "rope" in self.wanted:
             rotation = function.__globals__.get(rotary.FUNCTION)
             if rotary.FUNCTION in code_names and rotation is not None:
@@ -129,17 +141,20 @@ class _Found:
             yield "residual", f"and {name}"
         if self.gate is not None:
             yield "glu", self.gate[1]
+        if self.biased is not None:
+            yield "bias_act", self.biased[1]
         if self.rotates:
             yield "rope", ""
 
     def arguments(self, ops: set[str]) -> tuple[Any, ...]:
-        gate = None
-        if self.gate is not None and "glu" in ops:
-            name, act = self.gate
-            gate = name, original_class(getattr(self.module, name)), act
+        def known(found: tuple[str, str] | None) -> tuple[str, Any, str] | None:
+            return found and (found[0], original_class(getattr(self.module, found[0])), found[1])
+
         return (
             self.added if "residual" in ops else (),
-            gate,
+            known(self.gate) if "glu" in ops else None,
+            known(self.biased) if "bias_act" in ops else None,
+            tuple(self.linears),
             self.rotates and "rope" in ops,
         )
 
@@ -148,6 +163,8 @@ def subclass(
     base: type[nn.Module],
     added: tuple[str, ...],
     gate: tuple[str, Any, str] | None,
+    biased: tuple[str, Any, str] | None,
+    linears: tuple[str, ...],
     rotates: bool,
 ) -> dict[str, Any]:
     """What a subclass has whose forward is compiled again with the ops that are named."""
@@ -157,24 +174,31 @@ def subclass(
         names[_ADD_NORM] = norms.add_norm
     if gate is not None:
         names[_GLU] = activations.gated(gate[1], gate[2])
+    if biased is not None:
+        names[_BIAS_ACT] = activations.biased(biased[1], biased[2])
     if rotates:
         names[rotary.FUNCTION] = rotary.in_place_of(function.__globals__[rotary.FUNCTION])
-    rewritten = _Rewrite(added, gate and gate[0]).run(definition).definition
+    act = gate or biased
+    rewrite = _Rewrite(added, act and act[0], linears if biased else ())
+    rewritten = rewrite.run(definition).definition
     return {"forward": compile_again(rewritten, function, names)}
 
 
 class _Rewrite(ast.NodeTransformer):
     """A definition with sums that go into norms, and products with an activation, as calls.
 
+    linears: the activation is looked for on what these layers give, and not in products.
+
     Attributes:
         added: the norms that were found, in their order.
         gated: how many products.
+        biased: how many activations of what a linear layer gives.
     """
 
-    def __init__(self, norms: Iterable[str], act: str | None) -> None:
-        self.norms, self.act = frozenset(norms), act
+    def __init__(self, norms: Iterable[str], act: str | None, linears: Iterable[str] = ()) -> None:
+        self.norms, self.act, self.linears = frozenset(norms), act, frozenset(linears)
         self.added: list[str] = []
-        self.gated = 0
+        self.gated = self.biased = 0
         self.definition: ast.FunctionDef
 
     def run(self, definition: ast.FunctionDef) -> _Rewrite:
@@ -193,6 +217,7 @@ class _Rewrite(ast.NodeTransformer):
                 for at, statement in enumerate(body):
                     self._sum_before_norm(body, at)
                     self._product_of_names(body, at)
+                    self._linear_by_name(body, at)
                     self._statements(statement)
 
     def _sum_before_norm(self, body: list[ast.stmt], at: int) -> None:
@@ -263,21 +288,41 @@ class _Rewrite(ast.NodeTransformer):
             third.value.left = ast.Call(called.func, [third.value.left], [])  # type: ignore[attr-defined]
             first.value = called.args[0]  # type: ignore[attr-defined]
 
+    def _linear_by_name(self, body: list[ast.stmt], at: int) -> None:
+        """``h = self.fc(x); h = self.act(h)``, or ``return self.act(h)``, as one statement."""
+        if at + 1 >= len(body):
+            return
+        first, second = body[at : at + 2]
+        if (
+            isinstance(first, ast.Assign)
+            and len(first.targets) == 1
+            and isinstance(target := first.targets[0], ast.Name)
+            and self._is_linear(first.value)
+            and isinstance(second, (ast.Assign, ast.Return))
+            and second.value is not None
+            and self._is_activation(second.value)
+            and isinstance(given := second.value.args[0], ast.Name)  # type: ignore[attr-defined]
+            and given.id == target.id
+            and (
+                isinstance(second, ast.Return)  # after which nobody asks for h
+                or (len(second.targets) == 1 and ast.unparse(second.targets[0]) == target.id)
+            )
+        ):
+            second.value.args[0] = first.value  # type: ignore[attr-defined]
+            body[at] = ast.copy_location(ast.Pass(), first)
+
     def _is_activation(self, node: ast.AST) -> bool:
-        return (
-            isinstance(node, ast.Call)
-            and len(node.args) == 1
-            and not node.keywords
-            and own_attribute(node.func) == self.act
-            and self.act is not None
-        )
+        return self.act is not None and _own_call(node) == self.act
+
+    def _is_linear(self, node: ast.AST) -> bool:
+        return _own_call(node) in self.linears
 
     # Expressions
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """Replaces ``self.act(gate) * up``."""
         self.generic_visit(node)
-        if not (isinstance(node.op, ast.Mult) and self._is_activation(node.left)):
+        if self.linears or not (isinstance(node.op, ast.Mult) and self._is_activation(node.left)):
             return node
         self.gated += 1
         act: Any = node.left
@@ -285,8 +330,13 @@ class _Rewrite(ast.NodeTransformer):
         return ast.copy_location(call, node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replaces ``self.norm(a + b)``."""
+        """Replaces ``self.norm(a + b)`` and ``self.act(self.fc(x))``."""
         self.generic_visit(node)
+        if self._is_activation(node) and self._is_linear(node.args[0]):
+            self.biased += 1
+            linear: Any = node.args[0]
+            arguments = [node.func, linear.func, linear.args[0]]
+            return ast.copy_location(ast.Call(ast.Name(_BIAS_ACT, ast.Load()), arguments, []), node)
         norm = self._norm_called_on(node, ast.BinOp)
         if norm is None or not isinstance(node.args[0].op, ast.Add):  # type: ignore[attr-defined]
             return node
@@ -306,6 +356,13 @@ class _Put(ast.NodeTransformer):
         if node is self.old:
             return ast.copy_location(self.new, node)
         return super().visit(node)
+
+
+def _own_call(node: ast.AST) -> str | None:
+    """``name`` of ``self.name(x)``."""
+    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        return own_attribute(node.func)
+    return None
 
 
 def _is_copy_of(statement: ast.stmt, name: str) -> bool:

@@ -37,7 +37,7 @@ REPLACEMENTS = (
     Replacement(("attention",), attention.apply),
     Replacement(("norm", "residual"), norms.apply),
     Replacement(("gelu",), activations.apply),
-    Replacement(("residual", "glu", "rope"), forwards.apply),
+    Replacement(("residual", "glu", "bias_act", "rope"), forwards.apply),
     Replacement(("cross_entropy",), loss.apply),
     Replacement(("linear_cross_entropy",), heads.apply),
 )
@@ -65,7 +65,8 @@ def patch(
     - attention: of every model of transformers in ``model`` whose layers go through transformers'
       AttentionInterface;
     - norm: RMS norms, and residual: additions to the residual stream that a norm follows;
-    - rope: rotary position embedding; glu: SwiGLU, GeGLU and so on; gelu: where it is written out;
+    - rope: rotary position embedding; glu: SwiGLU, GeGLU and so on; bias_act: the bias of a
+      linear layer with the activation after it; gelu: where it is written out;
     - cross_entropy: the loss of causal and masked language models;
     - linear_cross_entropy: that and the head before it, in calls whose logits nobody wants.
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what the loop below brings, for readers of types
     from bigkernel.ops.adam import AdamGroup, adam_groups_step_, adam_norm, adam_step_
     from bigkernel.ops.attention import attention, attention_varlen
     from bigkernel.ops.augment import augment
+    from bigkernel.ops.bias_act import bias_act
     from bigkernel.ops.cross_entropy import cross_entropy
     from bigkernel.ops.glu import glu
     from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "augment",
+    "bias_act",
     "cross_entropy",
     "glu",
     "layer_norm",

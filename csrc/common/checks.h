@@ -50,6 +50,13 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* argument) {
   return DType::kFloat32;
 }
 
+// A number for `with_activation` (activations.h).
+inline void check_activation(const char* op, int64_t activation) {
+  constexpr int64_t kActivations = 7;
+  BK_CHECK(activation >= 0 && activation < kActivations, op, "activation must be 0 to ",
+           kActivations - 1, ", got ", activation);
+}
+
 // Calls f with a value of the element type: with_dtype(t, "op", "q", [&](auto tag) { using T =
 // decltype(tag); ... }).
 template <class F>

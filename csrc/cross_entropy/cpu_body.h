@@ -10,7 +10,7 @@
 // point.
 #include "cpu/rows.h"
 
-#include "cpu/activations.h"
+#include "cpu/exp.h"
 #include "cross_entropy/cross_entropy.h"
 
 namespace bigkernel::BK_ISA {

@@ -21,8 +21,7 @@ struct Call {
 };
 
 Call prepare(const char* op, const Tensor& gate, const OptionalTensor& up, int64_t activation) {
-  BK_CHECK(activation >= 0 && activation < kActivations, op, "activation must be 0 to ",
-           kActivations - 1, ", got ", activation);
+  check_activation(op, activation);
   Call call;
   GluArgs& a = call.args;
   a.type = float_type(gate, op, "gate");

@@ -3,7 +3,7 @@
 // In fp32; 16-bit elements are widened as they are loaded, and results rounded once.
 #include "cpu/rows.h"
 
-#include "cpu/activations.h"
+#include "common/activations.h"
 #include "glu/glu.h"
 
 namespace bigkernel::BK_ISA {

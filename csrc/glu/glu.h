@@ -8,8 +8,6 @@
 
 namespace bigkernel {
 
-constexpr int64_t kActivations = 7;
-
 // Rows [N, dim], all of one type. Strides are from row to row, in elements.
 struct GluArgs {
   const void *gate, *up;

@@ -5,6 +5,7 @@
 
 #include "common/box.h"
 #include "cpu/parallel.h"
+#include "cpu/row_sums.h"
 #include "cpu/row_view.h"
 #include "norm/norm.h"
 
@@ -12,8 +13,6 @@ namespace bigkernel {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMostChunks = 64, kLeastRows = 4;  // of the rows, in backward
 
 // offset + weight in fp32: the tensor's own memory where that is it.
 class Widened {
@@ -130,31 +129,17 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd_cpu(const Tensor& dy, const Optional
   a.dh = dh.mutable_data_ptr();
   a.dim = rows.dim;
 
-  // Chunks of rows that the number of threads has no part in, so that neither has it in the sums.
-  const int64_t dim = rows.dim, sums = int64_t(needs_dweight) + int64_t(needs_dbias);
-  const int64_t size = std::max(kLeastRows, (rows.rows + kMostChunks - 1) / kMostChunks);
-  const int64_t chunks = (rows.rows + size - 1) / size;
-  std::vector<float> parts(size_t(chunks * sums * dim));
-  parallel_for(
-      chunks, std::max<int64_t>(1, row_grain(dim) / size), [&](int64_t begin, int64_t end) {
-        std::vector<float> run(size_t(sums == 0 ? 0 : 2 * dim));
-        for (int64_t c = begin; c < end; ++c) {
-          float* dscale = needs_dweight ? parts.data() + c * dim : nullptr;
-          float* dbias = needs_dbias ? parts.data() + (chunks * (sums - 1) + c) * dim : nullptr;
-          BK_CALL(norm_backward)(a, c * size, std::min(rows.rows, (c + 1) * size), dscale, dbias,
-                                 run.data());
-        }
-      });
-  auto add_up = [&](bool needed, int64_t part) {
-    if (!needed) return torch::stable::new_empty(h, {0}, ScalarType::Float);
-    Tensor result = torch::stable::new_empty(h, {dim}, ScalarType::Float);
-    float* to = static_cast<float*>(result.mutable_data_ptr());
-    parallel_for(dim, std::max<int64_t>(64, row_grain(chunks)), [&](int64_t begin, int64_t end) {
-      BK_CALL(norm_add_up)(parts.data() + part * chunks * dim, chunks, dim, begin, end, to);
-    });
-    return result;
+  const int64_t dim = rows.dim, count = int64_t(needs_dweight) + int64_t(needs_dbias);
+  RowSums sums(rows.rows, dim, count);
+  sums.each_chunk([&](int64_t begin, int64_t end, float* to) {
+    std::vector<float> run(size_t(count == 0 ? 0 : 2 * dim));
+    BK_CALL(norm_backward)(a, begin, end, needs_dweight ? to : nullptr,
+                           needs_dbias ? to + (count - 1) * dim : nullptr, run.data());
+  });
+  auto total = [&](bool needed, int64_t which) {
+    return needed ? sums.total(h, which) : torch::stable::new_empty(h, {0}, ScalarType::Float);
   };
-  return {dh, add_up(needs_dweight, 0), add_up(needs_dbias, sums - 1)};
+  return {dh, total(needs_dweight, 0), total(needs_dbias, count - 1)};
 }
 
 }  // namespace

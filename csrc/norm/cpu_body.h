@@ -188,15 +188,6 @@ void norm_backward(const NormGradArgs& a, int64_t begin, int64_t end, float* dsc
   });
 }
 
-void norm_add_up(const float* parts, int64_t count, int64_t dim, int64_t begin, int64_t end,
-                 float* sums) {
-  for_elements(end - begin, [&](int64_t i, int n) BK_LAMBDA {
-    VecF sum = {};
-    for (int64_t c = 0; c < count; ++c) sum += load_some(parts + c * dim + begin + i, n);
-    store_some(sums + begin + i, sum, n);
-  });
-}
-
 void norm_widen(const void* weight, DType type, float offset, int64_t n, float* result) {
   with_type(type, [&](auto tag) BK_LAMBDA {
     const auto* p = static_cast<const decltype(tag)*>(weight);

@@ -46,9 +46,6 @@ BK_DECLARE_PER_ISA(
     // is scratch of 2 * dim.
     void norm_backward(const NormGradArgs& args, int64_t begin, int64_t end, float* dscale,
                        float* dbias, float* run);
-    // sums[i] = the sum of parts[c * dim + i] over c, in order, for i in begin..end.
-    void norm_add_up(const float* parts, int64_t count, int64_t dim, int64_t begin, int64_t end,
-                     float* sums);
     // result[i] = offset + weight[i]
     void norm_widen(const void* weight, DType type, float offset, int64_t n, float* result))
 

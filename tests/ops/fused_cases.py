@@ -5,11 +5,28 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bigkernel.testing import assert_as_accurate
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
+
+# Activations as torch computes them.
+THEIRS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+}
+# Where torch's formula loses the tail in float64 too.
+EXACT = {
+    "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
+    "gelu_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
 
 
 @contextlib.contextmanager

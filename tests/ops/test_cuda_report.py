@@ -13,7 +13,7 @@ from tools import cuda_report, sass
 
 pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
 # Of attention two blocks of rows and some tiles of keys: the machine code is that of any length.
-SIZES = {"adam": 512, "attention": 256, "augment": 1024}
+SIZES = {"adam": 512, "attention": 256, "augment": 1024, "bias_act": 128}
 OPS = [op.noun for op in registry.every() if "cuda" not in op.absent]
 ROLES = ["forward", "backward, rows", "backward, dK dV", "backward, dQ"]
 

@@ -35,6 +35,10 @@ FUNCTIONS = {
         lambda x: F.layer_norm(x, (WIDTH,), x[0], x[1]),
     ),
     "glu": (lambda x: ops.glu(x, x.sin()), lambda x: F.silu(x) * x.sin()),
+    "bias_act": (
+        lambda x: ops.bias_act(x, x[0].cos(), "gelu_tanh"),
+        lambda x: F.gelu(x + x[0].cos(), approximate="tanh"),
+    ),
     "rope": (
         lambda x: ops.rope(x[None, None], x[None, None], ANGLE.cos(), ANGLE.sin())[0][0, 0],
         lambda x: _rotate(x, ANGLE),

@@ -15,9 +15,11 @@ import torch._dynamo.testing
 from fused_cases import (
     BF16,
     DTYPES,
+    EXACT,
     F16,
     F32,
     F64,
+    THEIRS,
     assert_fused,
     assert_fused_outputs,
     layouts,
@@ -30,20 +32,6 @@ import bigkernel
 from bigkernel import ops
 from bigkernel.backend import use_backend
 
-THEIRS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-}
-# Where torch's formula loses the tail in float64 too.
-EXACT = {
-    "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
-    "gelu_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
-}
 each_activation = pytest.mark.parametrize("activation", THEIRS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 

@@ -37,6 +37,7 @@ CALLS = {
     "layer_norm bias": lambda t: ops.layer_norm(X, None, t[0]),
     "glu gate": lambda t: ops.glu(t, X),
     "glu up": lambda t: ops.glu(X, t),
+    "bias_act x": lambda t: ops.bias_act(t),
     "rope q": lambda t: ops.rope(t[None, None], HEADS, TABLE, TABLE),
     "rope k": lambda t: ops.rope(HEADS, t[None, None], TABLE, TABLE),
     "rope cos": lambda t: ops.rope(HEADS, HEADS, t[None], TABLE),

@@ -10,14 +10,13 @@ from bigkernel._library import run
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.glu import reference
-from bigkernel.ops.glu.reference import ACTIVATIONS
+from bigkernel.ops.glu.reference import number_of
 
 _EXPECT = Expect("glu")
 # gate and up [.., I], or gate [.., 2 I] with up as its second half; activation: see ACTIVATIONS.
 # dgate has gate's shape; dup has up's, or is empty [0].
 _SCHEMA_FWD = "(Tensor gate, Tensor? up, int activation) -> Tensor"
 _SCHEMA_BWD = "(Tensor dy, Tensor gate, Tensor? up, int activation) -> (Tensor dgate, Tensor dup)"
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def _fake_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
@@ -85,10 +84,7 @@ def glu(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Ten
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
-    number = _NUMBERS.get(activation) if isinstance(activation, str) else None
-    if number is None:
-        expected = f"one of {', '.join(ACTIVATIONS)}"
-        raise _EXPECT.error("activation", expected, repr(activation))
+    number = number_of(_EXPECT, activation)
     _EXPECT.floating({"gate": gate, "up": up}, ("up",))
     if up is None:
         if gate.dim() < 1 or gate.shape[-1] % 2 != 0:

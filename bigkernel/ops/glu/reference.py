@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigkernel.expect import Expect
+
 ROOT_2_PI = math.sqrt(2 / math.pi)
 
 
@@ -36,7 +38,7 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 # Values and slopes, by the number that the operators take; the order is that of
-# csrc/cpu/activations.h. Slopes are written out, since an operator runs where autograd is off.
+# csrc/common/activations.h. Slopes are written out, since an operator runs where autograd is off.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -56,6 +58,16 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": _sigmoid_slope,
 }
 ACTIVATIONS = tuple(FUNCTIONS)
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+def number_of(expect: Expect, activation: object) -> int:
+    """What the operators take for this name, the argument ``activation`` of a function."""
+    number = _NUMBERS.get(activation) if isinstance(activation, str) else None
+    if number is None:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        raise expect.error("activation", expected, repr(activation))
+    return number
 
 
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

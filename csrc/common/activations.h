@@ -1,44 +1,21 @@
-// Activation functions and their derivatives, on vectors. Included by an op's cpu_body.h, inside an
-// instruction set. Each F(x) has value and slope; what both need is computed once.
+// Activation functions and their derivatives: on the vectors of an instruction set, and on the
+// single floats of a CUDA thread. Each F(x) has value and slope; what both need is computed once.
 #pragma once
 
-#include "cpu/vec.h"
+#if defined(__CUDACC__)
+#include "cuda/vec.h"
+#else
+#include "cpu/exp.h"
+#endif
 
 namespace bigkernel::BK_ISA {
-
-// e^x within 2 ulp; results below 2^-126 are 0. The multiple of log 2 is taken off in two parts, of
-// which the first leaves nothing behind with or without FMA.
-BK_INLINE VecF vexp(VecF x) {
-  const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: rounds, and leaves the integer in low bits
-  const VecF shifted = fma(x, set1(1.44269504f), magic);
-  const VecF whole = shifted - magic;
-  VecF rest = fma(whole, set1(-0.693359375f), x);
-  rest = fma(whole, set1(2.12194440e-4f), rest);
-  const VecF f = rest * 1.44269504f;
-  VecF p = set1(kExp2[6]);
-  for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
-  VecF r = (VecF)((VecI)p + (((VecI)shifted) << 23));
-  r = x >= -87.3365f ? r : VecF{};
-  r = x < 88.7228f ? r : set1(__builtin_inff());
-  return x == x ? r : x;
-}
 
 // The logistic function s of x, and s (1 - s), both to their last digits in both tails.
 BK_INLINE void logistic(VecF x, VecF& s, VecF& bend) {
   const VecF e = vexp(-vabs(x));
-  const VecF far = 1.0f / (1.0f + e), near = e * far;
+  const VecF far = reciprocal(1.0f + e), near = e * far;
   s = x < 0.0f ? near : far;
   bend = near * far;
-}
-
-// tanh within 2 ulp, and its slope 1 - tanh^2, which keeps its digits where tanh is near 1.
-BK_INLINE void tanh_and_slope(VecF x, VecF& value, VecF& slope) {
-  const VecF e = vexp(vabs(x) * -2.0f), r = 1.0f / (1.0f + e);
-  const VecF near = vtanh(x);
-  const VecI small = vabs(x) < 0.625f;
-  value = small ? near : copysign((1.0f - e) * r, x);
-  value = x == x ? value : x;
-  slope = small ? 1.0f - near * near : 4.0f * e * r * r;
 }
 
 // bend * x * z'(x), where z' may overflow: where bend is nothing, so is this (but not of an
@@ -68,7 +45,7 @@ struct Gelu {
                                  0.059276922f,  0.275715242f, -0.278548475f, 0.401876528f,
                                  -0.246077021f, 0.050727365f};
     const VecF density = vexp(x * x * -0.5f);
-    const VecF t = 1.0f / fma(vabs(x), set1(0.240416306f), set1(1.0f));
+    const VecF t = reciprocal(fma(vabs(x), set1(0.240416306f), set1(1.0f)));
     VecF p = set1(kTail[9]);
     for (int i = 8; i >= 0; --i) p = p * t + kTail[i];
     const VecF tail = 0.5f * density * t * p;
@@ -109,7 +86,7 @@ struct Sigmoid {
   static BK_INLINE void both(VecF x, VecF& value, VecF& slope) { logistic(x, value, slope); }
 };
 
-// Calls f with the function of this number; the same order as in bigkernel/ops/glu/reference.py.
+// Calls f with the function of this number; the order is that of bigkernel/ops/glu/reference.py.
 template <class F>
 BK_INLINE void with_activation(int64_t number, const F& f) {
   switch (number) {
