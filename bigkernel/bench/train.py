@@ -29,8 +29,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from bigkernel import _library, precision
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
-from bigkernel.bench.measure import Run
 from bigkernel.data import PaddingCollator
+from bigkernel.measure import Run
 from bigkernel.recipes import images, models, presets, text
 from bigkernel.recipes.errors import quietly
 from bigkernel.recipes.settings import ImageSettings, TextSettings, gather

@@ -146,6 +146,7 @@ _OP = registry.register(
         # Bytes of logits. Below, they are no burden, and in bf16 their products are faster whole.
         in_models={"linear_cross_entropy": registry.InModels(1 << 26, compiled=True)},
         absent={"cuda": "only the CPU kernels are written so far"},
+        no_contest="it is there for the memory that torch's way takes, by products of torch's own",
     )
 )
 
