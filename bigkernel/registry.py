@@ -41,11 +41,14 @@ class InModels(NamedTuple):
 
     smallest: from how many elements of its first tensor on it is faster: below, its call costs more
     in Python than it saves (`benchmarks/replacements.py`). compiled: it is faster inside
-    torch.compile too, which makes one loop of a norm or a gated unit itself.
+    torch.compile too, which makes one loop of a norm or a gated unit itself. contested: up to this
+    size torch's own code may be taken, where it is faster (`Contest`); above, what the op saves in
+    memory counts.
     """
 
     smallest: int
     compiled: bool = False
+    contested: float = float("inf")
 
 
 class Contest(NamedTuple):

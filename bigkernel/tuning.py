@@ -91,6 +91,12 @@ ON_RECORD: tuple[OnRecord, ...] = (
         ("bf16 * S>512 *", "bf16 * S<=512 full *", "bf16 * S<=512 mask *"),
         _TOLD.format("portable"),
     ),
+    OnRecord(
+        {**_PORTABLE, "torch_isa": ("AVX512",), "best_isa": ("avx512_bf16", "amx")},
+        "linear_cross_entropy",
+        ("bf16 *",),
+        _TOLD.format("portable"),
+    ),
     OnRecord(_PORTABLE, "cross_entropy", ("*",), _TOLD.format("portable")),
     OnRecord(
         _PORTABLE,
@@ -213,16 +219,12 @@ def _has_kernel(name: str, device_type: str) -> bool:
     return False
 
 
-def size_class(size: int, tensors: Sequence[Tensor | None]) -> str:
-    """The class of a call whose cost is that of its elements: dtype of the first, size, mode."""
-    first = tensors[0]
-    assert first is not None
+def size_class(dtype: torch.dtype, size: int, tensors: Sequence[Tensor | None]) -> str:
+    """The class of a call whose cost is that of its elements: dtype, size, mode."""
     for limit in _LIMITS:
         if size <= 1 << limit:
-            break
-    else:
-        return f"{registry.SHORT[first.dtype]} n>2^{_LIMITS[-1]} {mode(tensors)}"
-    return f"{registry.SHORT[first.dtype]} n<=2^{limit} {mode(tensors)}"
+            return f"{registry.SHORT[dtype]} n<=2^{limit} {mode(tensors)}"
+    return f"{registry.SHORT[dtype]} n>2^{_LIMITS[-1]} {mode(tensors)}"
 
 
 _LIMITS = (16, 20)
@@ -407,10 +409,11 @@ def sized(
     def classes_of(tensors: Sequence[Tensor]) -> list[str]:
         if not tensors or tensors[0].dtype not in registry.SHORT:
             return []
-        words = size_class(tensors[0].numel(), tensors[:1]).rsplit(" ", 1)[0]
+        words = size_class(tensors[0].dtype, tensors[0].numel(), []).rsplit(" ", 1)[0]
         return [f"{words} {kind}" for kind in MODES]
 
-    sizes = [words for words, count in _ELEMENTS.items() if count >= smallest]
+    last = list(_ELEMENTS)[-1]
+    sizes = [words for words, n in _ELEMENTS.items() if n >= smallest or words == last]
     every = [f"{t} {n} {kind}" for t in ("fp32", "bf16") for n in sizes for kind in MODES]
     return registry.Contest(theirs, tuple(every), make, classes_of)
 

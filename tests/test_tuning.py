@@ -245,14 +245,23 @@ def test_models_keep_torchs_code_where_it_was_faster(monkeypatch, one_thread):
     assert calls
 
 
+def test_logits_that_would_take_much_memory_are_ours_whatever_was_measured():
+    keep(("linear_cross_entropy", "bf16 n>2^20 forward", SLOWER))
+    op, x = "linear_cross_entropy", torch.ones(1, 8)
+    assert not native.takes(op, x, size=1 << 27, dtype=torch.bfloat16)
+    assert native.takes(op, x, size=(1 << 28) + 1, dtype=torch.bfloat16)
+    assert native.takes(op, x, size=1 << 27)
+    assert native.takes(op, x, size=1 << 27, dtype=torch.float16)
+
+
 def test_classes_by_size_and_mode():
     x, w = torch.ones(4), torch.ones(4, requires_grad=True)
     words = tuning.size_class
-    assert words(1 << 16, [x]) == "fp32 n<=2^16 forward"
-    assert words((1 << 16) + 1, [x, None, w]) == "fp32 n<=2^20 training"
-    assert words((1 << 20) + 1, [x.half()]) == "fp16 n>2^20 forward"
+    assert words(x.dtype, 1 << 16, [x]) == "fp32 n<=2^16 forward"
+    assert words(x.dtype, (1 << 16) + 1, [x, None, w]) == "fp32 n<=2^20 training"
+    assert words(torch.float16, (1 << 20) + 1, [x]) == "fp16 n>2^20 forward"
     with torch.no_grad():
-        assert words(1, [x, w]) == "fp32 n<=2^16 forward"
+        assert words(x.dtype, 1, [x, w]) == "fp32 n<=2^16 forward"
 
 
 # The file
@@ -390,7 +399,7 @@ def test_both_sides_of_every_contest_compute_the_same(monkeypatch, one_thread):
         if name == "attention":  # the call is of the class that it stands for
             got = {w.split()[3:] == words.split()[3:] for _, _, w in called}
             assert got == {True}
-    assert len(seen) == 12 + 5 * 4
+    assert len(seen) == 12 + 6 * 4
 
 
 def test_what_there_is_no_time_for_is_left_out():
@@ -549,7 +558,8 @@ def test_command_measures_keeps_and_forgets(given, capsys):
 def test_command_measures_every_contest(given):
     assert main(["tune-kernels"]) == 0
     assert {name for name, _, _ in given[0]} == {
-        "attention", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope"
+        "attention", "cross_entropy", "glu", "layer_norm", "linear_cross_entropy",
+        "rms_norm", "rope",
     }  # fmt: skip
 
 
