@@ -494,45 +494,48 @@ def path(device_type: str) -> Path | None:
     return folder / "bigkernel" / f"kernels-{digest.hexdigest()[:16]}.json"
 
 
-def load(device_type: str) -> tuple[str, dict[tuple[str, str], Figures]] | None:
+_Read = tuple[str, dict[tuple[str, str], Figures]]
+
+
+def load(device_type: str) -> _Read | None:
     """(when it was measured, the figures) of this machine's file; None if there is none.
 
     One that is damaged, or not of this machine, is passed over with a warning.
     """
+    read = _read(device_type)
+    if isinstance(read, str):
+        warnings.warn(
+            f"bigkernel: {path(device_type)} is ignored, as if no kernel had been measured: "
+            f"{' '.join(read.split())}. `bigkernel tune-kernels` writes it anew.",
+            stacklevel=2,
+        )
+        return None
+    return read
+
+
+def _read(device_type: str) -> _Read | str | None:
+    """As `load`, with the reason in place of a warning."""
     file = path(device_type)
-    try:
-        text = "" if file is None else file.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        _pass_over(file, str(error))
-        return None
-    if not text:
+    if file is None:
         return None
     try:
-        content = json.loads(text)
+        content = json.loads(file.read_text())
         if content["format"] != FORMAT or content["facts"] != facts(device_type):
-            _pass_over(file, "it is of another machine, version or build")
-            return None
+            return "it is of another machine, version or build"
         figures = {
             (str(name), str(words)): Figures(float(ours), float(torchs), bool(taken))
             for name, of in content["figures"].items()
             for words, (ours, torchs, taken) in of.items()
         }
         if not all(f.ours > 0 and f.torch > 0 for f in figures.values()):
-            raise ValueError("seconds that are not positive")
+            return "seconds that are not positive"
         return str(content["time"]), figures
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _pass_over(file, f"{type(error).__name__}: {error}")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _pass_over(file: Path | None, why: str) -> None:
-    warnings.warn(
-        f"bigkernel: {file} is ignored, as if no kernel had been measured: {' '.join(why.split())}."
-        " `bigkernel tune-kernels` writes it anew.",
-        stacklevel=2,
-    )
+    except OSError as error:
+        return str(error)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def save(device_type: str, figures: Mapping[tuple[str, str], Figures]) -> Path:
@@ -547,11 +550,10 @@ def save(device_type: str, figures: Mapping[tuple[str, str], Figures]) -> Path:
     file = path(device_type)
     if file is None:
         raise OSError("there is no home folder; set XDG_CACHE_HOME")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a damaged file, which is replaced
-        before = load(device_type)
+    before = _read(device_type)  # a damaged one is replaced
+    known = before[1] if isinstance(before, tuple) else {}
     of: dict[str, dict[str, Figures]] = {}
-    for (name, words), found in {**(before[1] if before else {}), **figures}.items():
+    for (name, words), found in {**known, **figures}.items():
         of.setdefault(name, {})[words] = found
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = {"format": FORMAT, "facts": facts(device_type), "time": now, "figures": of}

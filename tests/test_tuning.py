@@ -348,11 +348,11 @@ def test_a_reader_beside_two_writers_sees_whole_files():
     def read():
         while not stop.is_set():
             try:
-                found = tuning.load("cpu")
-                assert found is None or len(found[1]) >= 51
+                assert len(tuning.load("cpu")[1]) >= 50
             except (Exception, Warning) as error:
                 failures.append(error)
 
+    keep(*[("glu", f"{j}", FASTER) for j in range(50)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reader = threading.Thread(target=read)
