@@ -43,7 +43,7 @@ def ready() -> None:
 
 
 # Those that take a while, and need torch for it.
-_SLOW = ("train", "generate", "evaluate", "bench")
+_SLOW = ("train", "generate", "evaluate", "bench", "tune-kernels")
 
 if _is_command():
     if any(word in sys.argv for word in _SLOW) and "--help" not in sys.argv:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkernel import _library, registry
+from bigkernel import _library, registry, tuning
 
 BACKENDS = ("cuda", "cpu", "torch")
 
@@ -49,6 +49,11 @@ def _until_exit(undo: Callable[[Any], None], previous: Any) -> AbstractContextMa
     return stack
 
 
+def is_forced() -> bool:
+    """Whether a backend was chosen by hand."""
+    return _forced is not None
+
+
 def use_backend(name: str | None) -> AbstractContextManager[Any]:
     """Use one backend for every op from now on, or inside a ``with`` block.
 
@@ -66,8 +71,14 @@ def use_cpu_isa(name: str) -> AbstractContextManager[Any]:
     if native is None:
         raise RuntimeError(f"No instruction set to choose: {_library.native_error}.")
     previous = native.cpu_isa()
-    native.set_cpu_isa(name)
-    return _until_exit(native.set_cpu_isa, previous)
+    _set_cpu_isa(name)
+    return _until_exit(_set_cpu_isa, previous)
+
+
+def _set_cpu_isa(name: str) -> None:
+    assert _library.native is not None
+    _library.native.set_cpu_isa(name)
+    tuning.forget()  # what was measured is another set's
 
 
 def cpu_isas() -> list[str]:
@@ -173,4 +184,6 @@ def explain(op: str, *tensors: Tensor) -> str:
     if backend == "cpu":
         assert _library.native is not None
         detail = f" ({_library.native.cpu_isa()}, {torch.get_num_threads()} threads)"
-    return f"{op}: {backend}{detail}" + (f", because {why}" if why else "")
+    known = "" if backend == "torch" or is_forced() else tuning.told(found, device_type, tensors)
+    measured = f". {known}" if known else ""
+    return f"{op}: {backend}{detail}" + (f", because {why}" if why else "") + measured

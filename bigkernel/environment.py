@@ -68,7 +68,8 @@ VARIABLES: tuple[Variable, ...] = (
         "run",
         "cuda, cpu or torch",
         "the automatic choice",
-        "The backend of every op; a named native one that cannot take a call is an error.",
+        "The backend of every op, whatever was measured; a native one that cannot take a call "
+        "is an error.",
     ),
     Variable(
         "BIGKERNEL_STRICT",
@@ -83,6 +84,13 @@ VARIABLES: tuple[Variable, ...] = (
         "portable, avx2, avx512, avx512_bf16 or amx",
         "the best for this processor",
         "The instruction set of the CPU kernels; one that the processor lacks is an error.",
+    ),
+    Variable(
+        "XDG_CACHE_HOME",
+        "run",
+        "an absolute path",
+        "~/.cache",
+        "Where the folder bigkernel lies in which `bigkernel tune-kernels` keeps its figures.",
     ),
     Variable(
         "BIGKERNEL_TRACEBACK",

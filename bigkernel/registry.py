@@ -19,6 +19,7 @@ from bigkernel import _library
 Level = Literal["cpu", "cuda", "benchmark"]
 LEVELS: tuple[Level, ...] = ("cpu", "cuda", "benchmark")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Function(NamedTuple):
@@ -40,11 +41,30 @@ class InModels(NamedTuple):
 
     smallest: from how many elements of its first tensor on it is faster: below, its call costs more
     in Python than it saves (`benchmarks/replacements.py`). compiled: it is faster inside
-    torch.compile too, which makes one loop of a norm or a gated unit itself.
+    torch.compile too, which makes one loop of a norm or a gated unit itself. contested: up to this
+    size torch's own code may be taken, where it is faster (`Contest`); above, what the op saves in
+    memory counts.
     """
 
     smallest: int
     compiled: bool = False
+    contested: float = float("inf")
+
+
+class Contest(NamedTuple):
+    """torch's own code beside a function of an op; ``tuning.py`` finds out which is faster.
+
+    It finds out for classes of calls, each a string of words, such as "fp32 n<=2^16 training".
+
+    theirs: torch's code, in words. classes: those that ``bigkernel tune-kernels`` times. make: two
+    calls on the same tensors, ours and torch's, for a class and a device. classes_of: those that a
+    call on these tensors may be of, for ``explain``.
+    """
+
+    theirs: str
+    classes: tuple[str, ...]
+    make: Callable[[str, torch.device], tuple[Callable[[], object], Callable[[], object]]]
+    classes_of: Callable[[Sequence[Tensor]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,8 @@ class Op:
         limits: what else they take only, for tables ("head dims to 256").
         limit: the same as a function: why the native kernels cannot take these tensors (all of the
             dtypes above), or None if they can.
+        contests: where torch's own code may be faster, by the names of public functions.
+        no_contest: why it cannot be, or is not asked, where there are none.
     """
 
     noun: str
@@ -72,6 +94,8 @@ class Op:
     limits: str = ""
     limit: Callable[[Sequence[Tensor]], str | None] | None = None
     in_models: Mapping[str, InModels] = field(default_factory=dict)
+    contests: Mapping[str, Contest] = field(default_factory=dict)
+    no_contest: str = ""
 
     def why_not_native(self, tensors: Sequence[Tensor]) -> str | None:
         """Why no native kernel can take these tensors, wherever they are; None if one can."""

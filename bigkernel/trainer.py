@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from bigkernel.extras import needs
 
 with needs("train", "bigkernel.Trainer"):
-    import accelerate as _  # noqa: F401 - transformers tells of it only when a Trainer is made
     import transformers
+    from accelerate.utils import broadcast_object_list
     from transformers.trainer_callback import ExportableState, TrainerCallback
     from transformers.trainer_utils import SaveStrategy
     from transformers.utils.logging import (
@@ -41,7 +41,7 @@ with needs("train", "bigkernel.Trainer"):
         is_progress_bar_enabled,
     )
 
-from bigkernel import checkpoint, precision
+from bigkernel import backend, checkpoint, precision, tuning
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.data.collators import PackingCollator, PaddingCollator
@@ -57,6 +57,7 @@ from bigkernel.run_lock import RunLockedError, writing_to
 STATE_FILE = "bigkernel_state.json"
 _DTYPE = {False: "float32", True: "bfloat16"}
 MUON = "muon"
+_TUNING_SECONDS = 1.0
 # What `optim_args` may say with it, and how each is read.
 _MUON_ARGS: dict[str, Callable[[str], Any]] = {
     "muon_lr": float,
@@ -84,6 +85,12 @@ class TrainingArguments(transformers.TrainingArguments):
     may have ``muon_lr``, ``momentum``, ``nesterov``, ``ns_steps``, ``ns_dtype`` and
     ``adjust_lr_fn``, as in ``"muon_lr=0.02,momentum=0.9"``; ``adam_beta1``, ``adam_beta2`` and
     ``adam_epsilon`` are AdamW's.
+
+    ``tune_kernels=True`` times the kernels that the first training batch has called beside torch's
+    own code, for one second at most, and takes the faster one of each class of calls from the
+    second batch on, in eager code. The figures are kept for later runs, as those of
+    ``bigkernel tune-kernels`` are, and not measured again. Of several processes the first one
+    measures for all.
 
     ``packing=True`` lays the documents of each batch end to end
     (:class:`bigkernel.data.PackingCollator`): the same steps on the same examples with the same
@@ -125,6 +132,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True,
         metadata={
             "help": "On Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save a checkpoint."
+        },
+    )
+    tune_kernels: bool = field(
+        default=False,
+        metadata={
+            "help": "After the first batch, time the kernels it called beside torch's own code, in "
+            "a second at most, and take the faster ones from then on."
         },
     )
     packing: bool = field(
@@ -239,6 +253,7 @@ class Trainer(transformers.Trainer):
         self._steps_in_bf16 = False
         self._steps_were_in_bf16: bool | None = None
         self._packing: Packing | None = None
+        self._tunes_next = False
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
         given = positional[0] if positional else keywords.get("data_collator")
@@ -490,6 +505,7 @@ class Trainer(transformers.Trainer):
             self._has_begun = True
             self._check_before_first_step()
             self._choose_precision()
+            self._tunes_next = getattr(self.args, "tune_kernels", False)
             self._continue_losses()
         if self._evaluation_due:
             self._make_up_evaluation(**kwargs)
@@ -524,6 +540,30 @@ class Trainer(transformers.Trainer):
                 "optimizer and evaluation stay float32 (bf16=False: everything)"
             )
 
+    def _tune(self, called: set[tuning.Class]) -> None:
+        """Measure what is not known of these classes; every process chooses as the first one."""
+        kind = self.args.device.type
+        figures = tuning.known(kind)
+        if self.is_world_process_zero() and not backend.is_forced():
+            wanted = [c for c in called if c[1] == kind and (c[0], c[2]) not in figures]
+            found = tuning.measure(sorted(wanted), seconds=_TUNING_SECONDS)
+            new = {(name, words): of for (name, _, words), of in found.items()}
+            figures.update(new)
+            kept = ""
+            try:
+                kept = f", kept in {tuning.save(kind, new)}" if new else ""
+            except OSError as error:
+                checkpoint.notify(f"what was measured of kernels could not be kept: {error}.")
+            if self._announces():
+                faster = sorted(" ".join(key) for key, of in figures.items() if of.takes_torch)
+                print(
+                    f"bigkernel: timed {len(new)} of {len(called)} classes of calls beside torch's "
+                    f"own code{kept}; torch's is taken for: {', '.join(faster) or 'none'}"
+                )
+        if self.args.world_size > 1:
+            figures = broadcast_object_list([figures])[0]
+        tuning.adopt(kind, figures)
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """As transformers', and bfloat16 in training steps where it was chosen."""
         if self._steps_in_bf16 and self._in_training_step:
@@ -554,11 +594,15 @@ class Trainer(transformers.Trainer):
                 f"packing=True, and a training batch is not packed: {type(self).__name__} makes "
                 "its own. Use bigkernel.data.PackingCollator there, or packing=False."
             )
+        tunes, self._tunes_next = self._tunes_next, False
         self._in_training_step = True
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with tuning.noting() if tunes else contextlib.nullcontext() as called:
+                loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
+        if called is not None:
+            self._tune(called)
         if self._stops_on_nonfinite() and not bool(loss.isfinite().all()):
             step = self.state.global_step + 1
             found = f"the loss is {float(loss.mean())} at step {step}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bigkernel
+from bigkernel import tuning
 
 collect_ignore = ["templates"]  # files of other trees
 SANITIZED = os.environ.get("BIGKERNEL_EXPECT_SANITIZER") == "1"
@@ -61,6 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def our_kernels():
+    """Whatever was measured here: what is tested is ours. `test_tuning.py` tests the choice."""
+    with tuning.ignored():
+        yield
 
 
 @pytest.fixture(params=bigkernel.cpu_isas() or ["none"])

@@ -24,7 +24,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("bigkernel.trainer",),
     ("bigkernel.integrations", "bigkernel.optim", "bigkernel.transforms", "bigkernel.data"),
     ("bigkernel.ops", "bigkernel.reference"),
-    ("bigkernel.registry", "bigkernel.backend"),
+    ("bigkernel.registry", "bigkernel.backend", "bigkernel.tuning"),
     (
         "bigkernel._library",
         "bigkernel._eager",
@@ -42,6 +42,7 @@ ROOMS: list[tuple[str, ...]] = [
         "bigkernel.extras",
         "bigkernel.files",
         "bigkernel.interrupts",
+        "bigkernel.measure",
         "bigkernel.run_lock",
     ),
 ]

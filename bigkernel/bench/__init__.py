@@ -7,8 +7,8 @@ case, such as the rate of a matrix product, is one more competitor of the same r
 """
 
 from bigkernel.bench.case import Bar, Case, Result, run_case
-from bigkernel.bench.measure import Plan, Timing, interleave
 from bigkernel.bench.suite import OPS, TABLES, cases_of
+from bigkernel.measure import Plan, Timing, interleave
 
 __all__ = [
     "OPS",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.limits import adam_stream
-from bigkernel.bench.measure import Run
+from bigkernel.measure import Run
 from bigkernel.ops.adam import reference
 from bigkernel.optim import AdamW
 from bigkernel.testing.tolerance import assert_as_accurate

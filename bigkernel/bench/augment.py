@@ -21,7 +21,7 @@ from torch import Tensor
 from bigkernel import transforms as T
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.limits import copy
-from bigkernel.bench.measure import Run
+from bigkernel.measure import Run
 
 TORCHVISION, ALBUMENTATIONS, KORNIA = "torchvision v2", "albumentations", "Kornia"
 PEERS = (TORCHVISION, ALBUMENTATIONS, KORNIA)

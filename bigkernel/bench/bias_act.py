@@ -9,7 +9,7 @@ from torch import Tensor
 from bigkernel.bench import fused
 from bigkernel.bench.case import LIMIT, Bar, Case
 from bigkernel.ops import bias_act
-from bigkernel.ops.glu.reference import FUNCTIONS
+from bigkernel.ops.bias_act.contest import apart
 
 APART = "act_fn(x + bias)"
 SIZE = 2048, 3072
@@ -44,8 +44,3 @@ def make(rows: int, width: int, dtype: torch.dtype, generator: torch.Generator) 
 def ours(activation: str, x: Tensor, bias: Tensor) -> Tensor:
     """The op."""
     return bias_act(x, bias, activation)
-
-
-def apart(activation: str, x: Tensor, bias: Tensor) -> Tensor:
-    """act_fn(x + bias)."""
-    return FUNCTIONS[activation](x + bias)

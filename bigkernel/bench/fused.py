@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigkernel import registry
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
 from bigkernel.bench.limits import copy
 from bigkernel.testing.tolerance import assert_as_accurate
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = registry.SHORT
 # Tensors of a call, all leaves; what reads or makes them, in bytes, is told by their sizes.
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

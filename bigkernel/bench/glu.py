@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bigkernel.bench import fused
 from bigkernel.bench.case import LIMIT, Bar, Case
 from bigkernel.ops import glu
-from bigkernel.ops.glu.reference import FUNCTIONS
+from bigkernel.ops.glu.contest import apart
 
 APART = "act_fn(gate) * up"
 SIZES = ((2048, 1024), (2048, 11008))
@@ -64,11 +64,6 @@ def _make_merged(
 
 def _ours(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     return glu(gate, up, activation)
-
-
-def apart(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """act_fn(gate) * up."""
-    return FUNCTIONS[activation](gate) * up
 
 
 def _merged(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 import bigkernel.ops  # noqa: F401 - registers the ops
 from bigkernel import registry
 from bigkernel.bench.case import OURS, REFERENCE
-from bigkernel.bench.measure import Plan, Run, Timing, interleave
+from bigkernel.measure import Plan, Run, Timing, interleave
 from bigkernel.optim import AdamW
 
 LIMIT = "limit"

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bigkernel.bench import fused
 from bigkernel.bench.case import Bar, Case
 from bigkernel.ops import linear_cross_entropy
+from bigkernel.ops.linear_cross_entropy.contest import theirs
 
 TORCH = "F.linear, F.cross_entropy"
 ROWS = 2048
@@ -32,7 +32,7 @@ def cases(small: bool = False) -> list[Case]:
                 "linear_cross_entropy",
                 f"{fused.NAMES[dtype]} {rows} x {width} -> {classes}",
                 partial(_ours, target),
-                {TORCH: partial(_theirs, target)},
+                {TORCH: partial(theirs, target)},
                 partial(_make, rows, classes, width, dtype),
                 backward=True,
                 bars=[Bar(1.0, TORCH)],
@@ -50,9 +50,3 @@ def _make(
 
 def _ours(target: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     return linear_cross_entropy(input, weight, target)
-
-
-def _theirs(target: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """A head and ForCausalLMLoss of transformers, after the shift."""
-    logits = F.linear(input, weight)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)

@@ -11,20 +11,9 @@ from typing import Any
 import torch
 
 import bigkernel
-from bigkernel import _library
+from bigkernel import _library, tuning
 
 PACKAGES = ("torch", "torchvision", "transformers", "albumentations", "kornia", "deepspeed")
-
-
-def cpu_name() -> str:
-    """The processor's name as the system knows it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    return platform.machine()
 
 
 def cores() -> int:
@@ -44,7 +33,7 @@ def facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "cpu": cpu_name(),
+        "cpu": tuning.cpu_name(),
         "cores": cores(),
         "system": platform.platform(),
         "threads": torch.get_num_threads(),

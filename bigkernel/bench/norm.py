@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from bigkernel.bench import fused
 from bigkernel.bench.case import LIMIT, Bar, Case
 from bigkernel.ops import layer_norm, rms_norm
+from bigkernel.ops.norm.contest import EPS, llama, torch_layer
 
-EPS = 1e-6
 LLAMA, TORCH_RMS, TORCH_LAYER = "LlamaRMSNorm", "F.rms_norm", "F.layer_norm"
 SIZES = ((2048, 384), (4096, 768), (2048, 4096))
 
@@ -71,22 +71,9 @@ def _make(
     return [*streams, *(fused.draw(generator, dim, dtype=dtype) for _ in range(vectors))]
 
 
-def llama(x: Tensor, weight: Tensor) -> Tensor:
-    """LlamaRMSNorm.forward of transformers, operation by operation."""
-    dtype = x.dtype
-    wide = x.to(torch.promote_types(dtype, torch.float32))
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    return weight * (wide * torch.rsqrt(variance + EPS)).to(dtype)
-
-
 def torch_rms(x: Tensor, weight: Tensor) -> Tensor:
     """PyTorch's RMS norm."""
     return F.rms_norm(x, x.shape[-1:], weight, EPS)
-
-
-def torch_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's layer norm."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
 def _after_addition(residual: bool, norm: fused.Function) -> fused.Function:

@@ -16,7 +16,7 @@ with needs("cli", "bigkernel.bench.report"):
     from rich.text import Text
 
 from bigkernel.bench.case import LIMIT, OURS, Bar, MemoryBar, Result
-from bigkernel.bench.measure import Timing
+from bigkernel.measure import Timing
 
 WIDTH = 200  # of a table that goes to a file
 FEW = 5  # below so many runs a table says how many

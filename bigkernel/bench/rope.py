@@ -11,6 +11,7 @@ from torch import Tensor
 from bigkernel.bench import fused
 from bigkernel.bench.case import LIMIT, Bar, Case
 from bigkernel.ops import rope
+from bigkernel.ops.rope.contest import llama, tables
 
 LLAMA = "apply_rotary_pos_emb"
 # batch, heads of q, heads of k, length, head dim
@@ -52,24 +53,5 @@ def _make(
     ]
 
 
-def tables(length: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, S, D]."""
-    inverse = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-    angles = torch.arange(length)[None, :, None] * inverse
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def _ours(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return rope(q, k, cos, sin)
-
-
-def llama(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """What models.llama of transformers runs, in q's dtype."""
-    cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos, sin))
-
-    def turned(x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        return torch.cat((-x[..., half:], x[..., :half]), -1)
-
-    return q * cos + turned(q) * sin, k * cos + turned(k) * sin

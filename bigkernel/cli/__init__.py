@@ -1,4 +1,4 @@
-"""The ``bigkernel`` command: train, generate, evaluate, bench, env."""
+"""The ``bigkernel`` command: train, generate, evaluate, bench, tune-kernels, env."""
 
 import io
 import sys

@@ -281,6 +281,26 @@ def bench(
     run(ops, json, quick, threads, plot, only)
 
 
+@app.command("tune-kernels")
+@guarded
+def tune_kernels(
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="Ops such as attention or norm; all if left out.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: a minute or two.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Forget what was measured, and measure nothing.")
+    ] = False,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Time our kernels beside torch's own code here; calls then take the faster one."""
+    from bigkernel.cli.tune import tune
+
+    one_process("tune-kernels")
+    tune(ops or [], quick, clear, device or "auto", threads)
+
+
 @app.command()
 @guarded
 def env() -> None:

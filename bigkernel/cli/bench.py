@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bigkernel import _library
 from bigkernel.bench import TABLES, Result, cases_of, machine, report, run_case
-from bigkernel.bench.measure import QUICK, Plan
+from bigkernel.measure import QUICK, Plan
 from bigkernel.recipes.device import use_threads
 from bigkernel.recipes.errors import Failure, UsageError
 from bigkernel.recipes.settings import user_path

@@ -10,7 +10,7 @@ import torch
 
 import bigkernel
 import bigkernel.ops
-from bigkernel import _library, backend, registry
+from bigkernel import _library, backend, registry, tuning
 from bigkernel.bench import machine
 
 PACKAGES = ("transformers", "tokenizers", "accelerate", "safetensors", "torchmetrics", "numpy")
@@ -19,7 +19,7 @@ OPTIONAL = ("torchvision", "scikit-learn", "pillow")
 
 def facts() -> list[tuple[str, str]]:
     """(name, value) lines about versions, build, devices and the backend of each op."""
-    return [*_versions(), *_native(), *_machine(), *_settings(), *_ops()]
+    return [*_versions(), *_native(), *_machine(), *_tuned(), *_settings(), *_ops()]
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ def _shown(value: object) -> str:
 
 
 def _machine() -> list[tuple[str, str]]:
-    lines = [("CPU", machine.cpu_name())]
+    lines = [("CPU", tuning.cpu_name())]
     lines.append(("threads", f"{torch.get_num_threads()} of {machine.cores()} cores"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -69,6 +69,23 @@ def _machine() -> list[tuple[str, str]]:
             lines.append((f"GPU {index}", f"{name} (sm_{major}{minor})"))
     else:
         lines.append(("GPU", "none that torch can use"))
+    return lines
+
+
+def _tuned() -> list[tuple[str, str]]:
+    if _library.native is None:
+        return []
+    lines = []
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        read = tuning.load(kind)
+        if read is None:
+            said = "not measured (`bigkernel tune-kernels`)"
+        else:
+            time, figures = read
+            count = sum(of.takes_torch for of in figures.values())
+            said = f"{time}: torch's code for {count} of {len(figures)} classes of calls"
+            said += f" ({tuning.path(kind)})"
+        lines.append((f"kernels beside torch's on {kind}", said))
     return lines
 
 

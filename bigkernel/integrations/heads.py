@@ -156,7 +156,7 @@ def _serves(hidden: Any, linear: nn.Linear) -> bool:
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
     size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
-    return (same or cast) and native.takes(OP, hidden, weight, bias, size=size)
+    return (same or cast) and native.takes(OP, hidden, weight, bias, size=size, dtype=dtype)
 
 
 def _capped(logits: Any, limit: Any) -> Any:

@@ -7,21 +7,29 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
 import bigkernel.ops  # noqa: F401 - which fills the registry
-from bigkernel import _library, backend, registry
+from bigkernel import _library, backend, registry, tuning
 
 # By public function, as its op's registration says (`registry.InModels`).
 _FUNCTIONS = {name: op.functions[0].name for op in registry.every() for name in op.in_models}
 _CHOICES = {name: registry.find(function).in_models[name] for name, function in _FUNCTIONS.items()}
 SMALLEST = {name: choice.smallest for name, choice in _CHOICES.items()}
+CONTESTED = {name: choice.contested for name, choice in _CHOICES.items()}
 COMPILED = frozenset(name for name, choice in _CHOICES.items() if choice.compiled)
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def takes(op: str, *tensors: Tensor | None, size: int | None = None) -> bool:
+def takes(
+    op: str,
+    *tensors: Tensor | None,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> bool:
     """Whether ``op`` is to be used on these tensors: natively, and where that is faster.
 
-    size: how large the call is, where it is not the number of the first tensor's elements. A
-    backend that was chosen by hand (`use_backend`) is obeyed.
+    size: how large the call is, where it is not the number of the first tensor's elements; dtype:
+    what it computes in, where it is not that of the first tensor. A backend that was chosen by
+    hand (`use_backend`) is obeyed. What was measured (`tuning`) counts in eager code: compiled,
+    what was there before is made into other code than was timed.
     """
     first = tensors[0]
     assert first is not None
@@ -33,10 +41,17 @@ def takes(op: str, *tensors: Tensor | None, size: int | None = None) -> bool:
             return False
     if backend._forced is not None:
         return True
-    if torch.compiler.is_compiling() and op not in COMPILED:
+    compiling = torch.compiler.is_compiling()
+    if compiling and op not in COMPILED:
         return False
     size = first.numel() if size is None else size
-    return _library.kernels.get((_FUNCTIONS[op], device.type), False) and size >= SMALLEST[op]
+    if size < SMALLEST[op] or not _library.kernels.get((_FUNCTIONS[op], device.type), False):
+        return False
+    if compiling or not tuning.contested(op, device.type) or size > CONTESTED[op]:
+        return True
+    return not tuning.takes_torch(
+        op, device.type, tuning.size_class(dtype or first.dtype, size, tensors)
+    )
 
 
 def why_not(op: str, module: nn.Module) -> str | None:

@@ -73,6 +73,7 @@ _OP = registry.register(
                 _step_fake,
             ),
         ),
+        no_contest="both move the same memory, and torch's steps neither clip nor round by chance",
     )
 )
 

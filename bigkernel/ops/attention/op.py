@@ -16,7 +16,7 @@ from bigkernel import registry
 from bigkernel._library import call
 from bigkernel.backend import select
 from bigkernel.expect import Expect
-from bigkernel.ops.attention import blocks
+from bigkernel.ops.attention import blocks, contest
 from bigkernel.ops.attention.blocks import empty_like_layout, empty_results
 from bigkernel.ops.attention.checks import (
     Align,
@@ -156,6 +156,7 @@ _OP = registry.register(
         ),
         limits=f"head dims to {MAX_NATIVE_HEAD_DIM}",
         limit=_head_dims,
+        contests={contest.NAME: contest.contest(lambda *qkv, **rest: attention(*qkv, **rest))},
     )
 )
 
@@ -253,6 +254,9 @@ def attention(
     slopes, seed = check_tensors(expect, q, alibi_slopes, batch, dropout_p, seed)
     rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
     params = Params(mask, slopes, seed, None, None, q.shape[2], k.shape[2], rule)
+    if not return_lse and contest.runs(q, k, v, params):
+        q, k, v = map(_contiguous_rows, (q, k, v))
+        return contest.run(q, k, v, params)
     out, lse = _run(q, k, v, params)
     return (out, lse.sum(-1)) if return_lse else out
 

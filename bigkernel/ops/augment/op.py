@@ -103,6 +103,7 @@ _OP = registry.register(
         functions=(registry.Function("augment", SCHEMA, reference.augment, _fake),),
         dtypes=(torch.uint8, *registry.NATIVE_DTYPES),
         limit=_followed,
+        no_contest="torch's side is a pass over the images for each transform",
     )
 )
 _library.derive("augment", _with_derivatives, _batched)

@@ -8,7 +8,7 @@ from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
-from bigkernel.ops.bias_act import reference
+from bigkernel.ops.bias_act import contest, reference
 from bigkernel.ops.glu.reference import number_of
 
 _EXPECT = Expect("bias_act")
@@ -62,7 +62,8 @@ _OP = registry.register(
                 registry.no_second_derivative("bias_act"),
             ),
         ),
-        in_models={"bias_act": registry.InModels(1 << 18)},
+        in_models={"bias_act": registry.InModels(contest.SMALLEST)},
+        contests=contest.contests(lambda *tensors, **rest: bias_act(*tensors, **rest)),
     )
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
-from bigkernel.ops.cross_entropy import reference
+from bigkernel.ops.cross_entropy import contest, reference
 from bigkernel.ops.cross_entropy.checks import check_labels, check_options
 
 _EXPECT = Expect("cross_entropy")
@@ -102,7 +102,8 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
-        in_models={"cross_entropy": registry.InModels(1 << 18, compiled=True)},
+        in_models={"cross_entropy": registry.InModels(contest.SMALLEST, compiled=True)},
+        contests=contest.contests(lambda *tensors: cross_entropy(*tensors)),
     )
 )
 

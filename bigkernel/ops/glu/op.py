@@ -9,7 +9,7 @@ from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
-from bigkernel.ops.glu import reference
+from bigkernel.ops.glu import contest, reference
 from bigkernel.ops.glu.reference import number_of
 
 _EXPECT = Expect("glu")
@@ -58,7 +58,8 @@ _OP = registry.register(
             ),
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
-        in_models={"glu": registry.InModels(1 << 18)},
+        in_models={"glu": registry.InModels(contest.SMALLEST)},
+        contests=contest.contests(lambda *tensors: glu(*tensors)),
     )
 )
 

@@ -14,7 +14,7 @@ from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.cross_entropy.checks import check_labels, check_options
-from bigkernel.ops.linear_cross_entropy import reference
+from bigkernel.ops.linear_cross_entropy import contest, reference
 
 _NAME = "linear_cross_entropy"
 _EXPECT = Expect(_NAME)
@@ -143,8 +143,10 @@ _OP = registry.register(
                 registry.no_second_derivative(_NAME),
             ),
         ),
-        # Bytes of logits. Below, they are no burden, and in bf16 their products are faster whole.
-        in_models={"linear_cross_entropy": registry.InModels(1 << 26, compiled=True)},
+        in_models={
+            _NAME: registry.InModels(contest.SMALLEST, compiled=True, contested=contest.CONTESTED)
+        },
+        contests=contest.contests(lambda *tensors: linear_cross_entropy(*tensors)),
         absent={"cuda": "only the CPU kernels are written so far"},
     )
 )

@@ -12,7 +12,7 @@ from bigkernel import registry
 from bigkernel._library import run
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
-from bigkernel.ops.norm import reference
+from bigkernel.ops.norm import contest, reference
 
 _RMS, _LAYER = Expect("rms_norm"), Expect("layer_norm")
 _OPTIONAL = ("residual", "weight", "bias")
@@ -116,8 +116,12 @@ _OP = registry.register(
         in_models={
             "rms_norm": registry.InModels(0),
             # With a residual before it; alone, torch's is as fast at any size.
-            "layer_norm": registry.InModels(1 << 19),
+            "layer_norm": registry.InModels(contest.SMALLEST_LAYER),
         },
+        contests=contest.contests(
+            lambda *tensors, **rest: rms_norm(*tensors, **rest),
+            lambda *tensors, **rest: layer_norm(*tensors, **rest),
+        ),
     )
 )
 

@@ -12,7 +12,7 @@ from bigkernel import _library, registry
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.attention.blocks import empty_like_layout
-from bigkernel.ops.rope import reference
+from bigkernel.ops.rope import contest, reference
 
 _ROPE, _IN_PLACE = Expect("rope"), Expect("rope_")
 # q [B, Hq, S, D] and k [B, Hkv, S, D], any strides; cos and sin [B or 1, S, R], R even, at most D.
@@ -77,6 +77,7 @@ _OP = registry.register(
         ),
         absent={"cuda": "only the CPU kernels are written so far"},
         in_models={"rope": registry.InModels(0, compiled=True)},
+        contests=contest.contests(lambda *tensors: rope(*tensors)),
     )
 )
 
