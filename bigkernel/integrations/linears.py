@@ -24,6 +24,7 @@ from bigkernel.integrations.subclass import (
 )
 from bigkernel.ops.linear import linear
 from bigkernel.ops.linear.op import NARROW, autocast_dtype, is_widened
+from bigkernel.ops.linear.reference import FEW
 
 OP = "linear"
 _KINDS = (nn.Linear, Conv1D)
@@ -37,9 +38,10 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
             continue
         weight: Any = module.weight
         narrow = weight.dtype in NARROW
-        # Of wider weights those that autocast narrows, to what it takes unless told otherwise.
-        dtype = weight.dtype if narrow else torch.bfloat16
-        if weight.device.type != "cpu" or precision.multiplies(weight.device, dtype):
+        if weight.device.type != "cpu" or not (narrow or weight.dtype == torch.float32):
+            continue
+        # Those of float32 autocast narrows, to what it takes unless told otherwise.
+        if precision.multiplies(weight.device, weight.dtype if narrow else torch.bfloat16):
             continue
         if not is_swapped(module):
             reason = why_no_subclass(module)
@@ -80,4 +82,8 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
         if any(t.dtype != dtype for t in tensors):
             return False
     rows = x.numel() // max(x.shape[-1], 1)
-    return rows * weight.numel() >= native.SMALLEST[OP] and is_widened(dtype, *tensors)
+    if rows * weight.numel() < native.SMALLEST[OP] or not is_widened(dtype, *tensors):
+        return False
+    # Forward leaves few rows to torch, as in generation; it does so by itself in less time.
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return learns or rows >= FEW or weight.dtype != dtype

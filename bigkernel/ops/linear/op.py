@@ -81,7 +81,7 @@ registry.register(
             ),
         ),
         absent={"cpu": _WHY, "cuda": _WHY},
-        in_models={"linear": registry.InModels(1 << 17, compiled=True)},
+        in_models={"linear": registry.InModels(1 << 20, compiled=True)},
     )
 )
 

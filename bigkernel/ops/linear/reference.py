@@ -9,8 +9,8 @@ other one: so the weight is widened once a call, and the rows in chunks, each in
 one before. A weight too large to stand in memory a second time is widened in blocks of its rows.
 """
 
-import math
 import threading
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,17 +21,17 @@ from torch.nn import functional as F
 BLOCK, CHUNK = 1 << 23, 1 << 22
 FEWEST_ROWS, MOST_ROWS = 128, 512  # of a chunk
 # Fewer rows torch multiplies by a 16-bit weight about as fast as that can be read.
-FEW = 8
+FEW = 16
 
 
 def linear_fwd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[.., M]; input [.., K], weight [M, K] and bias [M] of its dtype or wider."""
     x = _rows(input)
-    if 0 < len(x) < FEW and weight.dtype == x.dtype:
+    if 0 < x.shape[0] < FEW and weight.dtype == x.dtype:
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     else:
         y = _times(x, weight, bias)
-    return y.view(*input.shape[:-1], len(weight))
+    return y.view(*input.shape[:-1], weight.shape[0])
 
 
 def linear_bwd(
@@ -55,16 +55,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, of x's dtype."""
-    y = x.new_empty(len(x), len(weight))
+    count, width = x.shape
+    y = x.new_empty(count, weight.shape[0])
     for block in _blocks(weight):
         w = weight[block]
-        height = _height(x, len(w))
-        room = _room(x, w.shape, (height, x.shape[1]), (height, len(w)))
-        w = _widened(w, room[0])
-        b = None if bias is None else bias[block].to(w.dtype)
-        for rows in _chunks(x, height):
-            part = _widened(x[rows], room[1])
-            product = room[2][: len(part)]
+        outputs = w.shape[0]
+        height = _height(count, width + outputs)
+        room, *parts = _room(x, w, (height, width), (height, outputs))
+        w = w if w.dtype == room.dtype else room.copy_(w)
+        b = None if bias is None else bias[block].to(room.dtype)
+        for rows in _chunks(count, height):
+            part, product = (p[: rows.stop - rows.start] for p in parts)
+            part.copy_(x[rows])
             if b is None:
                 torch.mm(part, w.T, out=product)
             else:
@@ -75,27 +77,32 @@ def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _sum_of_products(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """g^T x, of weight's dtype and layout."""
-    result = torch.empty_like(weight) if len(x) else torch.zeros_like(weight)
-    for block in _blocks(weight) if len(x) else []:
+    count, width = x.shape
+    if count == 0:
+        return torch.zeros_like(weight)
+    result = torch.empty_like(weight)
+    for block in _blocks(weight):
         part = result[block]
-        height = _height(x, len(part))
-        room = _room(x, part.shape, (height, len(part)), (height, x.shape[1]))
-        total = part if part.dtype == room[0].dtype else _in_layout_of(part, room[0])
-        for rows in _chunks(x, height):
-            a, b = _widened(g[rows, block], room[1]), _widened(x[rows], room[2])
+        height = _height(count, width + part.shape[0])
+        room, *parts = _room(x, part, (height, part.shape[0]), (height, width))
+        total = part if part.dtype == room.dtype else room
+        for rows in _chunks(count, height):
+            a, b = (p[: rows.stop - rows.start] for p in parts)
+            a.copy_(g[rows, block])
+            b.copy_(x[rows])
             torch.addmm(total, a.T, b, beta=float(rows.start > 0), out=total)
-        if total is not part:
+        if total is room:
             part.copy_(total)
     return result
 
 
 def _sum(g: Tensor) -> Tensor:
-    """That of the rows, which is exact to more digits in parts."""
+    """That of the rows, in parts: its error does not grow with their number."""
     total = g.new_zeros(g.shape[1], dtype=wide(g.dtype))
-    height = _height(g, 0)
-    (room,) = _room(g, (height, g.shape[1]))
-    for rows in _chunks(g, height):
-        total += _widened(g[rows], room).sum(0)
+    height = _height(g.shape[0], g.shape[1])
+    (room,) = _room(g, None, (height, g.shape[1]))
+    for rows in _chunks(g.shape[0], height):
+        total += room[: rows.stop - rows.start].copy_(g[rows]).sum(0)
     return total
 
 
@@ -105,28 +112,19 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor) -> list[slice]:
-    count = max(BLOCK // max(weight.shape[1], 1), 1)
-    return [slice(first, first + count) for first in range(0, len(weight), count)]
+    outputs, width = weight.shape
+    count = max(BLOCK // max(width, 1), 1)
+    return [slice(first, min(first + count, outputs)) for first in range(0, outputs, count)]
 
 
-def _height(x: Tensor, more: int) -> int:
-    """How many rows of x a chunk has, each of which stands beside so many elements more."""
-    most = min(max(CHUNK // max(x.shape[1] + more, 1), FEWEST_ROWS), MOST_ROWS)
-    return -(-len(x) // max(-(-len(x) // most), 1))  # chunks of much the same size
+def _height(count: int, width: int) -> int:
+    """How many of ``count`` rows a chunk has; they take so many elements each."""
+    most = min(max(CHUNK // max(width, 1), FEWEST_ROWS), MOST_ROWS)
+    return -(-count // max(-(-count // most), 1))  # chunks of much the same size
 
 
-def _chunks(x: Tensor, height: int) -> list[slice]:
-    return [slice(first, min(first + height, len(x))) for first in range(0, len(x), max(height, 1))]
-
-
-def _widened(x: Tensor, room: Tensor) -> Tensor:
-    """x, or its values in the memory of ``room``."""
-    return x if x.dtype == room.dtype else _in_layout_of(x, room[: len(x)]).copy_(x)
-
-
-def _in_layout_of(x: Tensor, room: Tensor) -> Tensor:
-    """``room``, of x's shape and no gaps, with its columns one after the other if x has them so."""
-    return room.view(x.shape[::-1]).T if x.stride(0) == 1 else room
+def _chunks(count: int, height: int) -> list[slice]:
+    return [slice(first, min(first + height, count)) for first in range(0, count, max(height, 1))]
 
 
 class _Kept(threading.local):
@@ -134,17 +132,22 @@ class _Kept(threading.local):
 
 
 # New memory comes from the system page by page, each page zeroed, which takes as long as a third of
-# a product of small matrices: what a call has used waits for the next one, as much as one block
-# and one chunk take (48 MB).
+# a product of small matrices: what a call has used waits for the next one of its thread, as much as
+# one block and one chunk take (48 MB).
 _kept = _Kept()
 
 
-def _room(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Uninitialised tensors of these shapes, wide, on x's device, until the next call of this."""
-    dtype = wide(x.dtype)
+def _room(x: Tensor, matrix: Tensor | None, *chunks: tuple[int, int]) -> list[Tensor]:
+    """Uninitialised wide tensors on x's device, which last until the next call of this.
+
+    One of matrix's shape and order of dimensions, where there is one, and one of each other shape.
+    """
+    dtype, shapes = wide(x.dtype), list(chunks)
+    if matrix is not None:
+        shapes.insert(0, (matrix.shape[0], matrix.shape[1]))
     # Each begins at a line of the cache.
-    sizes = [-(-math.prod(shape) // 16) * 16 for shape in shapes]
-    memory, count = _kept.memory, sum(sizes)
+    ends = list(accumulate(-(-rows * columns // 16) * 16 for rows, columns in shapes))
+    memory, count = _kept.memory, ends[-1]
     if (
         memory is None
         or memory.numel() < count
@@ -155,5 +158,10 @@ def _room(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
             memory = torch.empty(count, dtype=dtype, device=x.device)
         if count <= BLOCK + CHUNK:
             _kept.memory = memory
-    parts = memory[:count].split(sizes)
-    return [p[: math.prod(s)].view(s) for p, s in zip(parts, shapes, strict=True)]
+    rooms = [
+        memory.as_strided(shape, (shape[1], 1), start)
+        for shape, start in zip(shapes, [0, *ends], strict=False)
+    ]
+    if matrix is not None and matrix.stride(0) == 1:
+        rooms[0] = memory.as_strided(shapes[0], (1, shapes[0][0]), 0)
+    return rooms
