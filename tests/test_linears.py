@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bigkernel
 from bigkernel import precision
-from bigkernel.integrations import linears, native
+from bigkernel.integrations import linears, loss, native
 from bigkernel.integrations.patching import report
 from bigkernel.integrations.subclass import is_swapped
 from bigkernel.testing import assert_as_accurate
@@ -98,18 +98,20 @@ def test_every_layer_calls_the_op(calls):
     assert sorted(calls) == sorted(map(tuple, shapes))
 
 
-def test_the_loss_without_logits_is_that_with_them(monkeypatch):
-    """Its head is found, whichever class it has by now."""
-    model = patched(build("llama").to(BF16))
-    patched(model)  # heads that were replaced before
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_loss_without_logits_finds_a_head_of_another_class(name, monkeypatch):
+    seen = []
+    right = loss.linear_cross_entropy
+    monkeypatch.setattr(
+        loss, "linear_cross_entropy", lambda *a, **k: seen.append(a[1].shape) or right(*a, **k)
+    )
+    model = patched(build(name).to(BF16))
     want, gradients = loss_and_gradients(model)
-    loss, without = loss_and_gradients(model, skip_logits=True)
-    torch.testing.assert_close(loss.float(), want.float(), rtol=1e-2, atol=1e-2)
+    assert seen == []
+    got, without = loss_and_gradients(model, skip_logits=True)
+    assert seen == [(61, 32)]
+    torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
     assert without.keys() == gradients.keys()
-    assert model(input_ids=tokens(), labels=tokens(), skip_logits=True).logits is None
-    one = patched(build("bert").to(BF16), only=["linear"])
-    patched(one, only=["linear", "linear_cross_entropy"])
-    assert one(input_ids=tokens(), labels=tokens(), skip_logits=True).logits is None
 
 
 def test_autocast_is_as_accurate_as_torchs(calls):
@@ -217,8 +219,9 @@ def test_calls_that_the_op_is_not_for_stay_torchs(calls, monkeypatch):
     patched(layer)
     layer(x)
     assert len(calls) == 1
-    with pytest.raises(RuntimeError, match="dtype"):
-        layer(x.float())
+    for other, given in ((layer, x.float()), (patched(nn.Linear(8, 6)), x)):
+        with pytest.raises(RuntimeError, match="dtype"):
+            other(given)
 
     class Labelled(torch.Tensor):
         pass
@@ -273,9 +276,9 @@ def test_it_compiles_whole():
     want, gradients = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.zero_grad()
-    loss = compiled(input_ids=tokens(), labels=tokens()).loss
-    loss.backward()
-    torch.testing.assert_close(loss.float(), want.float(), rtol=1e-2, atol=1e-2)
+    got = compiled(input_ids=tokens(), labels=tokens()).loss
+    got.backward()
+    torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
     for name, p in model.named_parameters():
         scale = gradients[name].abs().max()
         torch.testing.assert_close(p.grad / scale, gradients[name] / scale, rtol=0, atol=0.1)
