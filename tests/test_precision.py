@@ -188,6 +188,15 @@ def test_speedup_is_measured_once(dtype):
     assert precision.speedup(torch.device("meta"), dtype) == 0
 
 
+@pytest.mark.parametrize(
+    ("speedup", "expected"), [(0.01, False), (0.5, False), (1.0, True), (3.0, True)]
+)
+def test_products_that_are_loops_or_emulated_are_none(speedup, expected, monkeypatch):
+    monkeypatch.setattr(precision, "speedup", lambda device, dtype: speedup)
+    assert precision.multiplies(torch.device("cpu"), torch.bfloat16) == expected
+    assert precision.multiplies(torch.device("meta"), torch.bfloat16)
+
+
 @pytest.mark.slow
 def test_as_much_is_learned(tmp_path, fast):
     """300 steps: the curve differs from float32's by less than float32's of another seed does."""
