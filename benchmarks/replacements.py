@@ -1,14 +1,17 @@
 """What each replacement of ``bigkernel.patch`` gives: seconds of a training step, on and off.
 
     python benchmarks/replacements.py [--model llama|tiny] [--vocab N] [--dtype fp32|bf16|default]
-                                      [--compile] [--rows ROW..] [--memory]
+                                      [--weights fp32|bf16|fp16] [--compile] [--rows ROW..]
+                                      [--memory]
 
 LLaMA with 16.9M parameters (vocabulary 8192, hidden 384, 6 layers, 6 heads, intermediate 1024),
 batch 4 x 512; "tiny" has 32 hidden, 2 layers, batch 2 x 32: there a call's Python counts most. The
-dtype "default" leaves bf16 to each Trainer. The rows: transformers' Trainer; ours with nothing
-replaced (our AdamW); then with one replacement alone, with all but one, and with all. Rounds
-alternate; shown are the median over the rounds, the fastest, the seconds of the processor in the
-cheapest step (which other work on the machine hardly changes), and the last loss. With --memory,
+dtype "default" leaves bf16 to each Trainer, and "bf16" is its autocast; with 16-bit weights the
+model itself is of them, as transformers loads most checkpoints. The rows: transformers' Trainer;
+ours with nothing replaced (our AdamW); then with one replacement alone, with all but one, and with
+all; for 16-bit weights, all with fp32 weights too. Rounds alternate; shown are the median over the
+rounds, the fastest, the seconds of the processor in the cheapest step (which other work on the
+machine hardly changes), and the last loss. With --memory,
 each row in a process of its own: the memory that training takes at its peak above what the process
 held before, parameters and data included.
 """
@@ -38,6 +41,8 @@ SIZES = {
     "llama": ({"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024}, 6, 6, 4, 512),
     "tiny": ({"vocab_size": 64, "hidden_size": 32, "intermediate_size": 80}, 2, 4, 2, 32),
 }
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDE = "all, fp32 weights"
 
 
 class _Clock(TrainerCallback):
@@ -63,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SIZES, default="llama")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "default"], default="fp32")
+    parser.add_argument("--weights", choices=WEIGHTS, default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0)
@@ -83,10 +89,13 @@ def main() -> None:
     rows |= {f"only {name}": (name,) for name in NAMES}
     rows |= {f"without {name}": tuple(n for n in NAMES if n != name) for name in NAMES}
     rows["all"] = NAMES
+    if given.weights != "fp32":
+        rows[WIDE] = NAMES
     if given.rows:
         rows = {name: rows[name] for name in given.rows}
 
-    def run(names: tuple[str, ...] | None) -> tuple[float, float, float]:
+    def run(name: str) -> tuple[float, float, float]:
+        names = rows[name]
         options: dict[str, Any] = {
             "output_dir": tempfile.gettempdir(),
             "max_steps": steps + 2,
@@ -100,7 +109,7 @@ def main() -> None:
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
         }
-        own = copy.deepcopy(model)
+        own = copy.deepcopy(model).to(torch.float32 if name == WIDE else WEIGHTS[given.weights])
         trainer: transformers.Trainer
         if names is None:
             arguments = transformers.TrainingArguments(**options)
@@ -123,9 +132,10 @@ def main() -> None:
         return statistics.median(clock.steps[2:]), min(clock.busy[2:]), clock.loss
 
     shape = f"vocabulary {sizes['vocab_size']}, {batch} x {length}"
-    title = f"{given.model}, {given.dtype}{', compiled' * given.compile}, {shape}"
+    title = f"{given.model}, weights {given.weights}, {given.dtype}{', compiled' * given.compile}"
+    title = f"{title}, {shape}"
     if given.memory and len(rows) == 1:
-        run(next(iter(rows.values())))
+        run(next(iter(rows)))
         return
     if given.memory:
         print(title)
@@ -138,8 +148,8 @@ def main() -> None:
     busy: dict[str, list[float]] = {name: [] for name in rows}
     losses = {}
     for _ in range(given.rounds):
-        for name, names in rows.items():
-            took, used, losses[name] = run(names)
+        for name in rows:
+            took, used, losses[name] = run(name)
             seconds[name].append(took)
             busy[name].append(used)
             torch._dynamo.reset()

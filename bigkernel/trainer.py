@@ -118,8 +118,8 @@ class TrainingArguments(transformers.TrainingArguments):
     use_bigkernel_kernels: bool = field(
         default=True,
         metadata={
-            "help": "Use bigkernel's norms, rotary embedding, gated units and loss where they are "
-            "native and faster."
+            "help": "Use bigkernel's norms, rotary embedding, gated units, linear layers and loss "
+            "where they are faster."
         },
     )
     use_bigkernel_optimizer: bool = field(

@@ -101,3 +101,11 @@ def every_call(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     from bigkernel.integrations import native
 
     monkeypatch.setattr(native, "SMALLEST", dict.fromkeys(native.SMALLEST, 0))
+
+
+@pytest.fixture
+def with_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies 16 bits: what is replaced in models is the same on each."""
+    from bigkernel import precision
+
+    monkeypatch.setattr(precision, "multiplies", lambda device, dtype: True)

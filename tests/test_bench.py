@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import bigkernel
-from bigkernel import _library
+from bigkernel import _library, registry
 from bigkernel.bench import (
     OPS,
     TABLES,
@@ -45,6 +45,7 @@ from bigkernel.cli import main
 
 ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9, patience=0)
 CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
+NATIVE = [op for op in OPS if "cpu" not in registry.find(op).absent]
 NUMBERED = [f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
 
 needs_native = pytest.mark.skipif(_library.native is None, reason="the native module is not built")
@@ -171,8 +172,9 @@ def test_case_is_checked_and_native(op, case):
         ready = case.build()
         assert set(ready.runs) | set(ready.skipped) == set(case.competitors)
         assert ready.check(ready.runs)
-        assert case_module.native_backend(case, ready).startswith(f"{ready.op}: cpu")
-        for name, native in ((OURS, True), (REFERENCE, False)):
+        sentence = case_module.native_backend(case, ready)
+        assert sentence.startswith(f"{ready.op}: {'cpu' if op in NATIVE else 'torch'}")
+        for name, native in ((OURS, True), (REFERENCE, False)) if op in NATIVE else ():
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
                 ready.runs[name]()
             called = {event.key for event in seen.key_averages()}
@@ -221,7 +223,7 @@ def test_a_training_alone_says_its_memory_and_the_parts_of_a_step():
 
 
 @needs_native
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", NATIVE)
 def test_a_fallback_fails(op, monkeypatch):
     """Without its native kernel a case cannot be timed as ours."""
     for name in list(_library.kernels):
@@ -373,7 +375,7 @@ def test_losses_are_printed(capsys):
     [
         (
             ["bench", "atention"],
-            "There are: adam, attention, augment, bias_act, cross_entropy, glu, "
+            "There are: adam, attention, augment, bias_act, cross_entropy, glu, linear, "
             "linear_cross_entropy, norm, rope, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),

@@ -386,13 +386,13 @@ def test_other_dtypes_are_torchs(dtype):
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, BF16), (False, F32)])
 def test_the_dtype_of_the_products_is_chosen_once_and_saved(fast, dtype, monkeypatch):
-    monkeypatch.setattr("bigkernel.precision.multiplies_bf16", lambda device: fast)
+    monkeypatch.setattr("bigkernel.precision.multiplies", lambda device, dtype: fast)
     params = weights()
     optimizer = Muon(params)
     assert optimizer.param_groups[0]["ns_dtype"] is None
     steps(optimizer, params, 1)
     assert optimizer.param_groups[0]["ns_dtype"] == dtype
-    monkeypatch.setattr("bigkernel.precision.multiplies_bf16", lambda device: not fast)
+    monkeypatch.setattr("bigkernel.precision.multiplies", lambda device, dtype: not fast)
     others = [nn.Parameter(p.detach().clone()) for p in params]
     again = Muon(others)
     again.load_state_dict(optimizer.state_dict())

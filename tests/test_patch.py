@@ -4,7 +4,8 @@ Feature list: LLaMA, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi, GPT-2, GPT-Ne
 ModernBERT, ViT, T5 (plain and gated), CLIP; no padding, padded left and right, packed; logits and
 gradients in float32 and bfloat16; what is replaced, kept, left; undoing it; copies, pickles, hooks,
 saved files; torch.compile, gradient checkpointing; losses; calls that no kernel is for; modules
-that only look like those that are known; the Trainer's switches and losses.
+that only look like those that are known; the Trainer's switches and losses. Linear
+layers: test_linears.py.
 """
 
 import copy
@@ -57,7 +58,7 @@ DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::bigkernel.backend.FallbackWarning"),
-    pytest.mark.usefixtures("every_call"),
+    pytest.mark.usefixtures("every_call", "with_products"),
 ]
 
 
@@ -216,7 +217,7 @@ def test_only_what_is_named_is_replaced():
     for name in NAMES:
         patched(model, only=[name])
         told = {line.split(" ")[0].replace("rms_norm", "norm") for line in report(model).replaced}
-        assert told == ({name} if name != "gelu" else set())
+        assert told == ({name} if name not in ("gelu", "linear") else set())
     with pytest.raises(ValueError, match=r"only must be some of attention, norm, .*, got norms"):
         bigkernel.patch(model, only=["norms"])
     with pytest.raises(TypeError, match=r"patch: model must be a torch\.nn\.Module, got int\."):

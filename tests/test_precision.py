@@ -15,7 +15,7 @@ from bigkernel import checkpoint, precision
 @pytest.fixture
 def fast(monkeypatch):
     """A machine that multiplies bfloat16 three times as fast."""
-    monkeypatch.setattr(precision, "bf16_speedup", lambda device: 3.0)
+    monkeypatch.setattr(precision, "speedup", lambda device, dtype: 3.0)
 
 
 def wide_model(hidden=256, **options):
@@ -174,17 +174,27 @@ def test_resuming_on_another_machine_is_said(tmp_path, fast, monkeypatch):
     again = trainer(tmp_path, wide_model(), save_strategy="steps", save_steps=2, max_steps=5)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert not any("goes on in" in sentence for sentence in sentences)
-    monkeypatch.setattr(precision, "bf16_speedup", lambda device: 1.0)
+    monkeypatch.setattr(precision, "speedup", lambda device, dtype: 1.0)
     slow = trainer(tmp_path, wide_model(), save_strategy="steps", save_steps=2, max_steps=5)
     slow.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert any("computed in bfloat16 and goes on in float32" in sentence for sentence in sentences)
 
 
-def test_speedup_is_measured_once():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_speedup_is_measured_once(dtype):
     device = torch.device("cpu")
-    assert 0 < precision.bf16_speedup(device) < 100
-    assert precision.bf16_speedup(device) == precision.bf16_speedup(device)
-    assert precision.bf16_speedup(torch.device("meta")) == 0
+    assert 0 < precision.speedup(device, dtype) < 100
+    assert precision.speedup(device, dtype) == precision.speedup(device, dtype)
+    assert precision.speedup(torch.device("meta"), dtype) == 0
+
+
+@pytest.mark.parametrize(
+    ("speedup", "expected"), [(0.01, False), (0.5, False), (1.0, True), (3.0, True)]
+)
+def test_products_that_are_loops_or_emulated_are_none(speedup, expected, monkeypatch):
+    monkeypatch.setattr(precision, "speedup", lambda device, dtype: speedup)
+    assert precision.multiplies(torch.device("cpu"), torch.bfloat16) == expected
+    assert precision.multiplies(torch.device("meta"), torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch import Tensor
 from bigkernel.bench import bias_act as table
 from bigkernel.bench.case import OURS, REFERENCE, on_torch, strict
 from bigkernel.bench.gpu import LIMIT, Cases, Clock, Row, copy_of, measure
+from bigkernel.ops.bias_act.contest import apart
 
 
 def cases(device: str, clock: Clock, small: bool = False) -> Cases:
@@ -27,7 +28,7 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
         runs: dict[str, Callable[[], object]] = {
             REFERENCE: partial(run, on_torch(ours), inputs, dy),
             OURS: partial(run, ours, inputs, dy),
-            table.APART: partial(run, partial(table.apart, activation), inputs, dy),
+            table.APART: partial(run, partial(apart, activation), inputs, dy),
         }
         work = 5 * dy.numel() * dy.element_size()  # x, y; x, dy, dx
         runs[LIMIT], moved = copy_of(work, device)

@@ -227,14 +227,14 @@ _ROBERTA = normal_form(
 
 def _split(head: Any) -> _Split | None:
     """The parts of a head; None: not known."""
-    if type(head) is nn.Linear:
+    if original_class(head) is nn.Linear:
         return _Split(lambda x: x, head, (head,))
     cls = original_class(head)
     form = _form(cls)
     if form == _BERT_OUTSIDE:
         inner = _split(head.predictions)
         return inner and inner._replace(modules=(head, *inner.modules))
-    if form not in (_BERT, _ROBERTA) or type(head.decoder) is not nn.Linear:
+    if form not in (_BERT, _ROBERTA) or original_class(head.decoder) is not nn.Linear:
         return None
     parts = (head, head.decoder)
     if form == _BERT:

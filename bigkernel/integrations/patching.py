@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from bigkernel.expect import Expect
-from bigkernel.integrations import activations, attention, forwards, heads, loss, norms
+from bigkernel.integrations import activations, attention, forwards, heads, linears, loss, norms
 from bigkernel.integrations.report import Change, Report
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -40,6 +40,7 @@ REPLACEMENTS = (
     Replacement(("residual", "glu", "bias_act", "rope"), forwards.apply),
     Replacement(("cross_entropy",), loss.apply),
     Replacement(("linear_cross_entropy",), heads.apply),
+    Replacement(("linear",), linears.apply),
 )
 NAMES = tuple(dict.fromkeys(name for entry in REPLACEMENTS for name in entry.names))
 
@@ -68,7 +69,8 @@ def patch(
     - rope: rotary position embedding; glu: SwiGLU, GeGLU and so on; bias_act: the bias of a
       linear layer with the activation after it; gelu: where it is written out;
     - cross_entropy: the loss of causal and masked language models;
-    - linear_cross_entropy: that and the head before it, in calls whose logits nobody wants.
+    - linear_cross_entropy: that and the head before it, in calls whose logits nobody wants;
+    - linear: torch's Linear and transformers' Conv1D, in 16 bits, on processors that multiply none.
 
     A module is known by what it computes, not by its name; what cannot be served stays as it is and
     is named. So does a call that no kernel is for, at run time: another dtype or device, a tensor

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what the loop below brings, for readers of types
     from bigkernel.ops.bias_act import bias_act
     from bigkernel.ops.cross_entropy import cross_entropy
     from bigkernel.ops.glu import glu
+    from bigkernel.ops.linear import linear
     from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
     from bigkernel.ops.norm import layer_norm, rms_norm
     from bigkernel.ops.rope import rope, rope_
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "glu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

@@ -285,7 +285,7 @@ class _Options:
     def of(cls, expect: Expect, group: dict[str, Any], device: torch.device) -> "_Options":
         _check_readable(expect, group)
         if group["ns_dtype"] is None:
-            fast = precision.multiplies_bf16(device)
+            fast = precision.multiplies(device, torch.bfloat16)
             # Stored, so that a resumed run computes as this one.
             group["ns_dtype"] = torch.bfloat16 if fast else torch.float32
         a, b, c = group["ns_coefficients"]

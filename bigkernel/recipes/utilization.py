@@ -67,7 +67,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     For bfloat16 that of float32 where it is faster, on processors without AVX-512.
     """
-    if dtype == torch.bfloat16 and precision.bf16_speedup(device) < 1:
+    if dtype == torch.bfloat16 and precision.speedup(device, dtype) < 1:
         dtype = torch.float32
     side = _SIDE.get(device.type, _SIDE["cuda"])
     a, b = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from bigkernel import ops
+from bigkernel import ops, precision
 
 ROWS, WIDTH = 4, 8
 LABELS = torch.tensor([0, 3, 5, 7])
@@ -22,6 +22,7 @@ def _rotate(x, angle):
 
 
 ANGLE = torch.linspace(0.1, 2.0, ROWS * WIDTH // 2, dtype=torch.float32).view(ROWS, -1).repeat(1, 2)
+DIGITS = (torch.arange(5 * WIDTH) % 7 - 3).view(5, WIDTH).bfloat16()
 
 # name -> (ours, torch's) as functions of x [4, 8] alone.
 FUNCTIONS = {
@@ -42,6 +43,11 @@ FUNCTIONS = {
     "rope": (
         lambda x: ops.rope(x[None, None], x[None, None], ANGLE.cos(), ANGLE.sin())[0][0, 0],
         lambda x: _rotate(x, ANGLE),
+    ),
+    # Of few digits, so that sums are exact and rounded alike.
+    "linear": (
+        lambda x: ops.linear(x.bfloat16(), DIGITS).float(),
+        lambda x: F.linear(x.bfloat16(), DIGITS).float(),
     ),
     "linear_cross_entropy": (
         lambda x: ops.linear_cross_entropy(x, x.cos(), LABELS % ROWS, linear_bias=x[:, 0]),
@@ -80,6 +86,12 @@ TRANSFORMS = {
 }
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS)
 REFUSED = (NotImplementedError, RuntimeError, torch._dynamo.exc.TorchDynamoException)
+
+
+@pytest.fixture(autouse=True)
+def without_products(monkeypatch):
+    """A processor that multiplies no 16 bits, or linear would be torch's."""
+    monkeypatch.setattr(precision, "multiplies", lambda device, dtype: False)
 
 
 @pytest.fixture

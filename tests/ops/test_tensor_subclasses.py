@@ -47,6 +47,9 @@ CALLS = {
         X, torch.zeros(4, dtype=torch.int64), weight=t[0]
     ),
     "cross_entropy labels": lambda t: ops.cross_entropy(X, t[:, 0].long()),
+    "linear input": lambda t: ops.linear(t, X),
+    "linear weight": lambda t: ops.linear(X, t),
+    "linear bias": lambda t: ops.linear(X, X, t[:, 0]),
     "linear_cross_entropy input": lambda t: ops.linear_cross_entropy(t, X, ZEROS),
     "linear_cross_entropy linear_weight": lambda t: ops.linear_cross_entropy(X, t, ZEROS),
     "linear_cross_entropy linear_bias": lambda t: ops.linear_cross_entropy(
