@@ -171,9 +171,9 @@ class _BuiltFiles:
                 bodies = copy.glob("csrc/*/cpu_body.h")
                 ops = [b.parent.name for b in bodies if f'"cpu/{file.name}"' in b.read_text()]
             names = [f"build/generated/{op}_{ISA}" for op in ops]
-            binding = file.with_name("cpu.cpp")
-            if binding.is_file() and f'"{folder}/{file.name}"' in binding.read_text():
-                names.append(f"csrc/{folder}/cpu")
+            bindings = copy.glob("csrc/*/cpu.cpp")
+            included = [b for b in bindings if f'"{folder}/{file.name}"' in b.read_text()]
+            names += [f"csrc/{binding.parent.name}/cpu" for binding in included]
         objects = [path for name in names for path in copy.glob(f"build/temp*/{name}.o")]
         built = [*objects, *copy.glob("bigkernel/_C*.so")]
         if len(built) < 2:
