@@ -390,4 +390,6 @@ def test_bad_usage(arguments, expected, capsys):
 
 def test_our_own_pytorch_backend_comes_first():
     for table in TABLES:
-        assert all(case.competitors[:2] == (OURS, REFERENCE) for case in cases_of(table))
+        absent = {op.noun: op.absent for op in registry.every()}.get(table, {})
+        first = (OURS,) if "cpu" in absent else (OURS, REFERENCE)  # composed, it is its own
+        assert all(case.competitors[: len(first)] == first for case in cases_of(table))

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bigkernel
 from bigkernel import precision
-from bigkernel.integrations import linears, loss, native
+from bigkernel.integrations import activations, linears, loss, native
 from bigkernel.integrations.patching import report
 from bigkernel.integrations.subclass import is_swapped
 from bigkernel.testing import assert_as_accurate
@@ -56,6 +56,22 @@ def patched(model, **options):
 
 def lines_of(model):
     return [line for line in report(model).replaced if line.startswith("linear in")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_the_bias_of_a_replaced_layer_goes_into_the_activation_all_the_same(
+    name, calls, monkeypatch
+):
+    seen, right = [], activations.bias_act
+    monkeypatch.setattr(activations, "bias_act", lambda *given: seen.append(1) or right(*given))
+    model = patched(build(name).to(BF16))
+    plain = patched(build(name).to(BF16), only=["linear"])
+    loss_and_gradients(plain)
+    expected = len(calls)
+    calls.clear()
+    loss_and_gradients(model)
+    assert len(calls) == expected
+    assert len(seen) >= 2
 
 
 def loss_and_gradients(model, **options):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
-from bigkernel.integrations import native
+from bigkernel.integrations import linears, native
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.subclass import (
     give_subclass,
@@ -121,11 +120,6 @@ def gated(kind: type[nn.Module], activation: str) -> Any:
     return glu_of
 
 
-def is_linear(module: Any) -> bool:
-    """Whether this is a product with a weight, perhaps plus a bias, and nothing more."""
-    return original_class(module) in (nn.Linear, Conv1D)
-
-
 @functools.cache
 def biased(kind: type[nn.Module], activation: str) -> Any:
     """A function (act, linear, x) -> act(linear(x)) for modules ``act`` of this class."""
@@ -133,7 +127,7 @@ def biased(kind: type[nn.Module], activation: str) -> Any:
     def bias_act_of(act: Any, linear: Any, x: Any) -> Any:
         if (
             original_class(act) is kind
-            and type(linear) in (nn.Linear, Conv1D)
+            and linears.is_linear(linear)
             and isinstance(x, Tensor)
             and x.dim() > 1
             and native.takes(
@@ -142,9 +136,7 @@ def biased(kind: type[nn.Module], activation: str) -> Any:
             and not native.is_watched(act)
             and not native.is_watched(linear)
         ):
-            is_transposed = type(linear) is Conv1D
-            y = x @ linear.weight if is_transposed else F.linear(x, linear.weight)
-            return bias_act(y, linear.bias, activation)
+            return bias_act(linears.product(linear, x), linear.bias, activation)
         return act(linear(x))
 
     return bias_act_of

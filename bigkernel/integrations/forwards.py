@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bigkernel.integrations import activations, native, norms, rotary
+from bigkernel.integrations import activations, linears, native, norms, rotary
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import (
     UnknownSource,
@@ -90,7 +90,7 @@ class _Found:
         self.added: tuple[str, ...] = ()
         self.gate: tuple[str, str] | None = None
         self.biased: tuple[str, str] | None = None
-        self.linears = [name for name, m in module.named_children() if activations.is_linear(m)]
+        self.linears = [name for name, m in module.named_children() if linears.is_linear(m)]
         self.rotates = False
         self.wanted: list[str] = []
         self.reason: str | None = None

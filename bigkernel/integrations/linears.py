@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from bigkernel import precision
@@ -34,7 +35,7 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
     """Replace the linear layers of ``model`` on a processor that multiplies what they do slowly."""
     change = Change()
     for module in model.modules():
-        if original_class(module) not in _KINDS:
+        if not is_linear(module):
             continue
         weight: Any = module.weight
         narrow = weight.dtype in NARROW
@@ -51,6 +52,19 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
             change.undo += give_subclass(module, subclass)
         change.replace(module, OP, "" if narrow else "under autocast")
     return change
+
+
+def is_linear(module: Any) -> bool:
+    """Whether this is a product with a weight, perhaps plus a bias, and nothing more."""
+    return original_class(module) in _KINDS
+
+
+def product(module: Any, x: Tensor) -> Tensor:
+    """What one of these gives without its bias."""
+    weight = module.weight if original_class(module) is nn.Linear else module.weight.T
+    if is_swapped(module) and _serves(x, weight, None):
+        return linear(x, weight)
+    return functional.linear(x, weight)
 
 
 def subclass(base: Any) -> dict[str, Any]:
