@@ -214,7 +214,7 @@ def scaled(wanted, found):
     """The loss and all gradients as one tensor, each in the scale of its largest."""
     # Some are zero but for rounding, those of the biases of keys: in a scale of their own they
     # would hide the errors of all others.
-    least = 1e-3 * max(float(g.abs().max()) for g in wanted)
+    least = 1e-2 * max(float(g.abs().max()) for g in wanted)
     return torch.cat(
         [
             (g.double() / w.abs().max().clamp(min=least)).flatten()
