@@ -61,7 +61,7 @@ def assert_fused(
     with torch.no_grad():
         shapes = theirs(*inputs)
     shapes = [shapes] if isinstance(shapes, Tensor) else shapes
-    gradients = [normal(s.shape, s.dtype, seed + i) for i, s in enumerate(shapes)]
+    gradients = [normal(s.shape, s.dtype, seed + i).to(s.device) for i, s in enumerate(shapes)]
     wide = [None if t is None else t.double() for t in inputs]
     out, grads = outputs_and_gradients(ours, inputs, gradients)
     exact_out, exact_grads = outputs_and_gradients(theirs, wide, gradients)

@@ -7,7 +7,7 @@ large values, NaN, infinity, empty           extremes, non_finite, empty
 bits: threads, batch                         thread_count, an_element_depends_on_nothing_else
 opcheck, compile, gradcheck, torch.func      opcheck, compile, gradcheck, torch_func
 float64, bad input                           float64, rejects_bad_input
-the CUDA kernels, in the emulator            kernel_*
+the CUDA kernels, in the emulator, on a GPU  kernel_*, cuda_matches_torch
 """
 
 import bias_act_ptx
@@ -296,6 +296,15 @@ def assert_kernel(x, bias, activation):
 @each_dtype
 def test_bias_act_kernel_matches_torch(emulator, activation, dtype):
     assert_kernel(normal((70, 272), dtype, 0, 2.0), normal((272,), F32, 1), activation)
+
+
+@pytest.mark.gpu
+@each_activation
+@each_dtype
+def test_bias_act_cuda_matches_torch(activation, dtype):
+    for rows, dim in ((70, 272), (65, 7)):
+        x, bias = normal((rows, dim), dtype, 0, 2.0), normal((dim,), dtype, 1)
+        assert_fused(*functions(activation), [x.cuda(), bias.cuda()])
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 33), (1, 256), (65, 7), (130, 40)], ids=str)
