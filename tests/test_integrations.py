@@ -779,7 +779,7 @@ def test_patch_wants_a_module(function):
         function(None)
 
 
-def test_patch_a_model_without_attention(capsys):
+def test_patch_a_model_without_attention(capsys, with_products):
     unpatch(patch(nn.Linear(2, 2)))
     assert "found nothing to replace" in capsys.readouterr().out
 
