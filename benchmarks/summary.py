@@ -33,7 +33,8 @@ def row(runs: list[dict[str, Any]]) -> list[str]:
             bars.append(f"{bar['bar']}: not measured")
             continue
         value = median(reached)
-        bars.append(f"{bar['bar']}: {'held' if value >= bar['at_least'] else 'NOT held'}")
+        held = value >= bar["at_least"] if "at_least" in bar else value <= bar["at_most"]
+        bars.append(f"{bar['bar']}: {'held' if held else 'NOT held'}")
     return [
         first["case"],
         f"{ours * 1e3:.3g} ms",

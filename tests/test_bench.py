@@ -160,6 +160,17 @@ def test_a_bar_of_memory_is_held_by_the_peaks():
     assert result(case, times).held(MemoryBar(0.7, "peer")) is None
     unknown = replace(got, alone={**peaks, OURS: Alone(None, {}, [])})
     assert unknown.held(MemoryBar(0.7, "peer")) is None
+    assert report.as_dict(replace(got, case=replace(case, bars=(MemoryBar(0.5, "peer"),))))[
+        "bars"
+    ] == [
+        {
+            "bar": "<= 0.5x the memory of peer",
+            "at_most": 0.5,
+            "over": "peer",
+            "reached": pytest.approx(0.7),
+            "held": False,
+        }
+    ]
 
 
 @needs_native

@@ -178,10 +178,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "bars": [
             {
                 "bar": str(bar),
-                "at_least" if isinstance(bar, Bar) else "at_most": (
-                    bar.at_least if isinstance(bar, Bar) else bar.at_most
-                ),
-                "over": bar.over,
+                **asdict(bar),
                 "reached": bar.reached(result),
                 "held": result.held(bar),
             }

@@ -316,8 +316,7 @@ def _ready(spec: Spec, small: bool) -> Ready:
     attention = "augmentation" not in training.ours
     tensors = (sample[None, None, :, :dim],) if attention else (sample,)
     op = "attention" if attention else "augment"
-    ready = Ready(runs, check, op, tensors, skipped=skipped)
-    ready.alone = alone(spec.name, small)
+    ready = Ready(runs, check, op, tensors, skipped=skipped, alone=alone(spec.name, small))
     flops = utilization.training_flops(training.model, spec.length) if spec.length else None
     if flops is not None:
         ready.work = flops * spec.sequences

@@ -1,8 +1,7 @@
 """One training with our Trainer or with transformers', and what it takes.
 
-Seconds are taken from the end of step WARM on. In a process of its own
-(``python -m bigkernel.bench.training CASE COMPETITOR``) a training also says what memory it takes
-at its peak and where the time of a step goes.
+Seconds are taken from the end of step WARM on. In a process of its own (``alone``) a training also
+says what memory it takes at its peak and where the time of a step goes.
 """
 
 import contextlib
@@ -87,8 +86,8 @@ class Training:
             trainer.train()
         torch._dynamo.reset()  # the next model is another one
         self.losses[name] = measuring.losses
-        _latest.append(measuring)
-        del _latest[:-1]
+        global _latest
+        _latest = measuring
         return measuring.seconds
 
 
@@ -159,7 +158,7 @@ class _Measuring(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(logs["loss"]))
 
 
-_latest: list[_Measuring] = []  # of this process
+_latest: _Measuring | None = None  # of this process
 
 
 def _status(name: str) -> int:
@@ -182,7 +181,8 @@ def alone(case: str, small: bool) -> Callable[[str], Alone]:
 
     def measure(competitor: str) -> Alone:
         given = [case, competitor, str(torch.get_num_threads()), *(["small"] if small else [])]
-        command = [sys.executable, "-W", "ignore", "-m", __name__, *given]
+        code = f"import sys; from {__name__} import _tell; _tell(*sys.argv[1:])"
+        command = [sys.executable, "-W", "ignore", "-c", code, *given]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{case!r} with {competitor} fails in a process of its own")
@@ -191,19 +191,13 @@ def alone(case: str, small: bool) -> Callable[[str], Alone]:
     return measure
 
 
-def _main(case: str, competitor: str, threads: str, *small: str) -> None:
-    from bigkernel.bench.suite import cases_of
+def _tell(case: str, competitor: str, threads: str, *small: str) -> None:
+    """Trains, and prints an `Alone` as JSON."""
+    from bigkernel.bench.suite import cases_of  # whose cases import this module
 
     torch.set_num_threads(int(threads))
     (found,) = (c for c in cases_of("train", bool(small)) if c.name == case)
     found.build().runs[competitor]()
-    # In the module that the cases know: this one is called __main__.
-    from bigkernel.bench.training import _latest as latest
-
-    measured = latest[0]
-    parts = {name: seconds / measured.steps for name, seconds in measured.parts.items()}
-    print(json.dumps(asdict(Alone(measured.peak, parts, measured.losses))))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    assert _latest is not None
+    parts = {name: seconds / _latest.steps for name, seconds in _latest.parts.items()}
+    print(json.dumps(asdict(Alone(_latest.peak, parts, _latest.losses))))
