@@ -95,3 +95,11 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
         "transposed": x.transpose(0, -2).contiguous().transpose(0, -2),
         "last dimension strided": torch.stack((x, x), -1)[..., 0],
     }
+
+
+def assert_strides_of_the_gradient_change_nothing(y: Tensor, leaf: Tensor) -> None:
+    """The gradient of ``leaf`` has the same bits, however that of the float32 result ``y`` lies."""
+    for gradient in (torch.ones(()).expand_as(y), *layouts(normal(y.shape, F32, 5)).values()):
+        (a,) = torch.autograd.grad(y, leaf, gradient, retain_graph=True)
+        (b,) = torch.autograd.grad(y, leaf, gradient.contiguous(), retain_graph=True)
+        assert torch.equal(a, b)
