@@ -17,12 +17,13 @@ class Plan:
     """How long to measure.
 
     share: seconds that each function of a case may take; rounds: at most so many samples of each;
-    least: at least so many, of however slow a function; warmups: calls before that, one for a
-    function that takes longer than its share; sample: seconds that a sample lasts at least, over
+    least: at least so many, of however slow a function; warmups: calls before that, two for a
+    function whose first takes longer than its share; sample: seconds that a sample lasts at least, over
     as many calls as that takes; settle: a function that takes less is called once, untimed, before
     each sample, so that it finds in the caches what it left there and not what another one did.
-    The first call, which pays for what is loaded and allocated once, is a sample only of a function
-    that takes more than ``patience`` seconds: it is not called again.
+    The first call, which pays for what is loaded and allocated once (torch's first gradient imports
+    sympy, some seconds), is a sample only of a function that takes more than ``patience`` seconds:
+    it is not called again.
     """
 
     share: float = 2.0
@@ -31,10 +32,10 @@ class Plan:
     warmups: int = 3
     sample: float = 2e-3
     settle: float = 2e-2
-    patience: float = 5.0
+    patience: float = 10.0
 
 
-QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2, patience=2.0)
+QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def interleave(
         if first > plan.patience:
             wanted[name], only[name] = 0, first
             continue
-        took = min([first, *(once(run) for _ in range(0 if slow else plan.warmups - 1))])
+        took = min([first, *(once(run) for _ in range(1 if slow else plan.warmups - 1))])
         if took < plan.settle:
             settled.add(name)
             took = min(took, once(run))

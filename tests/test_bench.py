@@ -91,8 +91,14 @@ def test_the_first_call_is_no_sample():
         first = False
         return seconds
 
-    plan = Plan(share=0.1, least=1, warmups=2, patience=1.0)
-    assert interleave({"loads": run}, plan)["loads"].samples == (0.3,)
+    plan = Plan(share=0.7, least=1, warmups=2, patience=1.0)
+    assert interleave({"loads": run}, plan)["loads"].samples == (0.3, 0.3)
+
+
+def test_a_first_call_that_loads_does_not_decide_how_often_a_function_is_called():
+    seconds = iter([3.0])
+    times = interleave({"loads": lambda: next(seconds, 0.01)}, Plan(share=0.1, sample=1e-3))
+    assert times["loads"].samples == (0.01,) * 10
 
 
 def test_interleave_repeats_what_is_too_short_for_the_clock():

@@ -25,6 +25,7 @@ from bigkernel.optim import AdamW, Muon, muon_groups
 
 WORLD = 2
 STEPS = 3
+pytestmark = pytest.mark.xdist_group("optimizers of two ranks")
 LIMIT = 0.05  # below the gradients' norm, so that clipping has an effect in every step
 
 

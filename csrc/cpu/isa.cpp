@@ -44,6 +44,9 @@ bool supported(Isa isa) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");
     case Isa::kAvx512:
+#ifdef __SANITIZE_ADDRESS__
+      if (!__builtin_cpu_supports("avx512bf16")) return false;  // BK_AVX512
+#endif
       return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
