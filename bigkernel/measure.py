@@ -16,14 +16,14 @@ Run = Callable[[], object]
 class Plan:
     """How long to measure.
 
-    share: seconds that each function of a case may take; rounds: at most so many samples of each;
-    least: at least so many, of however slow a function; warmups: calls before that, two for a
-    function whose first takes longer than its share; sample: seconds that a sample lasts at least, over
-    as many calls as that takes; settle: a function that takes less is called once, untimed, before
-    each sample, so that it finds in the caches what it left there and not what another one did.
-    The first call, which pays for what is loaded and allocated once (torch's first gradient imports
-    sympy, some seconds), is a sample only of a function that takes more than ``patience`` seconds:
-    it is not called again.
+    share: seconds that each function of a case may take; rounds: at most so many samples of
+    each; least: at least so many, of however slow a function; warmups: calls before that, two
+    for a function whose first takes longer than its share; sample: seconds that a sample lasts
+    at least, over as many calls as that takes; settle: a function that takes less is called
+    once, untimed, before each sample, so that it finds in the caches what it left there and not
+    what another one did. The first call, which pays for what is loaded and allocated once
+    (torch's first gradient imports sympy, some seconds), is a sample only of a function that
+    takes more than ``patience`` seconds: it is not called again.
     """
 
     share: float = 2.0
