@@ -176,6 +176,23 @@ def test_architectures_that_no_kernel_takes_are_refused():
     assert "; sm_80)" in done.stdout
 
 
+def test_instruction_sets_are_those_of_the_table(monkeypatch):
+    """What `setup.py` compiles a body for is declared, named and chosen in csrc/cpu."""
+    monkeypatch.setenv("BIGKERNEL_NATIVE", "0")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    isas = [*runpy.run_path(str(ROOT / "setup.py"))["ISAS"]]
+    declared, names = ((ROOT / "csrc" / "cpu" / f"isa.{end}").read_text() for end in ("h", "cpp"))
+    x86, other = declared.split("#define BK_DECLARE_PER_ISA(...)")[1:]
+    assert re.findall(r"namespace (\w+) {", x86) == isas
+    assert re.findall(r"namespace (\w+) {", other) == isas[:1]
+    assert re.search(r"kNames\[\] = {(.*)}", names)[1] == ", ".join(f'"{isa}"' for isa in isas)
+    order = re.search(r"enum class Isa : int {(.*)}", declared)[1]
+    spelt = [
+        f"k{''.join(word.title() for word in isa.split('_'))} = {i}" for i, isa in enumerate(isas)
+    ]
+    assert order.strip() == ", ".join(spelt)
+
+
 ARM = shutil.which("aarch64-linux-gnu-g++")
 
 
