@@ -27,7 +27,9 @@ struct AttentionTensor {
 
 enum class MaskKind : int32_t { kNone, kBool, kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-struct AttentionMask {  // [B, Hq, Sq, Sk], stride 0 where it is broadcast
+// [B, Hq, Sq, Sk], stride 0 where it is broadcast. Packed sequences share one, whose rows and
+// columns count within each of them.
+struct AttentionMask {
   const void* data = nullptr;
   MaskKind kind = MaskKind::kNone;
   int64_t batch = 0, head = 0, row = 0, col = 0;
@@ -105,6 +107,7 @@ struct AttentionChunk {
 // all.
 struct AttentionMaskTile {
   int64_t batch, head, row, col;  // row, col: the first of the tile
+  int64_t rows, cols;             // that the tile has, 1 where the mask is broadcast
 };
 
 BK_DECLARE_PER_ISA(AttentionPlan attention_plan(DType dtype, int64_t dim, int64_t dim_v,

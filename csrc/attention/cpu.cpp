@@ -260,7 +260,9 @@ Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& 
     for (int64_t h = 0; h < sizes[1]; ++h)
       for (int64_t row = 0; row < sizes[2]; row += plan.block_q)
         for (int64_t col = 0; col < sizes[3]; col += plan.block_k)
-          tiles.push_back({by[0] ? b : -1, by[1] ? h : -1, by[2] ? row : -1, by[3] ? col : -1});
+          tiles.push_back({by[0] ? b : -1, by[1] ? h : -1, by[2] ? row : -1, by[3] ? col : -1,
+                           std::min(sizes[2] - row, plan.block_q),
+                           std::min(sizes[3] - col, plan.block_k)});
   const Scratch scratch(thread_count() * plan.scratch_floats_mask);
   hand_out(int64_t(tiles.size()), scratch, plan.scratch_floats_mask, [&](int64_t i, float* mine) {
     BK_ATTENTION(attention_bwd_mask)(a, tiles[size_t(i)], mine);
