@@ -38,7 +38,8 @@ struct AttentionMask {
 struct AttentionSequence {
   int64_t index;             // b, in the dropout counter, the mask and the slopes
   int64_t first_q, first_k;  // first row in the packed tensors, 0 in dense ones
-  int64_t rows, keys;        // seqlen_q, seqlen_k
+  int64_t rows, keys;        // seqlen_q, and seqlen_k without padding that a mask closes at its end
+  int64_t all_keys;          // seqlen_k
 };
 
 // One head of keys of one sequence, with the `group` query heads that share it: the unit of
