@@ -420,16 +420,20 @@ class Trainer(transformers.Trainer):
         loading: Any = self.accelerator.dataloader_config
         dispatch = loading.dispatch_batches
         if self._packs():
-            shifted, first_position = self._how_to_pack()
-            if isinstance(given, (PackingCollator, PaddingCollator)):
-                collator = copy.copy(given)
-                collator.shifted = shifted
+            how = self._how_to_pack()
             if packed and isinstance(given, PaddingCollator):
-                collator = PackingCollator(shifted=shifted)
+                collator = PackingCollator()
             elif packed and not isinstance(given, PackingCollator):
-                collator = PackingCollator(collator=given, shifted=shifted)
+                collator = PackingCollator(collator=given)
+            elif isinstance(given, (PackingCollator, PaddingCollator)):
+                collator = copy.copy(given)
+            if isinstance(collator, (PackingCollator, PaddingCollator)):
+                collator.shifted = how.shifted
+                if how.decoder_start_token_id is not None:
+                    collator.decoder_start_token_id = how.decoder_start_token_id
+                    collator.pad_token_id = how.pad_token_id
             if isinstance(collator, PackingCollator):
-                collator.first_position = first_position
+                collator.first_position = how.first_position
                 if dispatch:
                     raise PackingError(
                         "dispatch_batches=True cuts batches into rows for the processes, and a "

@@ -79,6 +79,8 @@ FAMILIES = {
         "T5Config",
         {**T5, "feed_forward_proj": "gated-gelu"},
     ),
+    "mt5": ("MT5ForConditionalGeneration", "MT5Config", T5),
+    "umt5": ("UMT5ForConditionalGeneration", "UMT5Config", T5),
     "modernbert": (
         "ModernBertForMaskedLM",
         "ModernBertConfig",
@@ -139,7 +141,7 @@ def build(name):
     # starts with large ones.
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1 and not name.startswith("t5"):
+            if weight.ndim > 1 and "t5" not in name:
                 weight.mul_(6.0)
     return model.eval()
 

@@ -2,7 +2,8 @@
 
 Feature list: PackingCollator and PaddingCollator (columns, masks, labels, positions, padding to a
 multiple, other collators, bad examples); every family's loss and gradients packed, padded and one
-by one, to the rule of accuracy; models that would leak, refused by name; the Trainer with
+by one, to the rule of accuracy, with one sequence a document and with two; models that would leak,
+refused by name; the Trainer with
 packing=True: losses, gradient accumulation, masked language models, evaluation, prediction,
 streams, saved and resumed; padding grouped by length; torch.compile without recompiling.
 """
@@ -13,7 +14,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from families import VOCAB, build, tokens
+from families import FAMILIES, VOCAB, build, tokens
 from test_patch import with_exact_norms
 from test_trainer import on_two_ranks
 from torch import nn
@@ -22,6 +23,7 @@ from torch._dynamo.utils import counters
 import bigkernel
 from bigkernel import recipes
 from bigkernel.data import PackedDataset, PackingCollator, PaddingCollator, build_tokenizer
+from bigkernel.integrations import t5
 from bigkernel.integrations.packing import Packing, PackingError, packing_of
 from bigkernel.testing.tolerance import assert_as_accurate
 from bigkernel.trainer import Trainer, TrainingArguments
@@ -30,6 +32,10 @@ pytestmark = pytest.mark.usefixtures("every_call")
 LENGTHS = [5, 1, 13, 2, 8]
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2"]
 MASKED = ["bert", "roberta", "modernbert"]
+TWO = ["t5", "t5 untied", "umt5", "t5 gated", "mt5"]
+SOME_TWO = [*TWO[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in TWO[3:])]
+# Tokens of a document, and its labels.
+PAIRS = [(5, 3), (1, 1), (13, 1), (2, 9), (8, 0), (1, 6)]
 
 
 def documents(lengths=LENGTHS, masked=False, seed=0):
@@ -42,6 +48,24 @@ def documents(lengths=LENGTHS, masked=False, seed=0):
             example["labels"] = [n if i % 3 == 0 else -100 for i, n in enumerate(ids)]
         made.append(example)
     return made
+
+
+def pairs(lengths=PAIRS, seed=0):
+    """Examples of two sequences; each fifth label from the third on is -100, never the last."""
+    made = []
+    for number, (read, told) in enumerate(lengths):
+        ids, labels = (tokens(1, n, seed=seed + 2 * number + n % 2)[0] for n in (read, told))
+        labels[2:-1:5] = -100
+        made.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return made
+
+
+def family(name):
+    model = build(name.removesuffix(" untied"))
+    if name.endswith(" untied"):  # as T5 1.1 is
+        model.config.scale_decoder_outputs = False
+        model.lm_head.weight = nn.Parameter(0.5 * model.lm_head.weight.detach().flip(0))
+    return model
 
 
 def loss_of(model):
@@ -124,6 +148,129 @@ def test_padding_pads_on_the_right():
     }
 
 
+def test_examples_of_two_sequences_are_packed():
+    rows = [
+        {"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1], "labels": [8, -100, 9, -100]},
+        {"input_ids": [1], "token_type_ids": [0], "labels": [-100]},  # nothing to learn
+        {"input_ids": [], "token_type_ids": [], "labels": [4]},
+        {
+            "input_ids": [0, 3],
+            "token_type_ids": [0, 1],
+            "attention_mask": [0, 1],
+            "labels": torch.tensor([2, 6, -100]),
+            "decoder_attention_mask": [1, 1, 0],
+        },
+    ]
+    batch = PackingCollator(decoder_start_token_id=11, pad_token_id=12)(rows)
+    expected = {
+        "input_ids": [5, 6, 7, 3],
+        "token_type_ids": [0, 0, 1, 1],
+        "labels": [8, -100, 9, 4, 2, 6],
+        "decoder_input_ids": [11, 8, 12, 11, 11, 2],
+    }
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.int64
+        assert batch[name].tolist() == [values], name
+    for side, offsets in (("k", [0, 3, 3, 4]), ("q", [0, 3, 4, 6])):
+        assert batch[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert batch.pop(f"cu_seq_lens_{side}").tolist() == offsets
+        assert batch.pop(f"max_length_{side}") == 3
+    assert batch.keys() == expected.keys()
+
+
+def test_examples_of_two_sequences_are_padded():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [8]},
+        {"input_ids": [3], "labels": [2, -100, 6, 4, -100]},
+    ]
+    batch = PaddingCollator(9, pad_to_multiple_of=2, decoder_start_token_id=11)(rows)
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[5, 6, 7, 9], [3, 9, 9, 9]],
+        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
+        "labels": [[8, -100, -100, -100], [2, -100, 6, 4]],
+        "decoder_input_ids": [[11, 9, 9, 9], [11, 2, 9, 6]],
+    }
+
+
+def test_what_a_decoder_reads_may_be_given():
+    row = {"input_ids": [1], "labels": [2, 3, -100], "decoder_input_ids": [7, 8, 9]}
+    for collator in (PackingCollator, PaddingCollator):
+        batch = collator(decoder_start_token_id=0)([row])
+        assert batch["decoder_input_ids"].tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_two_sequences_are_padded_to_a_multiple_each(multiple):
+    collate = {"decoder_start_token_id": 0}
+    batch = PackingCollator(pad_to_multiple_of=multiple, **collate)(pairs())
+    plain = PackingCollator(**collate)(pairs())
+    kept = len(plain["cu_seq_lens_q"])
+    for side, name in (("k", "input_ids"), ("q", "labels"), ("q", "decoder_input_ids")):
+        total = plain[name].shape[1]
+        assert batch[name].shape[1] == -(-total // multiple) * multiple
+        assert torch.equal(batch[name][:, :total], plain[name])
+        offsets = batch[f"cu_seq_lens_{side}"]
+        assert torch.equal(offsets[:kept], plain[f"cu_seq_lens_{side}"])
+        assert int(offsets[-1]) == batch[name].shape[1]
+        assert int(offsets.diff().min()) >= 0
+        assert int(offsets.diff().max()) == batch[f"max_length_{side}"]
+    assert (batch["labels"][:, plain["labels"].shape[1] :] == -100).all()
+    assert batch["cu_seq_lens_q"].shape == batch["cu_seq_lens_k"].shape
+
+
+BAD_PAIRS = {
+    "labels": ({"input_ids": [1]}, "example 1 has no labels, which the decoder is to predict"),
+    "positions": (
+        {"input_ids": [1], "labels": [2], "position_ids": [0]},
+        "position_ids, which may hold several documents",
+    ),
+    "gap": (
+        {"input_ids": [1, 2, 3], "labels": [2], "attention_mask": [1, 0, 1]},
+        "attention_mask of example 1 hides tokens between others",
+    ),
+    "gap behind": (
+        {"input_ids": [1], "labels": [2, -100, 3], "decoder_attention_mask": [1, 0, 1]},
+        "decoder_attention_mask of example 1 hides tokens between others",
+    ),
+    "hidden label": (
+        {"input_ids": [1], "labels": [2, 3], "decoder_attention_mask": [1, 0]},
+        "example 1 has labels where its decoder_attention_mask is 0",
+    ),
+    "read": (
+        {"input_ids": [1, 2], "labels": [2], "decoder_input_ids": [0, 1]},
+        r"decoder_input_ids of example 1 must be one value a token, 1, got \(2,\)",
+    ),
+    "types": (
+        {"input_ids": [1, 2], "labels": [2], "token_type_ids": [0]},
+        r"token_type_ids of example 1 must be one value a token, 2, got \(1,\)",
+    ),
+    "columns": (
+        {"input_ids": [1], "labels": [2], "token_type_ids": [0]},
+        "a batch needs the same columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("collator", [PackingCollator, PaddingCollator])
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_bad_examples_of_two_sequences_are_named(kind, collator):
+    example, message = BAD_PAIRS[kind]
+    with pytest.raises(ValueError, match=message):
+        collator(decoder_start_token_id=0)([{"input_ids": [1, 2], "labels": [3]}, example])
+
+
+def test_documents_without_labels_are_no_batch():
+    with pytest.raises(ValueError, match="none of the 2 examples of the batch has a label"):
+        PackingCollator(decoder_start_token_id=0)(pairs([(3, 0), (2, 0)]))
+
+
+def test_two_sequences_are_bounded_each():
+    with pytest.raises(ValueError, match="a document of 9 tokens is longer than max_length=8"):
+        PackingCollator(8, decoder_start_token_id=0)(pairs([(3, 9)]))
+    batch = PackingCollator(8, decoder_start_token_id=0)(pairs([(3, 7)]))
+    assert (batch["max_length_q"], batch["max_length_k"]) == (8, 8)
+
+
 BAD_EXAMPLES = {
     "gap": ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "mask of example 1 hides"),
     "label": (
@@ -197,7 +344,15 @@ def total_loss(model, batches):
     return total / items
 
 
-def batches_of(kind, name):
+def batches_of(kind, name, draw=0):
+    if name in TWO:
+        examples = pairs(seed=100 * draw)
+        if kind == "packed":
+            return [PackingCollator(decoder_start_token_id=0)(examples)]
+        if kind == "padded":
+            return [PaddingCollator(decoder_start_token_id=0)(examples)]
+        examples = [example for example in examples if example["labels"]]
+        return [{key: torch.tensor([x]) for key, x in row.items()} for row in examples]
     masked = name in MASKED
     examples = documents(masked=masked)
     if kind == "packed":
@@ -230,20 +385,25 @@ def run(model, batches):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *MASKED])
+@pytest.mark.parametrize("name", [*CAUSAL, *MASKED, *SOME_TWO])
 def test_packed_padded_and_one_by_one_train_alike(name):
-    model = build(name)
+    model = family(name)
     exact = bigkernel.patch(
         with_exact_norms(copy.deepcopy(model).double()), quiet=True, only=["attention"]
     )
-    wanted = run(exact, batches_of("one by one", name))
     theirs = copy.deepcopy(model)
     theirs.set_attn_implementation("eager")
-    expected = scaled(wanted, run(theirs, batches_of("padded", name)))
     ours = bigkernel.patch(model, quiet=True)
+    draws = range(3 if name in TWO else 1)  # one of few tokens may be lucky
+    wanted = [run(exact, batches_of("one by one", name, draw)) for draw in draws]
+
+    def gradients(model, kind):
+        found = [run(model, batches_of(kind, name, draw)) for draw in draws]
+        return torch.cat([scaled(*each) for each in zip(wanted, found, strict=True)])
+
+    right, expected = torch.cat([scaled(x, x) for x in wanted]), gradients(theirs, "padded")
     for kind in ("packed", "padded", "one by one"):
-        found = scaled(wanted, run(ours, batches_of(kind, name)))
-        assert_as_accurate(found.float(), scaled(wanted, wanted), expected.float())
+        assert_as_accurate(gradients(ours, kind).float(), right, expected.float())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "modernbert"])
@@ -259,6 +419,99 @@ def test_documents_that_fill_a_batch_up_change_nothing(name):
 
 
 # Models that keep documents apart, and those that do not
+
+
+@pytest.mark.parametrize("name", SOME_TWO)
+def test_documents_whose_encoder_reads_nothing(name):
+    """Whose decoder attends to nothing, and is no neighbour's."""
+    model, data = family(name), pairs([(4, 3), (0, 5), (7, 2)])
+    one_by_one = [{key: torch.tensor([x]) for key, x in row.items()} for row in data]
+    # transformers' layers fail without any token, so that of the second is hidden.
+    one_by_one[1]["input_ids"] = torch.tensor([[7]])
+    one_by_one[1]["attention_mask"] = torch.tensor([[0]])
+    exact = bigkernel.patch(
+        with_exact_norms(copy.deepcopy(model).double()), quiet=True, only=["attention"]
+    )
+    wanted = run(exact, one_by_one)
+    ours = bigkernel.patch(model, quiet=True)
+    with bigkernel.use_backend("torch"):  # transformers' own attention sees what is hidden here
+        expected = scaled(wanted, run(ours, one_by_one))
+    for collate in (PackingCollator, PaddingCollator):
+        found = scaled(wanted, run(ours, [collate(decoder_start_token_id=0)(data)]))
+        assert_as_accurate(found.float(), scaled(wanted, wanted), expected.float())
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5"])
+def test_packed_documents_of_two_sequences_are_bounded_and_filled_up(name):
+    model = bigkernel.patch(family(name), quiet=True)
+    (plain,) = batches_of("packed", name)
+    for collate in (
+        PackingCollator(20, decoder_start_token_id=0),
+        PackingCollator(pad_to_multiple_of=64, decoder_start_token_id=0),
+    ):
+        for a, b in zip(run(model, [collate(pairs())]), run(model, [plain]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    del plain["max_length_q"], plain["max_length_k"]
+    for a, b in zip(run(model, [plain]), run(model, batches_of("packed", name)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_position_bias_is_made_for_the_longest_document_alone(monkeypatch):
+    """Of all tokens of a row it would be larger than all the padding."""
+    model = bigkernel.patch(family("t5"), quiet=True)
+    made = []
+    compute = transformers.models.t5.modeling_t5.T5Attention.compute_bias
+
+    def noted(self, *lengths, **options):
+        made.append(lengths)
+        return compute(self, *lengths, **options)
+
+    monkeypatch.setattr(transformers.models.t5.modeling_t5.T5Attention, "compute_bias", noted)
+    model(**batches_of("packed", "t5")[0])
+    assert made == [(13, 13), (9, 9)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_and_checkpointing_of_two_packed_sequences(checkpointing):
+    """Training mode: the same draws again are the same gradients, others are others."""
+    model = bigkernel.patch(family("t5"), quiet=True).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(run(model, batches_of("packed", "t5")))
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+def test_padding_beside_packed_documents_of_two_sequences_is_refused():
+    model = bigkernel.patch(family("t5"), quiet=True)
+    (batch,) = batches_of("packed", "t5")
+    for name, like in (("attention_mask", "input_ids"), ("decoder_attention_mask", "labels")):
+        mask = torch.ones_like(batch[like])
+        assert torch.equal(model(**batch, **{name: mask}).loss, model(**batch).loss)
+        mask[0, -1] = 0
+        with pytest.raises(ValueError, match=r"packed documents .* and padding .* exclude each"):
+            model(**batch, **{name: mask})
+    with pytest.raises(ValueError, match="T5Attention gives no attention weights of packed"):
+        model(**batch, output_attentions=True)
+    del batch["cu_seq_lens_k"]
+    with pytest.raises(ValueError, match="must be given together"):
+        model(**batch)
+
+
+def test_other_models_of_two_sequences_take_no_packed_documents():
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, encoder_attention_heads=4, decoder_attention_heads=4,
+    )  # fmt: skip
+    model = bigkernel.patch(transformers.BartForConditionalGeneration(config), quiet=True)
+    batch = PackingCollator(decoder_start_token_id=2)(pairs())
+    with pytest.raises(ValueError, match="BartAttention is of a model with an encoder and a dec"):
+        model(**batch)
+    with pytest.raises(PackingError, match=r"^BartFor.* are for T5, mT5 and umT5"):
+        packing_of(model, loss_of(model))
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *MASKED, "opt", "gpt_oss", "deepseek", "llama4"])
@@ -277,12 +530,73 @@ def test_how_a_model_is_packed_is_found_out(name, dtype):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_how_a_model_of_two_sequences_is_packed_is_found_out(name, dtype):
+    model = bigkernel.patch(family(name).to(dtype), quiet=True).train()
+    before = copy.deepcopy(model.state_dict())
+    model.config.decoder_start_token_id = 3
+    assert packing_of(model, loss_of(model)) == Packing(False, 0, 3, 0)
+    for module in model.modules():
+        assert module.training
+        assert not module._forward_hooks
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_an_encoder_of_t5_alone_is_packed_as_one_sequence():
+    cls, config, options = "T5ForTokenClassification", "T5Config", FAMILIES["t5"][2]
+    model = getattr(transformers, cls)(getattr(transformers, config)(**options)).eval()
+    bigkernel.patch(model, quiet=True)
+    assert packing_of(model, loss_of(model)) == Packing(False, 0)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "cross"])
+def test_a_leak_between_two_sequences_is_found(part, monkeypatch):
+    """As if the documents of one of the three attentions were one."""
+    model = bigkernel.patch(family("t5"), quiet=True)
+    whole = t5.attention_varlen
+
+    def leaky(q, k, v, cu_q, cu_k, causal, **options):
+        which = "decoder" if causal else "cross" if len(q) != len(k) else "encoder"
+        if which == part and len(cu_q) > 2:
+            cu_q, cu_k = cu_q[[0, -1]], cu_k[[0, -1]]
+            lengths = {"max_seqlen_q": len(q), "max_seqlen_k": len(k), "mask": None}
+            options |= lengths
+        return whole(q, k, v, cu_q, cu_k, causal=causal, **options)
+
+    monkeypatch.setattr(t5, "attention_varlen", leaky)
+    with pytest.raises(PackingError, match=r"^T5For.* packed documents would see each other\."):
+        packing_of(model, loss_of(model))
+
+
+@pytest.mark.parametrize("wrong", ["start", "padding", "shift"])
+def test_what_a_decoder_reads_is_tried_out(wrong, monkeypatch):
+    """A model that shifts its labels otherwise than the collator does."""
+    model = bigkernel.patch(family("t5"), quiet=True)
+
+    def own(labels):
+        filled = labels.masked_fill(labels == -100, 7 if wrong == "padding" else 0)
+        read = torch.cat([torch.full_like(filled[:, :1], 7 if wrong == "start" else 0), filled], 1)
+        return filled if wrong == "shift" else read[:, :-1]
+
+    monkeypatch.setattr(model, "_shift_right", own)
+    with pytest.raises(PackingError, match="would not be computed as each alone"):
+        packing_of(model, loss_of(model))
+
+
+def test_a_config_without_a_first_token_is_refused():
+    model = bigkernel.patch(family("t5"), quiet=True)
+    model.config.decoder_start_token_id = None
+    with pytest.raises(PackingError, match="config has no decoder_start_token_id and pad_token_id"):
+        packing_of(model, loss_of(model))
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
         ("bloom", "packed documents would see each other. Its attention is 'eager'"),
-        ("t5", "an encoder and a decoder read a sequence each"),
-        ("clip", "it cannot compute a loss of packed token ids"),
+        ("clip", "its loss compares whole texts with whole images, one of each a row"),
         ("vit", "it has no embedding of tokens"),
     ],
 )
@@ -292,7 +606,7 @@ def test_a_model_that_cannot_is_refused_by_name(name, why):
         packing_of(model, loss_of(model))
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "t5"])
 def test_transformers_own_attention_leaks_and_is_refused(name):
     model = build(name)
     with pytest.raises(PackingError, match=r"see each other\. Its attention is 'sdpa', not bigk"):
@@ -386,11 +700,17 @@ def many(count=24, masked=False):
     return documents([3 + 5 * n % 13 for n in range(count)], masked)
 
 
+def many_pairs(count=24):
+    return pairs([(3 + 5 * n % 13, 1 + 3 * n % 8) for n in range(count)])
+
+
 def without_dropout(name):
     model = build(name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # T5's attention
+            module.dropout = 0.0
     return model
 
 
@@ -404,7 +724,7 @@ def trained(out, name, data, collator=None, trainer=None, **changes):
         **(trainer or {}),
     )
     # transformers takes GPT-2's loss for one that is not shifted: it counts a label more a row.
-    made._loss_shifts_labels = name not in MASKED
+    made._loss_shifts_labels = name not in (*MASKED, *TWO)
     made.train()
     return made
 
@@ -432,6 +752,35 @@ def test_packed_training_is_padded_training(tmp_path, name):
     assert batch["input_ids"].shape[0] == 1
     assert len(batch["cu_seq_lens_q"]) == 5
     assert isinstance(packed.data_collator, PaddingCollator)  # for predictions
+
+
+def test_packed_training_of_two_sequences_is_padded_training(tmp_path):
+    data = many_pairs()
+    more = {"eval_strategy": "steps", "eval_steps": 2}
+    packed = trained(tmp_path, "t5", data, packing=True, **more)
+    padded = trained(tmp_path, "t5", data, PaddingCollator(decoder_start_token_id=0), **more)
+    assert_same_run(packed, padded)
+    batch = next(iter(packed.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == batch["labels"].shape[0] == 1
+    assert len(batch["cu_seq_lens_q"]) == len(batch["cu_seq_lens_k"]) == 5
+    predicted = packed.predict(data[:3])
+    assert predicted.label_ids.shape == (3, 7)
+    assert predicted.metrics["test_loss"] == pytest.approx(
+        padded.predict(data[:3]).metrics["test_loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_transformers_collator_of_two_sequences_is_packed(tmp_path, shifts):
+    tokenizer = build_tokenizer("wordpiece", ["some words of a text, and a few more"] * 9)
+    model = without_dropout("t5") if shifts else None  # which makes what the decoder reads
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
+    texts = ["some words", "of a text", "and a few more of the words", "a"] * 4
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    data = [{"input_ids": x, "labels": y} for x, y in zip(ids, ids[1:] + ids[:1], strict=True)]
+    runs = [trained(tmp_path, "t5", data, collate, packing=packing) for packing in (True, False)]
+    assert_same_run(*runs)
+    assert next(iter(runs[0].get_train_dataloader()))["labels"].shape[0] == 1
 
 
 def test_gpt2s_loss_of_padded_rows_is_divided_as_transformers_does(tmp_path):
@@ -599,9 +948,10 @@ def test_resumed_packed_training_is_the_uninterrupted_one(tmp_path):
 
 def test_trainers_that_cannot_pack_say_so_before_the_first_step(tmp_path):
     options = {"packing": True, "save_strategy": "steps"}
-    for name in ("bloom", "t5"):
-        with pytest.raises(PackingError, match=r"^(Bloom|T5)For.* padded ones: packing=False"):
-            trained(tmp_path / "run", name, many(), **options)
+    with pytest.raises(PackingError, match=r"^BloomFor.* padded ones: packing=False"):
+        trained(tmp_path / "run", "bloom", many(), **options)
+    with pytest.raises(ValueError, match="example 0 has no labels, which the decoder is to pred"):
+        trained(tmp_path / "run", "t5", many(), packing=True, train_sampling_strategy="sequential")
     with pytest.raises(PackingError, match=r"^BloomFor"):
         trained(tmp_path / "run", "bloom", many(), PackingCollator())
     config = {"dispatch_batches": True}

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from bigkernel.integrations import t5
 from bigkernel.integrations import transformers as registered
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.subclass import original_class
@@ -40,6 +41,7 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
         for own in owns:
             own.note()
         change.undo += owns
+        change.undo += t5.apply(top)
     _describe(model, before, reasons, change)
     return change
 

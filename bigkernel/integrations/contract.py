@@ -111,6 +111,15 @@ def _needs(owner: str, **expected: str) -> tuple[Need, ...]:
 
 _ATTRIBUTE, _INSTANCE = "an attribute", "an instance attribute"
 
+_T5_FORWARD = (
+    "(self, hidden_states, mask=None, key_value_states=None, position_bias=None, cache=None, "
+    "**kwargs)"
+)
+_T5_ATTENTION = (
+    *("q", "k", "v", "o", "n_heads", "key_value_proj_dim", "scaling", "dropout"),
+    *("is_decoder", "is_causal", "has_relative_attention_bias"),
+)
+
 # By who relies on them.
 NEEDS: dict[str, tuple[Need, ...]] = {
     "trainer": (
@@ -184,6 +193,24 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         ),
         *_needs("transformers.modeling_utils.PreTrainedModel", _keys_to_ignore_on_save=_ATTRIBUTE),
     ),
+    **{
+        cls: _needs(
+            f"transformers.models.{room}.modeling_{room}.{cls}",
+            forward=forward,
+            compute_bias="(self, query_length, key_length, device=None, past_seen_tokens=0)",
+            **dict.fromkeys(_T5_ATTENTION, _INSTANCE),
+        )
+        for room, cls, forward in (
+            ("t5", "T5Attention", _T5_FORWARD),
+            ("mt5", "MT5Attention", _T5_FORWARD),
+            (
+                "umt5",
+                "UMT5Attention",
+                "(self, hidden_states, encoder_hidden_states=None, cache=None, "
+                "attention_mask=None, **kwargs)",
+            ),
+        )
+    },
     "attention": (
         *_needs(
             "transformers.modeling_utils.PreTrainedModel",

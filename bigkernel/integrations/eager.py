@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bigkernel.integrations import contract
+from bigkernel.integrations.subclass import original_class
 from bigkernel.ops.attention.reference import Rule, allowed_keys
 
 _collector = contract.get("attention", "_active_collector")
@@ -33,7 +34,7 @@ def asks_for_weights(module: nn.Module, arguments: dict[str, Any]) -> bool:
 
 def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The function that transformers' model calls for eager attention in this layer, if any."""
-    forward = inspect.unwrap(type(module).forward)
+    forward = inspect.unwrap(original_class(module).forward)
     names = [name for name in forward.__code__.co_names if "eager_attention_forward" in name]
     found = [forward.__globals__[name] for name in names if name in forward.__globals__]
     return found[0] if found else None

@@ -48,7 +48,7 @@ def dense_mask(**arguments: Any) -> Tensor | None:
     # a top-left diagonal; here None always means bottom-right.
     aligned = _ends_together(arguments)
     arguments["allow_is_causal_skip"] = arguments.get("allow_is_causal_skip", True) and aligned
-    if not aligned:
+    if not aligned and arguments["mask_function"] is not masking_utils.bidirectional_mask_function:
         arguments["allow_is_bidirectional_skip"] = False
     mask: Tensor | None = masking_utils.sdpa_mask(**arguments)
     if mask is not None and not is_tracing(mask) and _packing_unseen(arguments):

@@ -9,11 +9,15 @@ between two others, and the loss of it alone is differentiated by what goes into
 - the gradients of the document's own tokens are those that it has by itself, or its positions are
   not those that it has by itself. These differ by rounding, and the numbers that models count
   positions from are tried out.
+
+A model with an encoder and a decoder is tried out with documents of two sequences, and what goes
+into either counts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +28,7 @@ from bigkernel.data.collators import PackingCollator
 
 # Tokens before the document, in it, and after it.
 _LENGTHS = 33, 8, 5
+_DECODER_LENGTHS = 3, 9, 17
 
 
 class PackingError(ValueError):
@@ -35,6 +40,8 @@ class Packing(NamedTuple):
 
     shifted: bool
     first_position: int
+    decoder_start_token_id: int | None = None
+    pad_token_id: int = 0  # counts with the former
 
 
 def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Packing:
@@ -51,11 +58,15 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise _refused(model, "an encoder and a decoder read a sequence each, and packing lays one")
+        return _packing_of_two(model, loss)
+    # What transformers' models call it that learn to tell which text belongs to which image.
+    if "return_loss" in inspect.signature(model.forward).parameters:
+        why = "its loss compares whole texts with whole images, one of each a row, and packed texts"
+        raise _refused(model, f"{why} are one row")
     embedding = _embedding(model)
     if embedding is None:
         raise _refused(model, "it has no embedding of tokens")
-    probe = _Probe(embedding, loss)
+    probe = _Probe(_that_share(model, embedding), loss)
     device, vocabulary = embedding.weight.device, int(embedding.weight.shape[0])
     starts, room = _starts(config)
     before, length, after = (min(n, room) for n in _LENGTHS)
@@ -71,7 +82,7 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
             for ids, own in zip(documents, labels.split([before, length, after]), strict=True)
         ]
         batch = PackingCollator(shifted=False, first_position=first)(rows)
-        return probe({n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.items()})
+        return probe(_moved(batch, device))[0]
 
     try:
         with _evaluated(model), _without_zeros(model):
@@ -81,12 +92,11 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
             labels = torch.full((1, length), 1)
             labels[0, : int(shifted)] = -100
             alone = {"input_ids": documents[1][None], "labels": labels}
-            expected = probe({name: x.to(device) for name, x in alone.items()})
+            expected = probe(_moved(alone, device))[0]
             found = {first: gradients(first, labelled) for first in starts}
     except Exception as error:  # of as many kinds as there are models
-        reason = " ".join(str(error).split())[:300]
         what = "it cannot compute a loss of packed token ids with a label each"
-        raise _refused(model, f"{what} ({type(error).__name__}: {reason})") from error
+        raise _refused(model, f"{what} ({_told(error)})") from error
     errors = {
         first: _error(gradient[here], expected)
         for first, gradient in found.items()
@@ -103,6 +113,56 @@ def packing_of(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Pa
     return Packing(shifted, first)
 
 
+def _packing_of_two(model: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> Packing:
+    """`packing_of` of a model with an encoder and a decoder."""
+    config: Any = model.config
+    start, pad = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    if not isinstance(start, int) or not isinstance(pad, int):
+        raise _refused(model, "its config has no decoder_start_token_id and pad_token_id")
+    try:
+        parts: Any = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+        embeddings = list(dict.fromkeys(part.get_input_embeddings() for part in parts))
+        probe = _Probe(embeddings, loss, ("input_ids", "labels"))
+        vocabulary, device = len(embeddings[0].weight), embeddings[0].weight.device
+        documents = [
+            {"input_ids": ids, "labels": labels}
+            for ids, labels in zip(
+                *(
+                    _tokens(config, vocabulary, sum(lengths)).split(list(lengths))
+                    for lengths in (_LENGTHS, _DECODER_LENGTHS)
+                ),
+                strict=True,
+            )
+        ]
+        documents[1]["labels"][3] = -100  # in the place of which the decoder reads padding
+        batch = PackingCollator(decoder_start_token_id=start, pad_token_id=pad)(documents)
+        here, there = (slice(n[0], n[0] + n[1]) for n in (_LENGTHS, _DECODER_LENGTHS))
+        labels = torch.full_like(batch["labels"], -100)
+        labels[:, there] = documents[1]["labels"]
+        batch["labels"] = labels
+        with _evaluated(model), _without_zeros(model):
+            alone = {name: values[None] for name, values in documents[1].items()}
+            expected = probe(_moved(alone, device))
+            found = probe(_moved(batch, device))
+    except Exception as error:
+        what = "it cannot compute a loss of packed documents, each with a sequence of labels"
+        raise _refused(model, f"{what} ({_told(error)})") from error
+    if any(map(_seen, found, (here, there))):
+        raise _refused(model, "packed documents would see each other", _attention(config))
+    own = torch.cat([found[0][here], found[1][there]])
+    if not _error(own, torch.cat(expected)) <= torch.finfo(own.dtype).eps ** 0.5:
+        raise _refused(model, "packed documents would not be computed as each alone")
+    return Packing(False, 0, start, pad)
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.items()}
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _embedding(model: nn.Module) -> Any:
     try:
         found: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -111,6 +171,12 @@ def _embedding(model: nn.Module) -> Any:
     except (AttributeError, NotImplementedError):
         pass  # no model of transformers, or one that has no single embedding
     return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+
+
+def _that_share(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The embeddings with the weight of ``embedding``; of T5's, not the first one is called."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [x for x in embeddings if x.weight is embedding.weight] or [embedding]
 
 
 def _refused(model: nn.Module, why: str, hint: str = "") -> PackingError:
@@ -129,31 +195,39 @@ def _attention(config: Any) -> str:
 
 
 class _Probe:
-    """Gradients of a loss by what goes into a model's first layer: [T, H] for [1, T] tokens."""
+    """Gradients of a loss by what embeddings make: [T, H] for [1, T] tokens of each call."""
 
-    def __init__(self, embedding: nn.Module, loss: Callable[[dict[str, Any]], Tensor]) -> None:
-        self.embedding, self.loss = embedding, loss
+    def __init__(
+        self,
+        embeddings: list[nn.Module],
+        loss: Callable[[dict[str, Any]], Tensor],
+        sequences: tuple[str, ...] = ("input_ids",),  # each embedded once, in this order
+    ) -> None:
+        self.embeddings, self.loss, self.sequences = embeddings, loss, sequences
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, batch: dict[str, Any]) -> list[Tensor]:
         made: list[Tensor] = []
 
         def note(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
             made.append(out.detach().requires_grad_())
             return made[-1]
 
-        shape = batch["input_ids"].shape
-        handle = self.embedding.register_forward_hook(note)
+        shapes = [batch[name].shape for name in self.sequences]
+        handles = [module.register_forward_hook(note) for module in self.embeddings]
         try:
             with torch.enable_grad():
-                value = self.loss(batch)
-                (gradient,) = torch.autograd.grad(value, made)
+                gradients = torch.autograd.grad(self.loss(batch), made)
         finally:
-            handle.remove()
-        if gradient.shape[:-1] != shape:
-            raise ValueError(f"tokens {tuple(shape)} are embedded as {tuple(gradient.shape)}")
-        if not bool(gradient.isfinite().all()) or not bool(gradient.any()):
-            raise ValueError("the loss is not finite, or no token counts in it")
-        return gradient[0]
+            for handle in handles:
+                handle.remove()
+        if len(made) != len(shapes):
+            raise ValueError(f"tokens are embedded {len(made)} times, not {len(shapes)}")
+        for shape, gradient in zip(shapes, gradients, strict=True):
+            if gradient.shape[:-1] != shape:
+                raise ValueError(f"tokens {tuple(shape)} are embedded as {tuple(gradient.shape)}")
+            if not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+                raise ValueError("the loss is not finite, or no token counts in it")
+        return [gradient[0] for gradient in gradients]
 
 
 def _seen(gradient: Tensor, here: slice) -> bool:

@@ -112,6 +112,13 @@ def attention_forward(
         if sliding_window is not None:
             options["window"] = (sliding_window - 1, None if causal else sliding_window - 1)
 
+    config = getattr(module, "config", None)
+    if cu_seq_lens_q is not None and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"bigkernel attention: {type(module).__name__} is of a model with an encoder and a "
+            "decoder, and packed documents (cu_seq_lens_q) of two sequences are for T5, mT5 and "
+            "umT5. Use padding."
+        )
     offsets = _document_offsets(
         query, key, attention_mask, position_ids, position_bias, cu_seq_lens_q, cu_seq_lens_k
     )

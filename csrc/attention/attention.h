@@ -27,7 +27,9 @@ struct AttentionTensor {
 
 enum class MaskKind : int32_t { kNone, kBool, kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-struct AttentionMask {  // [B, Hq, Sq, Sk], stride 0 where it is broadcast
+// [B, Hq, Sq, Sk], stride 0 where it is broadcast. Packed sequences share one, whose rows and
+// columns count within each of them.
+struct AttentionMask {
   const void* data = nullptr;
   MaskKind kind = MaskKind::kNone;
   int64_t batch = 0, head = 0, row = 0, col = 0;
@@ -36,7 +38,8 @@ struct AttentionMask {  // [B, Hq, Sq, Sk], stride 0 where it is broadcast
 struct AttentionSequence {
   int64_t index;             // b, in the dropout counter, the mask and the slopes
   int64_t first_q, first_k;  // first row in the packed tensors, 0 in dense ones
-  int64_t rows, keys;        // seqlen_q, seqlen_k
+  int64_t rows, keys;        // seqlen_q, and seqlen_k without padding that a mask closes at its end
+  int64_t all_keys;          // seqlen_k
 };
 
 // One head of keys of one sequence, with the `group` query heads that share it: the unit of
@@ -105,6 +108,7 @@ struct AttentionChunk {
 // all.
 struct AttentionMaskTile {
   int64_t batch, head, row, col;  // row, col: the first of the tile
+  int64_t rows, cols;             // that the tile has, 1 where the mask is broadcast
 };
 
 BK_DECLARE_PER_ISA(AttentionPlan attention_plan(DType dtype, int64_t dim, int64_t dim_v,

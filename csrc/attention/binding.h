@@ -147,8 +147,9 @@ inline AttentionMask view_mask(const char* op, const Tensor& mask, const Tensor&
   int64_t strides[4];
   for (int64_t d = 0; d < 4; ++d) {
     BK_CHECK(mask.size(d) == 1 || mask.size(d) == full[size_t(d)], op,
-             "mask must be broadcastable to [B, Hq, Sq, Sk], got ", mask.size(d), " for ",
-             full[size_t(d)], " in dimension ", d);
+             "mask must be broadcastable to [B, Hq, Sq, Sk], or packed to [1, Hq, max_seqlen_q, "
+             "max_seqlen_k], got ",
+             mask.size(d), " for ", full[size_t(d)], " in dimension ", d);
     strides[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
   }
   return AttentionMask{mask.data_ptr(), mask_kind(op, mask), strides[0],
@@ -182,7 +183,6 @@ inline AttentionProblem check_problem(const char* op, const Tensor& q, const Ten
   if (p.packed) {
     BK_CHECK(v.size(0) == k.size(0), op, "v must have as many rows as k, ", k.size(0), ", got ",
              v.size(0));
-    BK_CHECK(!o.mask.has_value(), op, "mask must be None for packed sequences");
     check_cu_seqlens(op, "cu_seqlens_q", *o.cu_q, q);
     check_cu_seqlens(op, "cu_seqlens_k", *o.cu_k, q);
     BK_CHECK(o.cu_q->size(0) == o.cu_k->size(0), op,
@@ -207,8 +207,12 @@ inline AttentionProblem check_problem(const char* op, const Tensor& q, const Ten
   p.rule = {float(o.scale), float(o.softcap), o.bottom_right};
   p.left = o.left;
   p.right = o.causal ? 0 : o.right;
-  if (o.mask.has_value())
-    p.mask = view_mask(op, *o.mask, q, {q.size(0), p.heads_q, q.size(2), k.size(2)});
+  if (o.mask.has_value()) {
+    const std::vector<int64_t> full =
+        p.packed ? std::vector<int64_t>{1, p.heads_q, o.max_q, o.max_k}
+                 : std::vector<int64_t>{p.batch, p.heads_q, q.size(2), k.size(2)};
+    p.mask = view_mask(op, *o.mask, q, full);
+  }
   if (o.slopes.has_value()) {
     const Tensor& slopes = *o.slopes;
     const bool by_batch = slopes.dim() == 2;

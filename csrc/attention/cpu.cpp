@@ -96,6 +96,15 @@ std::vector<float> read_slopes(const char* op, const AttentionProblem& p, const 
   return read;
 }
 
+// The keys up to the last one that a boolean mask of padding leaves open, one that is the same for
+// all rows and heads. What comes after it then costs nothing, and changes no bit of the rest.
+int64_t open_keys(const AttentionMask& mask, int64_t b, int64_t keys) {
+  if (mask.kind != MaskKind::kBool || mask.head != 0 || mask.row != 0) return keys;
+  const uint8_t* open = static_cast<const uint8_t*>(mask.data) + b * mask.batch;
+  while (keys > 0 && open[(keys - 1) * mask.col] == 0) --keys;
+  return keys;
+}
+
 Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
              const AttentionOptions& o) {
   const AttentionProblem p = check_problem(op, q, k, v, o);
@@ -104,12 +113,14 @@ Call prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   if (p.packed) {
     const auto q_bounds = read_cu_seqlens(op, "cu_seqlens_q", *o.cu_q, q.size(0), o.max_q);
     const auto k_bounds = read_cu_seqlens(op, "cu_seqlens_k", *o.cu_k, k.size(0), o.max_k);
-    for (size_t b = 0; b + 1 < q_bounds.size(); ++b)
+    for (size_t b = 0; b + 1 < q_bounds.size(); ++b) {
+      const int64_t keys = k_bounds[b + 1] - k_bounds[b];
       call.sequences.push_back({int64_t(b), q_bounds[b], k_bounds[b], q_bounds[b + 1] - q_bounds[b],
-                                k_bounds[b + 1] - k_bounds[b]});
+                                open_keys(p.mask, 0, keys), keys});
+    }
   } else {
     for (int64_t b = 0; b < q.size(0); ++b)
-      call.sequences.push_back({b, 0, 0, q.size(2), k.size(2)});
+      call.sequences.push_back({b, 0, 0, q.size(2), open_keys(p.mask, b, k.size(2)), k.size(2)});
   }
   AttentionArgs& a = call.args;
   static_cast<AttentionRule&>(a) = p.rule;
@@ -260,7 +271,9 @@ Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& 
     for (int64_t h = 0; h < sizes[1]; ++h)
       for (int64_t row = 0; row < sizes[2]; row += plan.block_q)
         for (int64_t col = 0; col < sizes[3]; col += plan.block_k)
-          tiles.push_back({by[0] ? b : -1, by[1] ? h : -1, by[2] ? row : -1, by[3] ? col : -1});
+          tiles.push_back({by[0] ? b : -1, by[1] ? h : -1, by[2] ? row : -1, by[3] ? col : -1,
+                           std::min(sizes[2] - row, plan.block_q),
+                           std::min(sizes[3] - col, plan.block_k)});
   const Scratch scratch(thread_count() * plan.scratch_floats_mask);
   hand_out(int64_t(tiles.size()), scratch, plan.scratch_floats_mask, [&](int64_t i, float* mine) {
     BK_ATTENTION(attention_bwd_mask)(a, tiles[size_t(i)], mine);
@@ -281,6 +294,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   Tensor dq = empty_like_layout(q, a.dim);
   Tensor dk = empty_like_layout(k, a.dim);
   Tensor dv = empty_like_layout(v, a.dim_v);
+  for (const AttentionSequence& seq : call.sequences) {
+    if (seq.keys == seq.all_keys) continue;
+    for (Tensor* t : {&dk, &dv}) torch::stable::zero_(*t);  // those of the padding are not written
+    break;
+  }
   a.out = view(out, call.packed);
   a.dout = view(dout_rows, call.packed);
   a.lse = view_lse(lse, call.packed);

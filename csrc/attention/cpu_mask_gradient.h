@@ -58,11 +58,12 @@ BK_INLINE void add_tile(double* sum, const float* ds, const Tiling& t, const Spa
 }
 
 // Adds dlse of the rows that see any key.
-BK_INLINE void add_dlse(double* sum, const Tiling& t, const AttentionArgs& args, int64_t b,
-                        int64_t head, int64_t begin, int64_t rows, bool by_row) {
+BK_INLINE void add_dlse(double* sum, const Tiling& t, const AttentionArgs& args,
+                        const AttentionSequence& seq, int64_t head, int64_t begin, int64_t rows,
+                        bool by_row) {
   if (args.dlse.data == nullptr) return;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = begin + r;
+    const int64_t b = seq.index, i = seq.first_q + begin + r;
     if (static_cast<const float*>(args.lse.data)[offset_of(args.lse, b, head, i)] != -kInf)
       sum[by_row ? r * t.block_k : 0] +=
           double(static_cast<const float*>(args.dlse.data)[offset_of(args.dlse, b, head, i)]);
@@ -75,24 +76,23 @@ void mask_gradient(const AttentionArgs& args, const AttentionMaskTile& out, floa
   Arena arena{memory};
   const MaskGradientScratch w = mask_gradient_scratch<Words>(arena, t);
   const bool by_row = out.row >= 0, by_col = out.col >= 0;
-  // Masks belong to dense batches, whose sequences all have one length.
-  const int64_t rows_all = args.sequences[0].rows, keys_all = args.sequences[0].keys;
   for (int64_t i = 0; i < t.block_q * t.block_k; ++i) w.sum[i] = 0;
 
   const int64_t batch_end = out.batch < 0 ? args.batch : out.batch + 1;
   const int64_t head_end = out.head < 0 ? args.heads_q : out.head + 1;
-  const int64_t row_end = by_row ? out.row + 1 : rows_all;
   for (int64_t b = out.batch < 0 ? 0 : out.batch; b < batch_end; ++b) {
     const AttentionSequence& seq = args.sequences[b];
     const Reach reach = reach_of(args, seq);
+    const int64_t row = by_row ? out.row : 0, key = by_col ? out.col : 0;
+    const int64_t row_end = by_row && seq.rows > row ? row + 1 : seq.rows;
+    const int64_t keys = seq.keys - key < t.block_k ? seq.keys - key : t.block_k;
+    if (row >= row_end || keys <= 0) continue;  // packed with longer sequences
     for (int64_t h = out.head < 0 ? 0 : out.head; h < head_end; ++h) {
-      const int64_t key = by_col ? out.col : 0;
-      const int64_t keys = keys_all - key < t.block_k ? keys_all - key : t.block_k;
       if (by_col) pack_tile_backward<Words>(w.tile, t, args, seq, h / args.group, key, keys);
-      for (int64_t begin = by_row ? out.row : 0; begin < row_end; begin += t.block_q) {
-        const int64_t rows = rows_all - begin < t.block_q ? rows_all - begin : t.block_q;
+      for (int64_t begin = row; begin < row_end; begin += t.block_q) {
+        const int64_t rows = seq.rows - begin < t.block_q ? seq.rows - begin : t.block_q;
         if (!by_col) {
-          add_dlse(w.sum, t, args, b, h, begin, rows, by_row);
+          add_dlse(w.sum, t, args, seq, h, begin, rows, by_row);
           continue;
         }
         if (reach.hi(begin + rows - 1) <= key || reach.lo(begin) >= key + keys) continue;
@@ -107,17 +107,11 @@ void mask_gradient(const AttentionArgs& args, const AttentionMaskTile& out, floa
   }
 
   const AttentionMask& dmask = args.dmask;
-  const int64_t rows = !by_row                          ? 1
-                       : rows_all - out.row < t.block_q ? rows_all - out.row
-                                                        : t.block_q;
-  const int64_t cols = !by_col                          ? 1
-                       : keys_all - out.col < t.block_k ? keys_all - out.col
-                                                        : t.block_k;
   const int64_t corner = (out.batch < 0 ? 0 : out.batch * dmask.batch) +
                          (out.head < 0 ? 0 : out.head * dmask.head) +
                          (by_row ? out.row * dmask.row : 0) + (by_col ? out.col * dmask.col : 0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c)
+  for (int64_t r = 0; r < out.rows; ++r)
+    for (int64_t c = 0; c < out.cols; ++c)
       store_mask_gradient(dmask, corner + r * dmask.row + c * dmask.col, w.sum[r * t.block_k + c]);
 }
 

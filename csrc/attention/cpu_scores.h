@@ -90,7 +90,7 @@ struct Reach {
 };
 
 BK_INLINE Reach reach_of(const AttentionArgs& args, const AttentionSequence& seq) {
-  return Reach{args.bottom_right ? seq.keys - seq.rows : 0, args.left, args.right, seq.keys};
+  return Reach{args.bottom_right ? seq.all_keys - seq.rows : 0, args.left, args.right, seq.keys};
 }
 
 // The part of a tile of keys that each row of a block sees, relative to the tile.

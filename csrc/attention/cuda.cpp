@@ -124,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
     const std::vector<int64_t> sizes(mask.sizes().begin(), mask.sizes().end());
     dmask = torch::stable::new_empty(mask, sizes);
     a.dmask = view_mask(op, dmask, q, sizes);
+    if (p.packed) torch::stable::zero_(dmask);  // rows and keys that no sequence is long enough for
   }
   launch_attention_bwd(a, call.device, current_cuda_stream(call.device));
   return {dq, dk, dv, dmask};

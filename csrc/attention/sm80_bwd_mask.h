@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, Part::kMask, true>::kThr
 #pragma unroll 1
       for (int r = row_tile; r < (by_row ? row_tile + 1 : row_tiles); ++r) {
         Block part(args, memory, b, h, r);
+        if (part.row0 >= part.rows_all) continue;  // packed with longer sequences
         if (col_tile < part.first || col_tile >= part.last) continue;
         if (part.closed(0, col_tile)) continue;
         __syncthreads();  // everyone is done with the tiles before

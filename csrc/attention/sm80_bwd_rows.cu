@@ -82,8 +82,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x % 32; i < count && args.dlse.data != nullptr; i += 32) {
     const int at_row = row + int(i % more_rows), at_head = head + int(i / more_rows % more_heads);
     const int at_b = b + int(i / more_rows / more_heads);
-    if (*row_pointer<float>(args.lse, at_b, at_head, at_row) != -BK_INFINITY)
-      sum += *row_pointer<float>(args.dlse, at_b, at_head, at_row);
+    const DeviceSequence s = sequence_of(args, at_b);
+    if (at_row >= s.rows) continue;
+    if (*row_pointer<float>(args.lse, at_b, at_head, s.first_q + at_row) != -BK_INFINITY)
+      sum += *row_pointer<float>(args.dlse, at_b, at_head, s.first_q + at_row);
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);

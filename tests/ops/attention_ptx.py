@@ -190,7 +190,9 @@ def prepare_backward(
     dmask = q.new_empty(0)
     if needs_dmask:
         assert params.mask is not None
-        dmask = torch.full_like(params.mask, torch.nan, memory_format=torch.contiguous_format)
+        # As the binding: zeros where no packed sequence may be long enough.
+        fill = torch.nan if params.cu_seqlens_q is None else 0.0
+        dmask = torch.full_like(params.mask, fill, memory_format=torch.contiguous_format)
         args.dmask = call.mask(dmask, "dmask")
     return call, (dq, dk, dv, dmask)
 

@@ -1,7 +1,7 @@
 """On the CPU what attention gives a sequence does not depend on what else is in the batch.
 
 Every bit of a sequence's outputs and gradients is the same alone, at any place of a batch, packed
-with others, and with any number of threads.
+with others, padded on the right, and with any number of threads.
 """
 
 import pytest
@@ -76,19 +76,100 @@ def test_attention_of_a_sequence_depends_on_nothing_else(cpu_isa, batch):
                 assert torch.equal(c[rows], a[0].transpose(0, 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_padding_on_the_right_changes_nothing(cpu_isa, dtype):
-    """Where all rows of a sequence see the same number of tiles as without it."""
-    length, more = 300, 80
-    *one, gradient = (normal((1, 2, length, 16), DTYPES[dtype], seed) for seed in range(4))
-    pad = torch.nn.functional.pad
-    open_ = (torch.arange(length + more) < length)[None, None, None]
-    padded = [pad(x, (0, 0, 0, more)) for x in (*one, gradient)]
+@st.composite
+def paddings(draw):
+    """A sequence, how much is added to its rows and keys, and what else a call is given."""
+    length = st.sampled_from([1, 5, 100, 128, 130, 300, 520])
+    more = st.sampled_from([0, 1, 40, 130, 400])
+    causal = draw(st.booleans())
+    rows, extra = draw(length), draw(more)
+    side = st.sampled_from([None, 0, 17, 150])
+    return {
+        "rows": (rows, extra if causal else draw(more)),
+        "keys": (rows, extra) if causal else (draw(length), draw(more)),
+        "heads": draw(st.sampled_from([(1, 1), (2, 1)])),
+        "dim": draw(st.sampled_from([8, 24])),
+        "dtype": draw(st.sampled_from(sorted(DTYPES))),
+        "options": {
+            "causal": causal,
+            "align": draw(st.sampled_from(["top_left", "bottom_right"])) if causal else "top_left",
+            "window": (draw(side), None if causal else draw(side)),
+            "softcap": draw(st.sampled_from([0.0, 5.0])),
+            "dropout_p": draw(st.sampled_from([0.0, 0.3])),
+            "seed": 7,
+        },
+    }
 
-    def masked(q, k, v):
-        return ops.attention(q, k, v, mask=open_)
 
-    out, gradients = outputs_and_gradients(ops.attention, one, [gradient])
-    out_, gradients_ = outputs_and_gradients(masked, padded[:3], [padded[3]])
-    for a, b in zip([*out, *gradients], [*out_, *gradients_], strict=True):
-        assert torch.equal(a, b[:, :, :length])
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=paddings())
+@example(  # from one tile of keys to two, where a row's delta would be summed otherwise
+    {
+        "rows": (100, 60),
+        "keys": (100, 60),
+        "heads": (2, 1),
+        "dim": 24,
+        "dtype": "f32",
+        "options": {},
+    }
+)
+@example(  # to more pieces of work, each with a share of dq
+    {"rows": (5, 0), "keys": (300, 900), "heads": (1, 1), "dim": 8, "dtype": "f32", "options": {}}
+)
+def test_attention_of_padding_on_the_right_changes_nothing(cpu_isa, case):
+    """Keys that a boolean mask hides, whatever they hold, and rows without a gradient."""
+    (rows, more_rows), (keys, more_keys) = case["rows"], case["keys"]
+    dtype, (heads, heads_kv), dim = DTYPES[case["dtype"]], case["heads"], case["dim"]
+    total, total_k = rows + more_rows, keys + more_keys
+    q, dout = (normal((2, heads, total, dim), dtype, seed) for seed in (0, 1))
+    k, v = (normal((2, heads_kv, total_k, dim), dtype, seed) for seed in (2, 3))
+    dout[0, :, rows:] = 0.0
+    open_ = torch.ones(2, 1, 1, total_k, dtype=torch.bool)  # the second has no padding
+    open_[0, ..., keys:] = False
+
+    def alone(q, k, v):
+        return ops.attention(q, k, v, **case["options"])
+
+    def padded(q, k, v):
+        return ops.attention(q, k, v, mask=open_, **case["options"])
+
+    sizes = (rows, keys, keys, rows)
+    one = [x[:1, :, :n] for x, n in zip((q, k, v, dout), sizes, strict=True)]
+    with threads(1):
+        (out,), gradients = outputs_and_gradients(alone, one[:3], [one[3]])
+    with threads(2):
+        (out_,), gradients_ = outputs_and_gradients(padded, (q, k, v), [dout])
+    for a, b in zip((out, *gradients), (out_, *gradients_), strict=True):
+        assert torch.equal(a[0], b[0, :, : a.shape[2]])
+    for a, b in zip(gradients, gradients_, strict=True):
+        assert not b[0, :, a.shape[2] :].any()
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_attention_of_padding_under_other_masks(cpu_isa, kind):
+    """Outputs stay; so do gradients, where the padding makes for no more tiles of keys."""
+    length, pad = 300, torch.nn.functional.pad
+    *one, gradient = (normal((1, 2, length, 16), torch.float32, seed) for seed in range(4))
+    seen = normal((length, length), torch.float32, 4) > -0.5
+    for more, gradients_stay in ((80, True), (400, False)):
+        masks = [seen, pad(seen, (0, more, 0, more))]
+        if kind == "float":
+            masks = [torch.zeros(x.shape).masked_fill(~x, -torch.inf) for x in masks]
+        (out,), gradients = outputs_and_gradients(
+            lambda q, k, v, mask=masks[0]: ops.attention(q, k, v, mask=mask), one, [gradient]
+        )
+        padded = [pad(x, (0, 0, 0, more)) for x in (*one, gradient)]
+        (out_,), gradients_ = outputs_and_gradients(
+            lambda q, k, v, mask=masks[1]: ops.attention(q, k, v, mask=mask), padded[:3], padded[3:]
+        )
+        assert torch.equal(out, out_[:, :, :length])
+        for a, b in zip(gradients, gradients_, strict=True):
+            if gradients_stay:
+                assert torch.equal(a, b[:, :, :length])
+            torch.testing.assert_close(a, b[:, :, :length], rtol=1e-5, atol=1e-5)

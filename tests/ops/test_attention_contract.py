@@ -36,7 +36,7 @@ def everything(device="cpu", dtype=torch.float32, packed=False, batch=2, rows=9,
     if packed:
         cu_q, cu_k = (cumulative([n] * batch, device) for n in (rows, keys))
         q, k, v = leaf(batch * rows, 4, 8), leaf(batch * keys, 2, 8), leaf(batch * keys, 2, 8)
-        return (q, k, v, None, slopes, seed, cu_q, cu_k, rows, keys, *scalars)
+        return (q, k, v, leaf(1, 4, rows, keys), slopes, seed, cu_q, cu_k, rows, keys, *scalars)
     q = leaf(batch, rows, 4, 8).detach().transpose(1, 2).requires_grad_()
     k, v = leaf(batch, 2, keys, 8), leaf(batch, 2, keys, 8)
     mask = leaf(batch, 1, rows, keys)
@@ -72,7 +72,7 @@ def test_attention_opcheck(backend, packed):
     out, lse = forward(*args)
     q, k, v, *rest = args
     backward = namespace(backend).attention_bwd.default
-    for dlse, needs_dmask in ((None, False), (torch.ones_like(lse[..., 0]), not packed)):
+    for dlse, needs_dmask in ((None, False), (torch.ones_like(lse[..., 0]), True)):
         given = (torch.ones_like(out), dlse, q, k, v, out, lse, *rest, needs_dmask)
         torch.library.opcheck(backward, given)
 

@@ -325,6 +325,12 @@ def packed(lengths_q=(0, 2, 5), lengths_k=(0, 3, 7), dtype=torch.int32, **shapes
         (packed(q=(1, 5, 4, 8)), {}, r"q must be a tensor \[T, H, D\]"),
         (packed(), {"max_seqlen_q": 2}, "max_seqlen_q must be at least the longest sequence, 3"),
         (packed(), {"alibi_slopes": torch.zeros(3, 4)}, r"of shape \(4,\) or \(2, 4\)"),
+        (
+            packed(),
+            {"mask": torch.zeros(2, 1, 5, 7)},
+            r"mask must be broadcastable to \(1, 4, 5, 7",
+        ),
+        (packed(), {"mask": torch.zeros(3, 4)}, r"mask must be broadcastable to \(1, 4, 5, 7"),
     ],
 )
 def test_attention_varlen_rejects_bad_input(arguments, keywords, message):

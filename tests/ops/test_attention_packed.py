@@ -31,7 +31,15 @@ FEATURES = {
         "alibi_slopes": "BH",
         "dropout_p": 0.2,
     },
+    # One mask for all sequences. Of one row or column, it gets its gradient another way.
+    "bias": {"mask": "HQK"},
+    "bias_of_keys": {"mask": "K", "window": (9, 9)},
+    "bias_of_rows": {"mask": "HQ1"},
+    "bool": {"mask": "QK", "causal": True, "align": "bottom_right"},
 }
+FEATURES["bias_and_everything"] = {**FEATURES["everything"], "mask": "HQK"}
+# More than the longest sequence has.
+MOST = 42, 151
 
 
 def cumulative(lengths, device="cpu"):
@@ -50,8 +58,14 @@ def draw(dtype, device="cpu", lengths=LENGTHS):
     return (q, k, v), (dout, dlse), [cumulative(x, device) for x in zip(*lengths, strict=True)]
 
 
-def options(feature, device="cpu"):
+def options(feature, dtype=torch.float32, device="cpu"):
     found = dict(FEATURES[feature])
+    if "mask" in found:
+        torch.manual_seed(5)
+        sizes = dict(zip("HQK", (HEADS, *MOST), strict=True))
+        mask = torch.randn([sizes.get(dim, 1) for dim in found["mask"]]).to(device, dtype)
+        found["mask"] = mask > -1 if feature == "bool" else mask
+        found["max_seqlen_q"], found["max_seqlen_k"] = MOST
     if "alibi_slopes" in found:
         torch.manual_seed(4)
         shape = (len(LENGTHS), HEADS) if found["alibi_slopes"] == "BH" else (HEADS,)
@@ -59,11 +73,13 @@ def options(feature, device="cpu"):
     return found
 
 
-def forward_backward(function, qkv, gradients):
-    qkv = [x.detach().requires_grad_() for x in qkv]
-    out, lse = function(*qkv)
+def forward_backward(function, inputs, gradients):
+    """(out, lse, gradients of the floating inputs) of ``function(q, k, v, mask)``."""
+    inputs = [None if x is None else x.detach() for x in inputs]
+    leaves = [x.requires_grad_() for x in inputs if x is not None and x.is_floating_point()]
+    out, lse = function(*inputs)
     grads = torch.autograd.grad(
-        [out, lse], qkv, [x.to(y.dtype) for x, y in zip(gradients, (out, lse), strict=True)]
+        [out, lse], leaves, [x.to(y.dtype) for x, y in zip(gradients, (out, lse), strict=True)]
     )
     return [x.detach().cpu() for x in (out, lse, *grads)]
 
@@ -73,12 +89,13 @@ def forward_backward(function, qkv, gradients):
 def test_attention_varlen_matches_reference(backend, feature, dtype):
     device = device_of(backend)
     qkv, gradients, (cu_q, cu_k) = draw(DTYPES[dtype], device)
-    keywords = options(feature, device)
+    keywords = options(feature, DTYPES[dtype], device)
+    inputs = (*qkv, keywords.pop("mask", None))
     actual = forward_backward(
-        lambda q, k, v: ops.attention_varlen(
-            q, k, v, cu_q, cu_k, seed=SEED, return_lse=True, **keywords
+        lambda q, k, v, mask: ops.attention_varlen(
+            q, k, v, cu_q, cu_k, mask=mask, seed=SEED, return_lse=True, **keywords
         ),
-        qkv,
+        inputs,
         gradients,
     )
     left, right = (-1 if side is None else side for side in keywords.get("window", (None, None)))
@@ -94,23 +111,25 @@ def test_attention_varlen_matches_reference(backend, feature, dtype):
 
     def reference(dtype):
         return forward_backward(
-            lambda q, k, v: attention_reference(
+            lambda q, k, v, mask: attention_reference(
                 q,
                 k,
                 v,
                 rule,
+                mask=mask if mask is None else mask[(None,) * (4 - mask.dim())],
                 alibi_slopes=keywords.get("alibi_slopes"),
                 seed=torch.tensor([SEED], device=device),
                 cu_seqlens_q=cu_q,
                 cu_seqlens_k=cu_k,
             ),
-            [x.to(dtype) for x in qkv],
+            [x if x is None or x.dtype == torch.bool else x.to(dtype) for x in inputs],
             [x.to(dtype) for x in gradients],
         )
 
     exact, same = reference(torch.float64), reference(DTYPES[dtype])
     same[1] = reference(torch.float32)[1]  # lse is kept in float32
-    for name, a, e, s in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, same, strict=True):
+    names = ("out", "lse", "dq", "dk", "dv", "dmask")[: len(actual)]
+    for name, a, e, s in zip(names, actual, exact, same, strict=True):
         half_ulp = 0.5 * torch.finfo(a.dtype).eps * e[e.isfinite()].abs().max().item()
         error, allowed = largest_error(a, e), 2 * largest_error(s, e) + half_ulp
         assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
@@ -121,31 +140,39 @@ def test_attention_varlen_equals_separate_calls(backend, feature):
     """Bit for bit forward; backward up to the order in which partial sums are added."""
     device = device_of(backend)
     qkv, gradients, (cu_q, cu_k) = draw(torch.float32, device)
-    keywords = options(feature, device)
-    slopes = keywords.pop("alibi_slopes", None)
+    keywords = options(feature, device=device)
+    slopes, mask = keywords.pop("alibi_slopes", None), keywords.pop("mask", None)
     packed = forward_backward(
-        lambda q, k, v: ops.attention_varlen(
-            q, k, v, cu_q, cu_k, seed=SEED, alibi_slopes=slopes, return_lse=True, **keywords
+        lambda q, k, v, mask: ops.attention_varlen(
+            q, k, v, cu_q, cu_k, mask=mask, seed=SEED, alibi_slopes=slopes, return_lse=True,
+            **keywords,
         ),
-        qkv,
+        (*qkv, mask),
         gradients,
-    )
+    )  # fmt: skip
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        keywords.pop(name, None)
 
-    def separate(q, k, v):
+    def separate(q, k, v, mask):
         outs, lses = [], []
         parts = zip(*(x.split(n) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))), strict=True)
         for b, part in enumerate(parts):
             # Batch entry b, because dropout and slopes are keyed by it.
             one_q, one_k, one_v = (x.transpose(0, 1).expand(b + 1, -1, -1, -1) for x in part)
             own = slopes[: b + 1] if slopes is not None and slopes.dim() == 2 else slopes
+            part = mask
+            if mask is not None:  # a mask of one column or row has no more to take
+                part = mask[..., : KEYS[b] if mask.shape[-1] > 1 else 1]
+                part = part[..., : ROWS[b], :] if part.dim() > 1 else part
             out, lse = ops.attention(
-                one_q, one_k, one_v, seed=SEED, alibi_slopes=own, return_lse=True, **keywords
-            )
+                one_q, one_k, one_v, mask=part, seed=SEED, alibi_slopes=own, return_lse=True,
+                **keywords,
+            )  # fmt: skip
             outs.append(out[b].transpose(0, 1))
             lses.append(lse[b])
         return torch.cat(outs), torch.cat(lses, 1)
 
-    expected = forward_backward(separate, qkv, gradients)
+    expected = forward_backward(separate, (*qkv, mask), gradients)
     if backend.startswith("cpu"):
         assert torch.equal(packed[0], expected[0])
         assert torch.equal(packed[1], expected[1])

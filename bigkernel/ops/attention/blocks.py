@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from bigkernel.expect import Expect
-from bigkernel.ops.attention.reference import Params, Rule, allowed_keys, distances, dropout_keep
+from bigkernel.ops.attention.reference import (
+    Params,
+    Rule,
+    allowed_keys,
+    distances,
+    dropout_keep,
+    mask_of,
+)
 
 # Scores held at once. On the CPU a block should stay in cache; a GPU wants fewer, larger launches.
 SCORE_BUDGET = {"cpu": 1 << 21}
@@ -286,6 +293,9 @@ class Piece(NamedTuple):
         return x[None, :, self.queries] if self.packed else x[self.queries]
 
     def of_mask(self, x: Tensor) -> Tensor:
+        if self.packed:
+            queries, keys = self.queries, self.keys
+            return mask_of(x, queries.stop - queries.start, keys.stop - keys.start)
         return x if x.shape[0] == 1 else x[self.queries]
 
     def _view(self, x: Tensor, part: slice) -> Tensor:
@@ -298,11 +308,13 @@ def _pieces(q: Tensor, k: Tensor, params: Params) -> Iterator[Piece]:
 
     def piece(first: int, last: int, queries: slice, keys: slice) -> Piece:
         own = params._replace(
-            mask=mask if mask is None or mask.shape[0] == 1 else mask[first:last],
             alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[first:last],
         )
         numbers = torch.arange(first, last, device=q.device)
-        return Piece(own, numbers, cu_q is not None, queries, keys)
+        made = Piece(own, numbers, cu_q is not None, queries, keys)
+        if mask is None:
+            return made
+        return made._replace(params=own._replace(mask=made.of_mask(mask)))
 
     if cu_q is not None and cu_k is not None:
         cuts_q = sequence_cuts("cu_seqlens_q", cu_q, q.shape[0], params.max_seqlen_q)

@@ -85,14 +85,14 @@ def check_qkv(expect: Expect, q: Tensor, k: Tensor, v: Tensor, rank: int, shape:
         raise expect.error("q's number of heads", f"a multiple of k's, {kv_heads}", heads)
 
 
-def check_mask(expect: Expect, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask as a view [1|B, 1|Hq, 1|Sq, 1|Sk]."""
+def check_mask(expect: Expect, mask: Tensor, q: Tensor, full: tuple[int, ...]) -> Tensor:
+    """The mask as a view of four dimensions, each that of ``full`` or 1."""
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         expected = f"bool, float32 or of q's dtype, {q.dtype}"
         fix = "A mask of 0 and 1 becomes boolean with mask.bool()"
         raise expect.error("mask", expected, mask.dtype, fix, TypeError)
     expect.device("mask", mask, q.device, "q")
-    expect.broadcastable("mask", mask, (*q.shape[:3], k.shape[2]))
+    expect.broadcastable("mask", mask, full)
     return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 

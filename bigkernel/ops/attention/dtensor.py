@@ -30,6 +30,7 @@ _PLACES: dict[str, dict[str, tuple[int | None, int | None]]] = {
         "q": (None, -2),
         "k": (None, -2),
         "v": (None, -2),
+        "mask": (None, -3),
         "alibi_slopes": (None, -1),
         "cu_seqlens_q": (None, None),
         "cu_seqlens_k": (None, None),

@@ -57,8 +57,9 @@ _OPTIONS = (
 )
 # Dense: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; mask [1|B, 1|Hq, 1|Sq, 1|Sk], bool
 # or floating; lse [B, Hq, Sq, 2]. Packed, that is with cu_seqlens [B + 1] int32: q [Tq, Hq, D], k
-# and v [Tk, Hkv, D|Dv]; mask None; lse [Hq, Tq, 2]. Both: alibi_slopes [Hq] or [B, Hq] float32;
-# seed [1] int64, needed if dropout_p > 0; window -1: no limit; last dimensions contiguous. Results
+# and v [Tk, Hkv, D|Dv]; mask [1, 1|Hq, 1|max_seqlen_q, 1|max_seqlen_k], one for all sequences;
+# lse [Hq, Tq, 2]. Both: alibi_slopes [Hq] or [B, Hq] float32; seed [1] int64, needed if
+# dropout_p > 0; window -1: no limit; last dimensions contiguous. Results
 # are laid out as `empty_like_layout` says: out and dq like q, dk like k, dv like v. lse is float32,
 # float64 for float64 inputs, in two summands, since the probabilities that backward gets from it
 # have its error: where a mask puts a whole row near -1e9, one number alone would be -1e9, and they
@@ -250,7 +251,7 @@ def attention(
         fix = "Expand the one whose batch size is 1"
         raise expect.error("k and v", f"of q's batch size, {batch}", k.shape[0], fix)
     if mask is not None:
-        mask = check_mask(expect, mask, q, k)
+        mask = check_mask(expect, mask, q, (*q.shape[:3], k.shape[2]))
     slopes, seed = check_tensors(expect, q, alibi_slopes, batch, dropout_p, seed)
     rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
     params = Params(mask, slopes, seed, None, None, q.shape[2], k.shape[2], rule)
@@ -271,6 +272,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
+    mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     **options: Unpack[_Options],
 ) -> Tensor: ...
@@ -284,6 +286,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
+    mask: Tensor | None = ...,
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
@@ -297,6 +300,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    mask: Tensor | None = None,
     causal: bool = False,
     align: Align = "top_left",
     window: Window = (None, None),
@@ -322,9 +326,12 @@ def attention_varlen(
         max_seqlen_q: an upper bound of the lengths, if you know one (None: Tq), for kernels that
             size their launch by it.
         max_seqlen_k: the same for k and v.
+        mask: broadcastable to [Hq, max_seqlen_q, max_seqlen_k], and the same for every sequence,
+            whose first row and key it begins with: a bias that depends on their distance (T5), say.
+            Otherwise as in `attention`.
 
     The other arguments are those of `attention`, sequence by sequence; alibi_slopes is [Hq] or
-    [B, Hq]. There is no mask.
+    [B, Hq].
 
     Returns:
         out [Tq, Hq, Dv], or (out, lse) with lse [Hq, Tq].
@@ -333,9 +340,9 @@ def attention_varlen(
         ValueError, TypeError: as `attention`, and if cu_seqlens do not fit the packed tensors.
     """
     expect = _PACKED
-    check_plain(expect, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+    check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     check_plain(expect, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v, _ = autocast(q, k, v, None)
+    q, k, v, mask = autocast(q, k, v, mask)
     check_qkv(expect, q, k, v, 3, "a tensor [T, H, D]")
     lengths = (max_seqlen_q, max_seqlen_k)
     if None in lengths and torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -350,10 +357,12 @@ def attention_varlen(
     if size != size_k:
         fix = "Both have one more element than there are sequences"
         raise expect.error("cu_seqlens_k", f"as long as cu_seqlens_q, {size}", size_k, fix)
+    if mask is not None:
+        mask = check_mask(expect, mask, q, (1, q.shape[1], max_seqlen_q, max_seqlen_k))
     slopes, seed = check_tensors(expect, q, alibi_slopes, size - 1, dropout_p, seed)
     rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    params = Params(None, slopes, seed, cu_q, cu_k, max_seqlen_q, max_seqlen_k, rule)
+    params = Params(mask, slopes, seed, cu_q, cu_k, max_seqlen_q, max_seqlen_k, rule)
     out, lse = _run(q, k, v, params)
     return (out, lse.sum(-1)) if return_lse else out
 

@@ -50,7 +50,7 @@ class Rule(NamedTuple):
 class Params(NamedTuple):
     """What the ops take besides q, k and v (and what backward is given), in the schema's order."""
 
-    mask: Tensor | None  # [1 or B, 1 or Hq, 1 or Sq, 1 or Sk]
+    mask: Tensor | None  # [1 or B, 1 or Hq, 1 or Sq, 1 or Sk]; packed: of the longest, `mask_of`
     alibi_slopes: Tensor | None  # [Hq] or [B, Hq]
     seed: Tensor | None
     cu_seqlens_q: Tensor | None  # [B + 1]; None: a dense batch
@@ -76,6 +76,12 @@ class Params(NamedTuple):
 
 
 _TENSORS = list(Params.__annotations__.values()).count(Tensor | None)
+
+
+def mask_of(mask: Tensor, rows: int, keys: int) -> Tensor:
+    """The part [1, 1 or Hq, 1 or rows, 1 or keys] of a packed batch's mask that a sequence has."""
+    mask = mask if mask.shape[2] == 1 else mask[:, :, :rows]
+    return mask if mask.shape[3] == 1 else mask[..., :keys]
 
 
 def dropout_keep(
@@ -145,8 +151,8 @@ def attention_reference(
     """(out, lse), computed and differentiable in q's dtype, with the score matrix in memory.
 
     Dense: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; out [B, Hq, Sq, Dv], lse
-    [B, Hq, Sq]. Packed (with cu_seqlens [B + 1]): q [Tq, Hq, D], k and v [Tk, Hkv, D or Dv]; out
-    [Tq, Hq, Dv], lse [Hq, Tq].
+    [B, Hq, Sq]. Packed (with cu_seqlens [B + 1]): q [Tq, Hq, D], k and v [Tk, Hkv, D or Dv]; mask
+    as `Params` says; out [Tq, Hq, Dv], lse [Hq, Tq].
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch = torch.arange(q.shape[0], device=q.device)
@@ -160,7 +166,8 @@ def attention_reference(
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b]
         batch = torch.tensor([b], dtype=torch.int64, device=q.device)
-        out, lse = _dense(one_q, one_k, one_v, rule, None, slopes, seed, batch)
+        own = None if mask is None else mask_of(mask, one_q.shape[2], one_k.shape[2])
+        out, lse = _dense(one_q, one_k, one_v, rule, own, slopes, seed, batch)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     if not outs:
