@@ -31,13 +31,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from bigkernel import _library, precision
+from bigkernel import _library, precision, utilization
 from bigkernel.bench import augment, limits
 from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, MemoryBar, Ready, on_torch
 from bigkernel.bench.training import WARM, Training, alone
 from bigkernel.data import PaddingCollator, collate_images
 from bigkernel.measure import Run
-from bigkernel.recipes import images, models, presets, text, utilization
+from bigkernel.recipes import images, models, presets, text
 from bigkernel.recipes.errors import quietly
 from bigkernel.recipes.settings import ImageSettings, TextSettings, gather
 from bigkernel.recipes.training import Task
