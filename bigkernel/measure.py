@@ -23,6 +23,7 @@ class Plan:
     each sample, so that it finds in the caches what it left there and not what another one did.
     The first call, which pays for what is loaded and allocated once, is a sample only of a function
     that takes more than ``patience`` seconds: it is not called again.
+    alone: of what can be run in a process of its own, that one run is all that is taken.
     """
 
     share: float = 2.0
@@ -32,9 +33,10 @@ class Plan:
     sample: float = 2e-3
     settle: float = 2e-2
     patience: float = 5.0
+    alone: bool = False
 
 
-QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2, patience=2.0)
+QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2, patience=2.0, alone=True)
 
 
 @dataclass(frozen=True)

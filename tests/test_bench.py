@@ -41,6 +41,7 @@ from bigkernel.bench import train as train_bench
 from bigkernel.bench import training as training_bench
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar
 from bigkernel.cli import main
+from bigkernel.measure import QUICK
 
 ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9, patience=0)
 CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
@@ -224,6 +225,7 @@ def test_a_training_alone_says_its_memory_and_the_parts_of_a_step(monkeypatch):
     measure = training_bench.alone(case.name, small=True)
     alone = measure(OURS)
     assert len(alone.losses) == train_bench.WARM + 1
+    assert alone.seconds > 0
     assert alone.losses[0] == pytest.approx(5.5, abs=0.5)  # that of 256 tokens
     assert alone.peak > 2**20
     assert set(alone.parts) == set(training_bench.PARTS)
@@ -231,6 +233,36 @@ def test_a_training_alone_says_its_memory_and_the_parts_of_a_step(monkeypatch):
     monkeypatch.setattr(training_bench.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="fails in a process of its own"):
         measure(OURS)
+
+
+@needs_native
+def test_a_quick_training_is_what_its_own_process_tells(monkeypatch):
+    """No run beside it: a model that is compiled would be compiled again."""
+    (case,) = (c for c in cases_of("train", small=True) if c.name == "LLaMA 16.9M, float32")
+    asked, losses = [], {name: [5.0, 4.0] for name in case.competitors}
+
+    def alone(*given):
+        def measure(name):
+            asked.append(name)
+            return Alone(2**20, {"forward": 0.1}, losses[name], 0.5 if name == OURS else 0.75)
+
+        return measure
+
+    def run(*given, **options):
+        raise AssertionError("trained in this process")
+
+    monkeypatch.setattr(train_bench, "alone", alone)
+    for name in ("run_ours", "run_theirs"):
+        monkeypatch.setattr(training_bench.Training, name, run)
+    got = run_case(case, QUICK)
+    assert sorted(asked) == sorted(case.competitors)
+    assert got.ratio(train_bench.THEIRS) == 1.5
+    assert got.timings[OURS].samples == (0.5,)
+    assert got.alone[OURS].losses == [5.0, 4.0]
+    assert got.share > 0
+    losses[train_bench.THEIRS] = [5.0, 4.1]
+    with pytest.raises(RuntimeError, match="do not agree"):
+        run_case(case, QUICK)
 
 
 @needs_native

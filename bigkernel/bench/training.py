@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from bigkernel.bench.case import Alone
+from bigkernel.bench.case import Alone, strict
 from bigkernel.recipes import models
 from bigkernel.trainer import Trainer, TrainingArguments
 
@@ -197,7 +197,8 @@ def _tell(case: str, competitor: str, threads: str, *small: str) -> None:
 
     torch.set_num_threads(int(threads))
     (found,) = (c for c in cases_of("train", bool(small)) if c.name == case)
-    found.build().runs[competitor]()
+    with strict():
+        found.build().runs[competitor]()
     assert _latest is not None
     parts = {name: seconds / _latest.steps for name, seconds in _latest.parts.items()}
-    print(json.dumps(asdict(Alone(_latest.peak, parts, _latest.losses))))
+    print(json.dumps(asdict(Alone(_latest.peak, parts, _latest.losses, _latest.seconds))))
