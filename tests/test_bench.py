@@ -37,6 +37,7 @@ from bigkernel.bench import (
 from bigkernel.bench import attention as attention_bench
 from bigkernel.bench import augment as augment_bench
 from bigkernel.bench import case as case_module
+from bigkernel.bench import profile as profile_bench
 from bigkernel.bench import train as train_bench
 from bigkernel.bench import training as training_bench
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar
@@ -411,6 +412,7 @@ def test_losses_are_printed(capsys):
             "linear_cross_entropy, norm, rope, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
+        (["bench", "adam", "--profile"], "--profile takes the steps of train apart"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
@@ -425,3 +427,60 @@ def test_our_own_pytorch_backend_comes_first():
         absent = {op.noun: op.absent for op in registry.every()}.get(table, {})
         first = (OURS,) if "cpu" in absent else (OURS, REFERENCE)  # composed, it is its own
         assert all(case.competitors[: len(first)] == first for case in cases_of(table))
+
+
+def test_ops_are_sorted_into_groups_by_the_outermost_name():
+    class Event:
+        def __init__(self, name, around=None, micros=1.0, number=-1):
+            self.name, self.cpu_parent = name, around
+            self.self_cpu_time_total, self.sequence_nr = micros, number
+
+    mark = profile_bench._MARK
+    loss = Event(f"{mark}head and loss", micros=2)
+    head = Event("aten::linear", loss, number=7)
+    layer = Event("aten::linear", number=3)
+    product = Event("aten::mm", layer, micros=10, number=3)
+    engine = "autograd::engine::evaluate_function: MmBackward0"
+    of_head, of_layer = Event(engine, number=7), Event(engine, number=3)
+    events = [
+        loss, head, Event("aten::mm", head, 20, 7), layer, product,
+        of_head, Event("aten::mm", of_head, 40), of_layer, Event("aten::mm", of_layer, 80),
+        Event("aten::pow", Event(f"{mark}norms", micros=0), 5), Event("aten::pow", micros=6),
+        Event("Optimizer.step#AdamW.step", micros=3), Event("aten::what_is_this", micros=100),
+        Event("bigkernel::linear_cross_entropy", micros=7), Event("bigkernel::linear", micros=9),
+    ]  # fmt: skip
+    found = {name: round(s * 1e6) for name, s in profile_bench.summed(events).items()}
+    assert found == {
+        "head and loss": 2 + 1 + 20 + 1 + 40 + 7,
+        "products": 1 + 10 + 1 + 80 + 9,
+        "norms": 5,
+        "activations, rotations, sums": 6,
+        "optimizer": 3,
+    }
+
+
+@needs_native
+def test_a_step_is_taken_apart_op_by_op(capsys, tmp_path, monkeypatch):
+    name = "LLaMA 16.9M, float32"
+    (case,) = (c for c in cases_of("train", small=True) if c.name == name)
+    monkeypatch.setattr("bigkernel.cli.bench.cases_of", lambda table: [case])
+    right = training_bench.profiled
+    monkeypatch.setattr(training_bench, "profiled", lambda case: right(case, small=True))
+    written = tmp_path / "all.json"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["bench", "train", "--profile", "--threads", "1", "--json", str(written)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    content = json.loads(written.read_text())
+    sides = content["seconds_of_a_step"][name]
+    assert set(sides) == {OURS, train_bench.THEIRS}
+    assert content["command"] == "bigkernel bench train --threads 1 --profile"
+    for parts in sides.values():
+        assert list(parts) == list(profile_bench.NAMES)
+        for group in ("products", "attention", "norms", "head and loss", "optimizer"):
+            assert parts[group] > 0, group
+            assert group in out
+        # Python and a few ops that no group has are a part of the step, not the most of it.
+        assert 0 < parts[profile_bench.PYTHON] < 0.8 * sum(parts.values())
