@@ -1,13 +1,12 @@
 """What the demo's models reach with AdamW and with Muon, each tuned with the same budget.
 
-    python benchmarks/muon_against_adamw.py [--task text|images] [--lrs LR ..] [--tuning-seeds N]
+    python -m benchmarks.muon_against_adamw [--task text|images] [--lrs LR ..] [--tuning-seeds N]
                                             [--seeds N] [--steps N] [--threads N] [--json FILE]
 
 Both get the same learning rates, schedule, batches, weight decay, clipping and steps: those of
 the preset demo. Each rate is tried with ``--tuning-seeds`` seeds, and the rate with the lowest mean
-loss on the part held back is chosen, for each optimizer its own; a choice at the end of the list is
-said, since the list is then too short. The chosen ones train again with ``--seeds`` seeds that the
-choice has not seen. The optimizers take turns, so that what else the machine does falls on both.
+loss on the part held back is chosen, for each optimizer its own (``benchmarks/budget.py``). The
+chosen ones train again with ``--seeds`` seeds that the choice has not seen.
 
 Shown are the loss on the part held back (nats per token or image), the mean over the seeds with the
 lowest and the highest, and the median seconds of a step.
@@ -24,15 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.budget import RATES, choose, try_all
 from bigkernel.recipes import train_images, train_text
 from bigkernel.recipes.progress import TrainingProgress
 
 OPTIMIZERS = ("adamw", "muon")
-# A factor of two apart, about the rates of the recipes: 3e-3 (text) and 1e-3 (images).
-RATES = {
-    "text": [7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2],
-    "images": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-}
 TRAIN = {"text": train_text, "images": train_images}
 
 
@@ -61,16 +56,6 @@ def run(task: str, optim: str, lr: float, seed: int, **settings: Any) -> tuple[f
     return done.figures["loss"], statistics.median(_Clock.seconds_of_steps)
 
 
-def tune(rates: list[float], losses: dict[str, dict[float, list[float]]]) -> dict[str, float]:
-    """The rate of each optimizer with the lowest mean loss."""
-    best = {}
-    for optim, by_rate in losses.items():
-        best[optim] = min(rates, key=lambda lr: statistics.mean(by_rate[lr]))
-        if best[optim] in (min(rates), max(rates)):
-            print(f"{optim}: {best[optim]:g} is at the end of the list: give more with --lrs")
-    return best
-
-
 def shown(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
 
@@ -87,16 +72,14 @@ def main() -> int:
     given = parser.parse_args()
     rates = sorted(given.lrs or RATES[given.task])
     settings: dict[str, Any] = {"threads": given.threads, "max_steps": given.steps}
-    losses: dict[str, dict[float, list[float]]] = {o: {lr: [] for lr in rates} for o in OPTIMIZERS}
-    for seed in range(given.tuning_seeds):
-        for lr in rates:
-            for optim in OPTIMIZERS:
-                loss, seconds = run(given.task, optim, lr, seed, **settings)
-                losses[optim][lr].append(loss)
-                print(
-                    f"{optim} lr {lr:g} seed {seed}: {loss:.4f}, {seconds:.3f} s a step", flush=True
-                )
-    best = tune(rates, losses)
+
+    def score(optim: str, lr: float, seed: int) -> float:
+        loss, seconds = run(given.task, optim, lr, seed, **settings)
+        print(f"{optim} lr {lr:g} seed {seed}: {loss:.4f}, {seconds:.3f} s a step", flush=True)
+        return loss
+
+    losses = try_all(OPTIMIZERS, rates, range(given.tuning_seeds), score)
+    best = choose(losses, "--lrs")
     finals: dict[str, list[float]] = {optim: [] for optim in OPTIMIZERS}
     paces: dict[str, list[float]] = {optim: [] for optim in OPTIMIZERS}
     for seed in range(given.tuning_seeds, given.tuning_seeds + given.seeds):

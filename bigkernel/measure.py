@@ -23,7 +23,8 @@ class Plan:
     once, untimed, before each sample, so that it finds in the caches what it left there and not
     what another one did. The first call, which pays for what is loaded and allocated once
     (torch's first gradient imports sympy, some seconds), is a sample only of a function that
-    takes more than ``patience`` seconds: it is not called again.
+    takes more than ``patience`` seconds: it is not called again. alone: of
+    what can be run in a process of its own, that one run is all that is taken.
     """
 
     share: float = 2.0
@@ -33,9 +34,10 @@ class Plan:
     sample: float = 2e-3
     settle: float = 2e-2
     patience: float = 10.0
+    alone: bool = False
 
 
-QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2)
+QUICK = Plan(share=0.2, rounds=15, least=1, warmups=2, alone=True)
 
 
 @dataclass(frozen=True)

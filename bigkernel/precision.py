@@ -1,4 +1,4 @@
-"""Whether computing in 16 bits pays: how fast this machine multiplies them beside float32."""
+"""How fast this machine multiplies, and whether computing in 16 bits pays."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import functools
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Below these the conversions to and from bfloat16 take what the products gain.
 _WORTH_IT = 1.5
 _HAS = 0.75
 _WIDTH = 256
+# Sides of the matrices whose product is the rate: large enough for all of a device's cores.
+_SIDE = {"cpu": 1024, "cuda": 8192}
+_PATIENCE = 0.4  # seconds, of a processor to which that is much
 
 
 @functools.cache
@@ -32,17 +35,57 @@ def speedup(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.full((256, 512), 0.5, dtype=torch.float32, device="cpu")
     b = torch.full((512, 512), 0.5, dtype=torch.float32, device="cpu")
     wide, narrow = (a, b), (a.to(dtype), b.to(dtype))
-    fastest = {torch.float32: float("inf"), dtype: float("inf")}
+    least = {torch.float32: float("inf"), dtype: float("inf")}
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         for _ in range(8):
             for x, y in (wide, narrow):
-                began = time.perf_counter()
-                x @ y
-                fastest[x.dtype] = min(fastest[x.dtype], time.perf_counter() - began)
+                least[x.dtype] = min(least[x.dtype], _seconds(device, x, y))
             # Without such products in the processor one takes a hundred times as long.
-            if fastest[dtype] > 20 * fastest[torch.float32]:
+            if least[dtype] > 20 * least[torch.float32]:
                 break
-    return fastest[torch.float32] / fastest[dtype]
+    return least[torch.float32] / least[dtype]
+
+
+def fastest(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where it is one of 16 bits and `device` multiplies float32 faster.
+
+    Without AVX-512 PyTorch has no product of 16-bit matrices but a loop, a hundredth as fast.
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and speedup(device, dtype) < 1 else dtype
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of PyTorch's product of two large matrices of `dtype`, or of what is `fastest`.
+
+    The fastest of some, measured once a process in about a tenth of a second; None where the device
+    has no room for them.
+    """
+    dtype = fastest(device, dtype)
+    side = _SIDE.get(device.type, _SIDE["cuda"])
+    least, spent = float("inf"), 0.0
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        try:
+            a, b = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+            for _ in range(4):  # the first warms up
+                took = _seconds(device, a, b)
+                least, spent = min(least, took), spent + took
+                if spent > _PATIENCE:
+                    break
+        except torch.OutOfMemoryError:
+            return None
+    return 2.0 * side**3 / least
+
+
+def _seconds(device: torch.device, a: Tensor, b: Tensor) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def bf16_is_faster(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from bigkernel.integrations.weights import has_other_names, load_weights
 from bigkernel.interrupts import StopRequest, shield_workers
 from bigkernel.optim import Adam, AdamW, Muon, muon_groups
 from bigkernel.run_lock import RunLockedError, writing_to
+from bigkernel.utilization import Meter
 
 STATE_FILE = "bigkernel_state.json"
 _DTYPE = {False: "float32", True: "bfloat16"}
@@ -254,6 +256,7 @@ class Trainer(transformers.Trainer):
         self._steps_were_in_bf16: bool | None = None
         self._packing: Packing | None = None
         self._tunes_next = False
+        self._meter: Meter | None = None
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
         given = positional[0] if positional else keywords.get("data_collator")
@@ -509,6 +512,7 @@ class Trainer(transformers.Trainer):
             self._has_begun = True
             self._check_before_first_step()
             self._choose_precision()
+            self._meter = Meter(self._module(), self.args.device, max(1, self.args.n_gpu))
             self._tunes_next = getattr(self.args, "tune_kernels", False)
             self._continue_losses()
         if self._evaluation_due:
@@ -598,6 +602,8 @@ class Trainer(transformers.Trainer):
                 f"packing=True, and a training batch is not packed: {type(self).__name__} makes "
                 "its own. Use bigkernel.data.PackingCollator there, or packing=False."
             )
+        if self._meter is not None:
+            self._meter.count(inputs)
         tunes, self._tunes_next = self._tunes_next, False
         self._in_training_step = True
         try:
@@ -672,13 +678,27 @@ class Trainer(transformers.Trainer):
             grad_norm = optimizer.grad_norm
         # Several processes leave an evaluation together, or they would wait for each other.
         self._in_evaluation_that_may_stop = self.args.world_size <= 1
+        began = time.monotonic()
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
         except _EvaluationLeft:
             self._evaluation_due, self._saved_step = True, None
         finally:
             self._in_evaluation_that_may_stop = False
+            if self._meter is not None:  # a log, an evaluation, a checkpoint
+                self._meter.leave_out(began)
         self._stop_if_asked(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with a training loss also speed, memory and MFU, of this process."""
+        if self._meter is not None and "loss" in logs:
+            logs.update(self._meter.figures(self._dtype_of_steps()))
+        super().log(logs, start_time)
+
+    def _dtype_of_steps(self) -> torch.dtype:
+        mixed = "bf16" if self._steps_in_bf16 else self.accelerator.mixed_precision
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
+        return half or next(self._module().parameters()).dtype
 
     # Checkpoints
 

@@ -11,7 +11,6 @@ bad usage -> test_bad_usage.
 import json
 import math
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 import bigkernel
-from bigkernel import _library, registry
+from bigkernel import _library, precision, registry
 from bigkernel.bench import (
     OPS,
     TABLES,
@@ -38,10 +37,12 @@ from bigkernel.bench import (
 from bigkernel.bench import attention as attention_bench
 from bigkernel.bench import augment as augment_bench
 from bigkernel.bench import case as case_module
+from bigkernel.bench import profile as profile_bench
 from bigkernel.bench import train as train_bench
 from bigkernel.bench import training as training_bench
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar
 from bigkernel.cli import main
+from bigkernel.measure import QUICK
 
 ONCE = Plan(share=1e-9, rounds=1, least=1, warmups=1, sample=1e-9, patience=0)
 CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
@@ -231,6 +232,7 @@ def test_a_training_alone_says_its_memory_and_the_parts_of_a_step(monkeypatch):
     measure = training_bench.alone(case.name, small=True)
     alone = measure(OURS)
     assert len(alone.losses) == train_bench.WARM + 1
+    assert alone.seconds > 0
     assert alone.losses[0] == pytest.approx(5.5, abs=0.5)  # that of 256 tokens
     assert alone.peak > 2**20
     assert set(alone.parts) == set(training_bench.PARTS)
@@ -238,6 +240,36 @@ def test_a_training_alone_says_its_memory_and_the_parts_of_a_step(monkeypatch):
     monkeypatch.setattr(training_bench.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="fails in a process of its own"):
         measure(OURS)
+
+
+@needs_native
+def test_a_quick_training_is_what_its_own_process_tells(monkeypatch):
+    """No run beside it: a model that is compiled would be compiled again."""
+    (case,) = (c for c in cases_of("train", small=True) if c.name == "LLaMA 16.9M, float32")
+    asked, losses = [], {name: [5.0, 4.0] for name in case.competitors}
+
+    def alone(*given):
+        def measure(name):
+            asked.append(name)
+            return Alone(2**20, {"forward": 0.1}, losses[name], 0.5 if name == OURS else 0.75)
+
+        return measure
+
+    def run(*given, **options):
+        raise AssertionError("trained in this process")
+
+    monkeypatch.setattr(train_bench, "alone", alone)
+    for name in ("run_ours", "run_theirs"):
+        monkeypatch.setattr(training_bench.Training, name, run)
+    got = run_case(case, QUICK)
+    assert sorted(asked) == sorted(case.competitors)
+    assert got.ratio(train_bench.THEIRS) == 1.5
+    assert got.timings[OURS].samples == (0.5,)
+    assert got.alone[OURS].losses == [5.0, 4.0]
+    assert got.share > 0
+    losses[train_bench.THEIRS] = [5.0, 4.1]
+    with pytest.raises(RuntimeError, match="do not agree"):
+        run_case(case, QUICK)
 
 
 @needs_native
@@ -322,21 +354,10 @@ def test_command_prints_and_writes(tmp_path: Path, monkeypatch, capsys):
         assert image.width > 300
 
 
-@pytest.mark.parametrize("slower", [torch.bfloat16, torch.float32], ids=str)
-def test_yardstick_is_the_fastest_product(slower, monkeypatch):
+@pytest.mark.parametrize(("speedup", "fastest"), [(0.4, torch.float32), (2.0, torch.bfloat16)])
+def test_yardstick_is_the_fastest_product(speedup, fastest, monkeypatch):
     """A processor may have no product of 16-bit matrices, or a faster one."""
-    right = torch.mm
-
-    def mm(a, b, **options):
-        if a.dtype == slower:
-            time.sleep(0.02)
-        return right(a, b, **options)
-
-    monkeypatch.setattr(torch, "mm", mm)
-    fastest = limits.fastest_product.__wrapped__(torch.bfloat16, 32)
-    assert fastest == {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[slower]
-    assert limits.fastest_product.__wrapped__(torch.float32, 32) == torch.float32
-    monkeypatch.setattr(limits, "fastest_product", lambda dtype: fastest)
+    monkeypatch.setattr(precision, "speedup", lambda device, dtype: speedup)
     product, work, name = limits.matrix_product(torch.bfloat16, 16)
     assert product().dtype == fastest
     assert work == 2 * 16**3
@@ -397,6 +418,7 @@ def test_losses_are_printed(capsys):
             "linear_cross_entropy, norm, rope, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
+        (["bench", "adam", "--profile"], "--profile takes the steps of train apart"),
         (["bench", "adam", "--threads", "0"], "--threads must be 1 or more"),
         (["bench", "adam", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
@@ -411,3 +433,60 @@ def test_our_own_pytorch_backend_comes_first():
         absent = {op.noun: op.absent for op in registry.every()}.get(table, {})
         first = (OURS,) if "cpu" in absent else (OURS, REFERENCE)  # composed, it is its own
         assert all(case.competitors[: len(first)] == first for case in cases_of(table))
+
+
+def test_ops_are_sorted_into_groups_by_the_outermost_name():
+    class Event:
+        def __init__(self, name, around=None, micros=1.0, number=-1):
+            self.name, self.cpu_parent = name, around
+            self.self_cpu_time_total, self.sequence_nr = micros, number
+
+    mark = profile_bench._MARK
+    loss = Event(f"{mark}head and loss", micros=2)
+    head = Event("aten::linear", loss, number=7)
+    layer = Event("aten::linear", number=3)
+    product = Event("aten::mm", layer, micros=10, number=3)
+    engine = "autograd::engine::evaluate_function: MmBackward0"
+    of_head, of_layer = Event(engine, number=7), Event(engine, number=3)
+    events = [
+        loss, head, Event("aten::mm", head, 20, 7), layer, product,
+        of_head, Event("aten::mm", of_head, 40), of_layer, Event("aten::mm", of_layer, 80),
+        Event("aten::pow", Event(f"{mark}norms", micros=0), 5), Event("aten::pow", micros=6),
+        Event("Optimizer.step#AdamW.step", micros=3), Event("aten::what_is_this", micros=100),
+        Event("bigkernel::linear_cross_entropy", micros=7), Event("bigkernel::linear", micros=9),
+    ]  # fmt: skip
+    found = {name: round(s * 1e6) for name, s in profile_bench.summed(events).items()}
+    assert found == {
+        "head and loss": 2 + 1 + 20 + 1 + 40 + 7,
+        "products": 1 + 10 + 1 + 80 + 9,
+        "norms": 5,
+        "activations, rotations, sums": 6,
+        "optimizer": 3,
+    }
+
+
+@needs_native
+def test_a_step_is_taken_apart_op_by_op(capsys, tmp_path, monkeypatch):
+    name = "LLaMA 16.9M, float32"
+    (case,) = (c for c in cases_of("train", small=True) if c.name == name)
+    monkeypatch.setattr("bigkernel.cli.bench.cases_of", lambda table: [case])
+    right = training_bench.profiled
+    monkeypatch.setattr(training_bench, "profiled", lambda case: right(case, small=True))
+    written = tmp_path / "all.json"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["bench", "train", "--profile", "--threads", "1", "--json", str(written)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    content = json.loads(written.read_text())
+    sides = content["seconds_of_a_step"][name]
+    assert set(sides) == {OURS, train_bench.THEIRS}
+    assert content["command"] == "bigkernel bench train --threads 1 --profile"
+    for parts in sides.values():
+        assert list(parts) == list(profile_bench.NAMES)
+        for group in ("products", "attention", "norms", "head and loss", "optimizer"):
+            assert parts[group] > 0, group
+            assert group in out
+        # Python and a few ops that no group has are a part of the step, not the most of it.
+        assert 0 < parts[profile_bench.PYTHON] < 0.8 * sum(parts.values())

@@ -980,9 +980,7 @@ def test_a_split_of_the_folder_is_taken_and_said(
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_bar_keeps_the_time_left_in_a_narrow_terminal(width: int, tmp_path: Path) -> None:
-    shown = TerminalProgress(
-        progress.MetricsFile(tmp_path / "m.jsonl"), "tokens", 4096, torch.device("cpu")
-    )
+    shown = TerminalProgress(progress.MetricsFile(tmp_path / "m.jsonl"), "tokens")
     screen = io.StringIO()
     shown.console = Console(file=screen, force_terminal=True, width=width)
     state = transformers.TrainerState(global_step=0, max_steps=12_000)
@@ -991,6 +989,7 @@ def test_the_bar_keeps_the_time_left_in_a_narrow_terminal(width: int, tmp_path: 
     )  # fmt: skip
     shown.on_train_begin(arguments, state, control)
     logs = {"loss": 2.3456, "learning_rate": 3e-3, "grad_norm": 1.5}
+    logs |= {"tokens_per_second": 51234, "memory_bytes": 2**30}
     for step in range(1, 4):
         state.global_step = step
         shown.on_log(arguments, state, control, logs)

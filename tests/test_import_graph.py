@@ -22,7 +22,13 @@ ROOMS: list[tuple[str, ...]] = [
     ("bigkernel.recipes",),
     ("bigkernel",),
     ("bigkernel.trainer",),
-    ("bigkernel.integrations", "bigkernel.optim", "bigkernel.transforms", "bigkernel.data"),
+    (
+        "bigkernel.integrations",
+        "bigkernel.optim",
+        "bigkernel.transforms",
+        "bigkernel.data",
+        "bigkernel.utilization",
+    ),
     ("bigkernel.ops", "bigkernel.reference"),
     ("bigkernel.registry", "bigkernel.backend", "bigkernel.tuning"),
     (

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch.utils.data import Dataset
 
 import bigkernel
 import bigkernel.optim
-from bigkernel import checkpoint
+from bigkernel import checkpoint, precision, utilization
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, PackingCollator, build_tokenizer
 from bigkernel.data.augmentation import BatchAugmentation
@@ -185,7 +186,10 @@ def test_trains_as_transformers_trainer_does(tmp_path, changes):
         result = trainer.train()
         runs.append((trainer.state.log_history, result, parameters(trainer)))
     (expected, their_result, theirs), (actual, our_result, ours) = runs
-    assert [list(log) for log in actual] == [list(log) for log in expected]
+    added = {"tokens_per_second", "memory_bytes", "mfu"}
+    for ours_log, theirs_log in zip(actual, expected, strict=True):
+        more = added if "loss" in theirs_log else set()
+        assert set(ours_log) == set(theirs_log) | more
     tolerance = {"rel": 3e-2 if changes.get("bf16") else 1e-4, "abs": 1e-6}
     for ours_log, theirs_log in zip(actual, expected, strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch"):
@@ -195,6 +199,37 @@ def test_trains_as_transformers_trainer_does(tmp_path, changes):
     if "bf16" not in changes:
         for x, y in zip(ours, theirs, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
+
+
+def test_the_log_has_speed_memory_and_share_of_the_matrix_rate(tmp_path, monkeypatch):
+    """Of training alone: an evaluation that takes long makes nothing slower."""
+    asked, late = [], [0.0]
+    right, usual = precision.matrix_rate, Trainer.evaluation_loop
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    for module in (utilization, sys.modules[Trainer.__module__]):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(
+        precision, "matrix_rate", lambda *given: asked.append(given) or right(*given)
+    )
+
+    def slow(self, *args, **options):
+        late[0] += 1e6
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", slow)
+    trainer = text_trainer(
+        tmp_path, max_steps=6, logging_steps=2, eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    steps = [log for log in logs if "loss" in log]
+    assert [log["step"] for log in steps] == [2, 4, 6]
+    for log in steps:
+        assert log["memory_bytes"] > 2**20
+        assert 0 < log["mfu"] < 1.5
+        assert log["tokens_per_second"] > 1  # with the evaluations it would be 0.0
+    assert set(asked) == {(torch.device("cpu"), torch.float32)}
+    assert not any("tokens_per_second" in log for log in logs if "eval_loss" in log)
 
 
 def test_epochs_metrics_callbacks_and_prediction(tmp_path):
@@ -536,7 +571,7 @@ def test_seq2seq_trainer_generates_as_transformers(tmp_path):
     assert actual.predictions.shape == expected.predictions.shape
     assert (actual.predictions == expected.predictions).all()
     for a, b in zip(ours.state.log_history, theirs.state.log_history, strict=True):
-        assert list(a) == list(b)
+        assert set(a) - {"tokens_per_second", "memory_bytes"} == set(b)
         for name in ("loss", "eval_loss", "grad_norm", "eval_first", "num_input_tokens_seen"):
             assert (name in a) == (name in b)
             assert name not in a or a[name] == pytest.approx(b[name], rel=1e-4), name
@@ -1394,7 +1429,7 @@ def test_figures_of_two_processes_are_transformers(tmp_path):
     theirs, ours = json.loads((tmp_path / "logs.json").read_text())
     assert 4 * 2 * 16 < ours[1]["num_input_tokens_seen"] <= 2 * 4 * 2 * 16
     for a, b in zip(ours, theirs, strict=True):
-        assert list(a) == list(b)
+        assert set(a) - {"tokens_per_second", "memory_bytes", "mfu"} == set(b)
         for name, value in b.items():
             if not any(word in name for word in ("runtime", "per_second")):
                 assert a[name] == pytest.approx(value, rel=1e-4), name

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -61,12 +62,13 @@ class Alone:
     """What one competitor took in a process of its own.
 
     peak: bytes above what was held before, None where the system does not say. parts: seconds of a
-    step, by its part. losses: of each step.
+    step, by its part. losses: of each step. seconds: of the timed steps together.
     """
 
     peak: int | None
     parts: dict[str, float]
     losses: list[float]
+    seconds: float = 0.0
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Ready:
     what was compared; raises AssertionError. op, tensors: what `explain` is asked, so that a
     fallback is seen. limit: a run that does ``limit_work`` where a call of ours does ``work``, both
     in the same unit; limit_name says what it is. skipped: peers that are not there, with the
-    reason. alone: measures what a run takes in a process of its own, by its name.
+    reason. alone: measures what a run takes in a process of its own, by its name; told: is given
+    that, in the place of the run itself.
     """
 
     runs: dict[str, Run]
@@ -90,6 +93,7 @@ class Ready:
     limit_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     alone: Callable[[str], Alone] | None = None
+    told: Callable[[str, Alone], float] = lambda name, alone: alone.seconds
 
 
 @dataclass(frozen=True)
@@ -199,15 +203,22 @@ def run_case(case: Case, plan: Plan) -> Result:
         ready = case.build()
         runs = dict(ready.runs)
         sentence = native_backend(case, ready)
+        alone: dict[str, Alone] = {}
+        if plan.alone and ready.alone is not None:
+            alone = {name: ready.alone(name) for name in runs}
+            runs = {name: partial(ready.told, name, alone[name]) for name in runs}
         first_calls: dict[str, float] = {}
         try:
             compared = ready.check(_noting(runs, first_calls))
         except AssertionError as error:
             raise RuntimeError(f"the results of {case.name!r} do not agree: {error}") from error
+        timings = {name: Timing((first_calls[name],)) for name in alone}
+        left = {name: run for name, run in runs.items() if name not in alone}
         if ready.limit is not None:
-            runs[LIMIT] = ready.limit
-        timings = interleave(runs, plan, first_calls)
-        alone = {} if ready.alone is None else {name: ready.alone(name) for name in ready.runs}
+            left[LIMIT] = ready.limit
+        timings |= interleave(left, plan, first_calls) if left else {}
+        if ready.alone is not None and not alone:
+            alone = {name: ready.alone(name) for name in runs}
     return Result(
         case,
         timings,

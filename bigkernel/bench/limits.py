@@ -1,13 +1,11 @@
 """What the machine gives: the yardsticks that a case is held against, measured beside it."""
 
-import functools
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bigkernel import _library
+from bigkernel import _library, precision
 
 SIDE = 2048
 
@@ -17,34 +15,13 @@ def matrix_product(dtype: torch.dtype, side: int = SIDE) -> tuple[Callable[[], o
 
     Also its floating-point operations, and what it is in words.
     """
-    fastest = fastest_product(dtype)
+    fastest = precision.fastest(torch.device("cpu"), dtype)
     a, b = torch.randn(side, side).to(fastest), torch.randn(side, side).to(fastest)
     out = torch.empty_like(a)
     name = f"torch's product of two {side:,} x {side:,} matrices in {fastest}"
     if fastest != dtype:
         name += f", which is faster here than in {dtype}"
     return (lambda: torch.mm(a, b, out=out)), 2.0 * side**3, name.replace("torch.", "")
-
-
-@functools.cache
-def fastest_product(dtype: torch.dtype, side: int = 256) -> torch.dtype:
-    """``dtype``, or float32 where torch multiplies that faster.
-
-    Without AVX-512 it has no product of 16-bit matrices but a loop, a hundredth as fast.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    seconds = {}
-    for candidate in (dtype, torch.float32):
-        a = torch.randn(side, side).to(candidate)
-        torch.mm(a, a)
-        took = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            torch.mm(a, a)
-            took.append(time.perf_counter() - begin)
-        seconds[candidate] = min(took)
-    return min(seconds, key=lambda candidate: seconds[candidate])
 
 
 def adam_stream(

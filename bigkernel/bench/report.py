@@ -1,7 +1,7 @@
 """Results as tables, JSON and a bar chart."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ with needs("cli", "bigkernel.bench.report"):
     from rich.table import Table
     from rich.text import Text
 
-from bigkernel.bench.case import LIMIT, OURS, Bar, MemoryBar, Result
+from bigkernel.bench.case import LIMIT, OURS, Alone, Bar, MemoryBar, Result
 from bigkernel.measure import Timing
 
 WIDTH = 200  # of a table that goes to a file
@@ -74,6 +74,42 @@ def steps(results: Sequence[Result]) -> Table:
             shown.add_row("" if i else result.case.name, name, *times, losses, peak,
                           end_section=last)  # fmt: skip
     return shown
+
+
+def groups(case: str, sides: Mapping[str, Alone]) -> Table:
+    """Of one training: the time of a step by groups of ops, all sides in one table, ours first.
+
+    Beside a peer's time: its share of the step, and how many times as fast ours is.
+    """
+    shown = Table(title=f"a step of {case}, op by op", title_justify="left")
+    shown.add_column("")
+    for name in sides:
+        shown.add_column(name, justify="right")
+    ours = sides[OURS]
+    steps = {name: sum(side.parts.values()) for name, side in sides.items()}
+    for part in ours.parts:
+        shown.add_row(
+            part,
+            *(
+                Text(f"{human(side.parts[part])} {side.parts[part] / steps[name]:4.0%}")
+                + _faster(ours.parts[part], side.parts[part], side is ours)
+                for name, side in sides.items()
+            ),
+        )
+    shown.add_section()
+    cells = (
+        Text(f"{human(steps[name])} 100%") + _faster(steps[OURS], steps[name], name == OURS)
+        for name in sides
+    )
+    shown.add_row("a step", *cells)
+    return shown
+
+
+def _faster(ours: float, theirs: float, same: bool) -> Text:
+    if same or not ours or not theirs:
+        return Text("")
+    ratio = theirs / ours
+    return Text(f"  {ratio:.2f}x", style="green" if ratio >= 1 else "bold red")
 
 
 def _time(result: Result, name: str) -> Text:

@@ -17,7 +17,8 @@ with torch's SDPA and its own choice of AdamW. The models:
 A run is some steps of training, timed from the end of the first ones on. The limit is the rate of
 torch's matrix product; the share of it is the model FLOPs utilization (MFU). Memory is the peak
 above what a process holds before training, the model included; it, and the parts of a step, are
-measured once, in a process of its own for each.
+measured once, in a process of its own for each. With --quick that process tells the seconds and the
+losses too, and there is no other run: a model is compiled once by each side.
 """
 
 import tempfile
@@ -31,13 +32,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from bigkernel import _library, precision
+from bigkernel import _library, precision, utilization
 from bigkernel.bench import augment, limits
-from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, MemoryBar, Ready, on_torch
+from bigkernel.bench.case import OURS, REFERENCE, Alone, Bar, Case, MemoryBar, Ready, on_torch
 from bigkernel.bench.training import WARM, Training, alone
 from bigkernel.data import PaddingCollator, collate_images
 from bigkernel.measure import Run
-from bigkernel.recipes import images, models, presets, text, utilization
+from bigkernel.recipes import images, models, presets, text
 from bigkernel.recipes.errors import quietly
 from bigkernel.recipes.settings import ImageSettings, TextSettings, gather
 from bigkernel.recipes.training import Task
@@ -310,13 +311,18 @@ def _ready(spec: Spec, small: bool) -> Ready:
                 assert abs(mine - other) < 2e-3 * abs(other), f"loss {mine} beside {name}'s {other}"
         return f"the loss of every step, to 0.2%, beside {' and '.join(compared)}"
 
+    def told(name: str, alone: Alone) -> float:
+        training.losses[name] = alone.losses
+        return alone.seconds
+
     sample: Tensor = next(iter(training.model.parameters())).detach()
     config = training.model.config
     dim = config.hidden_size // config.num_attention_heads
     attention = "augmentation" not in training.ours
     tensors = (sample[None, None, :, :dim],) if attention else (sample,)
     op = "attention" if attention else "augment"
-    ready = Ready(runs, check, op, tensors, skipped=skipped, alone=alone(spec.name, small))
+    measure = alone(spec.name, small)
+    ready = Ready(runs, check, op, tensors, skipped=skipped, alone=measure, told=told)
     flops = utilization.training_flops(training.model, spec.length) if spec.length else None
     if flops is not None:
         ready.work = flops * spec.sequences

@@ -21,7 +21,8 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from bigkernel.bench.case import Alone
+from bigkernel.bench.case import REFERENCE, Alone, Case, strict
+from bigkernel.bench.profile import Profile
 from bigkernel.recipes import models
 from bigkernel.trainer import Trainer, TrainingArguments
 
@@ -82,12 +83,17 @@ class Training:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(measuring)
         measuring.watch_backward(trainer.accelerator)
+        profile = None
+        if _profiles:
+            profile = Profile(trainer, WARM)
+            if not isinstance(trainer, Trainer):
+                profile.mark_parts(trainer.model)
         with contextlib.redirect_stdout(io.StringIO()), models.quiet_transformers():
             trainer.train()
         torch._dynamo.reset()  # the next model is another one
         self.losses[name] = measuring.losses
-        global _latest
-        _latest = measuring
+        global _latest, _groups
+        _latest, _groups = measuring, None if profile is None else profile.groups()
         return measuring.seconds
 
 
@@ -158,7 +164,10 @@ class _Measuring(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(logs["loss"]))
 
 
-_latest: _Measuring | None = None  # of this process
+# Of this process: whether runs are taken apart op by op, and what the last one was.
+_profiles = False
+_latest: _Measuring | None = None
+_groups: dict[str, float] | None = None
 
 
 def _status(name: str) -> int:
@@ -176,11 +185,15 @@ def _held_since_now() -> int | None:
     return _status("VmRSS")
 
 
-def alone(case: str, small: bool) -> Callable[[str], Alone]:
-    """Measures a competitor of the case ``case`` of the table "train" in a process of its own."""
+def alone(case: str, small: bool, profile: bool = False) -> Callable[[str], Alone]:
+    """Measures a competitor of the case ``case`` of the table "train" in a process of its own.
+
+    ``profile``: the parts of a step are then the groups of `bigkernel.bench.profile`.
+    """
+    flags = [*(["small"] if small else []), *(["profile"] if profile else [])]
 
     def measure(competitor: str) -> Alone:
-        given = [case, competitor, str(torch.get_num_threads()), *(["small"] if small else [])]
+        given = [case, competitor, str(torch.get_num_threads()), *flags]
         code = f"import sys; from {__name__} import _tell; _tell(*sys.argv[1:])"
         command = [sys.executable, "-W", "ignore", "-c", code, *given]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -191,13 +204,24 @@ def alone(case: str, small: bool) -> Callable[[str], Alone]:
     return measure
 
 
-def _tell(case: str, competitor: str, threads: str, *small: str) -> None:
+def profiled(case: Case, small: bool = False) -> dict[str, Alone]:
+    """Each side of a case of the table "train" with the parts of a step by group of ops."""
+    measure = alone(case.name, small, profile=True)
+    return {name: measure(name) for name in case.build().runs if name != REFERENCE}
+
+
+def _tell(case: str, competitor: str, threads: str, *flags: str) -> None:
     """Trains, and prints an `Alone` as JSON."""
     from bigkernel.bench.suite import cases_of  # whose cases import this module
 
+    global _profiles
+    _profiles = "profile" in flags
     torch.set_num_threads(int(threads))
-    (found,) = (c for c in cases_of("train", bool(small)) if c.name == case)
-    found.build().runs[competitor]()
+    (found,) = (c for c in cases_of("train", "small" in flags) if c.name == case)
+    with strict():
+        found.build().runs[competitor]()
     assert _latest is not None
-    parts = {name: seconds / _latest.steps for name, seconds in _latest.parts.items()}
-    print(json.dumps(asdict(Alone(_latest.peak, parts, _latest.losses))))
+    parts = _groups
+    if parts is None:
+        parts = {name: seconds / _latest.steps for name, seconds in _latest.parts.items()}
+    print(json.dumps(asdict(Alone(_latest.peak, parts, _latest.losses, _latest.seconds))))

@@ -273,12 +273,15 @@ def bench(
     threads: Threads = None,
     plot: Annotated[Path | None, _text("Write a bar chart to this PNG file.")] = None,
     only: Annotated[str | None, _text("The cases whose names contain this, and no others.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Of train: where the time of a step goes, op by op.")
+    ] = False,
 ) -> None:
     """Time the ops beside their peers and beside what the machine can give."""
     from bigkernel.cli.bench import bench as run
 
     one_process("bench")
-    run(ops, json, quick, threads, plot, only)
+    run(ops, json, quick, threads, plot, only, profile)
 
 
 @app.command("tune-kernels")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigkernel import _library
-from bigkernel.bench import TABLES, Result, cases_of, machine, report, run_case
+from bigkernel.bench import TABLES, Result, cases_of, machine, report, run_case, training
+from bigkernel.bench.case import Alone
 from bigkernel.measure import QUICK, Plan
 from bigkernel.recipes.device import use_threads
 from bigkernel.recipes.errors import Failure, UsageError
@@ -20,14 +21,20 @@ def bench(
     threads: int | None,
     plot: Path | None,
     only: str | None = None,
+    profile: bool = False,
 ) -> None:
     """Measure the tables ``ops`` and print them; Failure where a result is wrong or not native.
 
-    only: the cases whose names contain it, in letters of either case.
+    only: the cases whose names contain it, in letters of either case. profile: of the table
+    "train", take a few steps of each side apart, op by op, and time nothing else.
     """
     for op in ops:
         if op not in TABLES:
             raise UsageError(f"there is no benchmark {op!r}. There are: {', '.join(TABLES)}.")
+    if profile and (set(ops) != {"train"} or plot is not None):
+        raise UsageError(
+            "--profile takes the steps of train apart: bigkernel bench train --profile."
+        )
     json, plot = (None if path is None else user_path(path) for path in (json, plot))
     for path in (json, plot):
         if path is not None and not path.parent.is_dir():
@@ -53,10 +60,16 @@ def bench(
         highlight=False,
     )
     results: list[Result] = []
+    profiles: dict[str, dict[str, Alone]] = {}
     for op, cases in tables.items():
         table: list[Result] = []
         for case in cases:
             print(f"{op}: {case.name} ...", file=sys.stderr, flush=True)
+            if profile:
+                sides = training.profiled(case)
+                console.print(report.groups(case.name, sides))
+                profiles[case.name] = sides
+                continue
             table.append(run_case(case, QUICK if quick else Plan()))
         if table:
             report.show(table, console)
@@ -66,6 +79,10 @@ def bench(
         command += f" --only {shlex.quote(only)}"
     if threads is not None:
         command += f" --threads {threads}"
+    if profile:
+        command += " --profile"
+        parts = {case: {name: a.parts for name, a in of.items()} for case, of in profiles.items()}
+        facts["seconds_of_a_step"] = parts
     if json is not None:
         report.save_json(results, facts, command, json)
     if plot is not None:

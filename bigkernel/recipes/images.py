@@ -153,7 +153,6 @@ def prepare(
         held_back=held_back,
         collate=fit.collate,
         unit="images",
-        per_item=1,
         look_at=256,
         data={
             "images": data.name,

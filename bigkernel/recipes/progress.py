@@ -2,31 +2,19 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bigkernel.checkpoint import write_file_atomically
 from bigkernel.recipes.errors import say
+from bigkernel.utilization import WINDOW_SECONDS
 
 # Without a terminal one line in this many seconds: enough to follow, little enough for a log.
 LINE_SECONDS = 5.0
-# Throughput is a mean over this many seconds, so that it shows what happens now.
-WINDOW_SECONDS = 10.0
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device where it has its own, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def human_bytes(count: float) -> str:
@@ -105,25 +93,12 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
 
     Args:
         metrics: the file.
-        unit: what a step consumes ``per_step`` of: "tokens" or "images".
-        per_step: how many of them.
-        device: whose memory is told.
-        whole: how many a second would take all of the machine's matrix rate; None is not known.
+        unit: what a step consumes: "tokens" or "images".
     """
 
-    def __init__(
-        self,
-        metrics: MetricsFile,
-        unit: str,
-        per_step: int,
-        device: torch.device,
-        whole: float | None = None,
-    ) -> None:
+    def __init__(self, metrics: MetricsFile, unit: str) -> None:
         self.metrics = metrics
         self.unit = unit
-        self.per_step = per_step
-        self.device = device
-        self.whole = whole
         self.seconds = 0.0
         self._throughput = Throughput()
         self._latest: dict[str, float] = {}
@@ -165,13 +140,6 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         if "train_runtime" in record:  # the summary of the whole run, not a point of a curve
             return
         self._latest.update(record)
-        if "loss" in record:
-            rate = self._throughput.steps_per_second() * self.per_step
-            if math.isfinite(rate):
-                record[f"{self.unit}_per_second"] = round(rate, 1)
-                if self.whole is not None:
-                    record["mfu"] = round(rate / self.whole, 4)
-            record["memory_bytes"] = memory_bytes(self.device)
         self.metrics.append({"step": state.global_step, **record})
         self.show(state.global_step, state.max_steps)
 
@@ -213,16 +181,17 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         ):
             if name in self._latest:
                 parts[name] = f"{shown} {self._latest[name]:{form}}"
-        speed = self._throughput.steps_per_second()
-        if math.isfinite(speed):
-            rate = speed * self.per_step
-            parts["speed"] = f"{rate:,.0f} {self.unit}/s"
-            if self.whole is not None:
-                parts["mfu"] = f"MFU {rate / self.whole:.0%}"
-        parts["memory"] = human_bytes(memory_bytes(self.device))
+        speed = f"{self.unit}_per_second"
+        if speed in self._latest:
+            parts["speed"] = f"{self._latest[speed]:,.0f} {self.unit}/s"
+        if "mfu" in self._latest:
+            parts["mfu"] = f"MFU {self._latest['mfu']:.0%}"
+        if "memory_bytes" in self._latest:
+            parts["memory"] = human_bytes(self._latest["memory_bytes"])
         if self._throughput._marks:
             left = max_steps - self._throughput._marks[-1][1]
-            parts["left"] = f"{human_time(left / speed if speed > 0 else math.nan)} left"
+            pace = self._throughput.steps_per_second()
+            parts["left"] = f"{human_time(left / pace if pace > 0 else math.nan)} left"
         return fitting(parts, width)
 
 

@@ -171,7 +171,6 @@ def prepare(
         held_back=held_back,
         collate=PackingCollator(settings.max_length),
         unit="tokens",
-        per_item=settings.max_length,
         look_at=32,
         data=facts(corpus),
         save_inputs=save_inputs,

@@ -23,7 +23,6 @@ from bigkernel.recipes.errors import Failure, is_quiet, option, say
 from bigkernel.recipes.models import parameters
 from bigkernel.recipes.progress import MetricsFile, TrainingProgress, human_time, read_metrics
 from bigkernel.recipes.settings import Settings, dump
-from bigkernel.recipes.utilization import matrix_rate, sequence_length, training_flops
 from bigkernel.trainer import MUON, Trainer, TrainingArguments
 
 # Held-back data is looked at this many times during training, and checkpoints are written.
@@ -36,11 +35,10 @@ ITEMS = {"tokens": "sequences", "images": "images"}
 class Task:
     """One training run, ready to start: everything that can be wrong with the input has been met.
 
-    ``data`` are facts to record about the data, ``unit`` what is counted and ``per_item`` how many
-    of it one item of the training set holds; ``look_at`` held-back items are measured while it
-    trains, all of them at the end. ``finish`` is called with the trained model and the
-    run folder; it writes samples and pictures and returns (figures, the sample for the card).
-    ``opened`` gives the trained run, from what was recorded and the figures.
+    ``data`` are facts to record about the data, ``unit`` what is counted; ``look_at`` held-back
+    items are measured while it trains, all of them at the end. ``finish`` is called with the
+    trained model and the run folder; it writes samples and pictures and returns (figures, the
+    sample for the card). ``opened`` gives the trained run, from what was recorded and the figures.
     """
 
     command: str
@@ -51,7 +49,6 @@ class Task:
     held_back: Any
     collate: Callable[..., Any]
     unit: str
-    per_item: int
     look_at: int
     data: dict[str, Any]
     save_inputs: Callable[[Path], None]
@@ -87,13 +84,7 @@ def train(
             "all of them in the end"
         )
     metrics = MetricsFile(run / run_folder.METRICS)
-    shown = progress(
-        metrics,
-        task.unit,
-        settings.batch_size * settings.accumulate * task.per_item,
-        arguments.device,
-        _whole_rate(task, arguments),
-    )
+    shown = progress(metrics, task.unit)
     trainer = Trainer(
         model=task.model,
         args=arguments,
@@ -182,16 +173,6 @@ def _arguments(task: Task) -> TrainingArguments:
         dataloader_pin_memory=device.type == "cuda",
         optim=MUON if settings.optim == MUON else TrainingArguments.default_optim,
     )
-
-
-def _whole_rate(task: Task, arguments: TrainingArguments) -> float | None:
-    """Tokens or images a second that would take all of the machine's matrix rate."""
-    tokens = sequence_length(task.model, task.unit, task.per_item)
-    flops = None if tokens is None else training_flops(task.model, tokens)
-    if flops is None:
-        return None
-    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    return task.per_item * matrix_rate(arguments.device, half or task.model.dtype) / flops
 
 
 def _optimizer(settings: Settings) -> tuple[type, dict[str, Any]] | None:
