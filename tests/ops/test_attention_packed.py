@@ -46,9 +46,9 @@ def cumulative(lengths, device="cpu"):
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
-def draw(dtype, device="cpu", lengths=LENGTHS):
+def draw(dtype, device="cpu", lengths=LENGTHS, seed=3):
     """q, k, v, dout, dlse and both cu_seqlens."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     rows, keys = (sum(side) for side in zip(*lengths, strict=True))
     q, k, v, dout = (
         torch.randn(n, h, DIM).to(device, dtype)
@@ -109,7 +109,7 @@ def test_attention_varlen_matches_reference(backend, feature, dtype):
         keywords.get("dropout_p", 0.0),
     )
 
-    def reference(dtype):
+    def reference(dtype, inputs=inputs, gradients=gradients):
         return forward_backward(
             lambda q, k, v, mask: attention_reference(
                 q,
@@ -126,12 +126,17 @@ def test_attention_varlen_matches_reference(backend, feature, dtype):
             [x.to(dtype) for x in gradients],
         )
 
-    exact, same = reference(torch.float64), reference(DTYPES[dtype])
-    same[1] = reference(torch.float32)[1]  # lse is kept in float32
+    exact, errors = reference(torch.float64), []
+    for seed in (3, 4, 5):  # PyTorch may be lucky once
+        other, of_other, _ = draw(DTYPES[dtype], device, seed=seed)
+        given = (*other, inputs[3]), of_other
+        right, same = reference(torch.float64, *given), reference(DTYPES[dtype], *given)
+        same[1] = reference(torch.float32, *given)[1]  # lse is kept in float32
+        errors.append([largest_error(s, e) for s, e in zip(same, right, strict=True)])
     names = ("out", "lse", "dq", "dk", "dv", "dmask")[: len(actual)]
-    for name, a, e, s in zip(names, actual, exact, same, strict=True):
+    for name, a, e, *errs in zip(names, actual, exact, *errors, strict=True):
         half_ulp = 0.5 * torch.finfo(a.dtype).eps * e[e.isfinite()].abs().max().item()
-        error, allowed = largest_error(a, e), 2 * largest_error(s, e) + half_ulp
+        error, allowed = largest_error(a, e), 2 * max(errs) + half_ulp
         assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
 
 
