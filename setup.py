@@ -104,7 +104,7 @@ def isa_sources() -> list[str]:
         for isa, (lanes, target) in ISAS.items():
             if target and not x86:
                 continue
-            if isa == "avx512" and flag("BIGKERNEL_SANITIZE"):  # BK_AVX512 in csrc/cpu/isa.h
+            if isa == "avx512" and flag("BIGKERNEL_SANITIZE"):  # BK_AVX512_COPY in csrc/cpu/isa.h
                 continue
             if isa == "amx" and not (body.parent / "cpu_amx.h").exists():  # products of matrices
                 continue

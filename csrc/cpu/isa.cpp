@@ -45,7 +45,7 @@ bool supported(Isa isa) {
              __builtin_cpu_supports("f16c");
     case Isa::kAvx512:
 #ifdef __SANITIZE_ADDRESS__
-      if (!__builtin_cpu_supports("avx512bf16")) return false;  // BK_AVX512
+      if (!__builtin_cpu_supports("avx512bf16")) return false;  // BK_AVX512_COPY
 #endif
       return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
