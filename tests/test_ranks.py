@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import transformers
 from families import DECODER
 
 from bigkernel import checkpoint
+from bigkernel.cli import main
 from bigkernel.integrations import sharding
 
 HERE = Path(__file__).resolve().parent
@@ -303,3 +305,155 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_pat
     assert curve(figures) == curve(whole)
     left = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+# The command line
+
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """What a run of the command line is told, and its folder."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 120)
+    (folder / "model.json").write_text(json.dumps(SHAPE))
+    return [
+        *("train", "text", "--data", str(folder / "text.txt"), "--max-length", "32"),
+        *("--model", str(folder / "model.json"), "--threads", "1", "--batch-size", "4"),
+    ]
+
+
+def metrics(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        [record["step"], name, record[name]]
+        for record in map(json.loads, lines)
+        for name in ("loss", "grad_norm", "eval_loss")
+        if name in record
+    ]
+
+
+def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_path, capsys):
+    """Rank 0 alone writes and speaks; the run goes on in one process."""
+    one, both = tmp_path / "one", tmp_path / "both"
+    command = [*settings, "--max-steps", "4", "--save-steps", "2"]
+    assert main([*command, "--out", str(one)]) == 0
+    said = capsys.readouterr().out
+    done = start(2, "-m", "bigkernel", *command, "--parallel", "fsdp2", "--out", both)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
+        assert point == other
+        # What is shown of the part held back is a mean over batches, which are others.
+        assert a == pytest.approx(b, **({"rel": 1e-3} if "eval_loss" in point else CLOSE)), point
+    files = {file.relative_to(one).as_posix() for file in one.rglob("*") if file.is_file()}
+    got = {file.relative_to(both).as_posix() for file in both.rglob("*") if file.is_file()}
+    of_pieces = {name for name in got if "/optimizer" in name or "/rng_state" in name}
+    assert got - of_pieces == {
+        name for name in files if "/optimizer" not in name and "/rng_state" not in name
+    }
+    first_words = [line.split()[0] for line in said.splitlines() if line.strip()]
+    for word in ("corpus", "model,", "trained", "perplexity"):
+        assert first_words.count(word) == 1
+        assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()].count(
+            word
+        ) == 1
+    assert done.stderr.count("loading PyTorch") == 1
+    card = (both / "README.md").read_text()
+    assert "2 (fsdp2)" in card
+    perplexity = "| perplexity |"
+    lines = [
+        next(line for line in (run / "README.md").read_text().splitlines() if perplexity in line)
+        for run in (one, both)
+    ]
+    assert lines[0] == lines[1]
+    more = [*command, "--max-steps", "6", "--out", str(both), "--resume", "auto"]
+    assert main(more) == 2
+    assert "--parallel ddp goes on in one" in capsys.readouterr().err
+    assert main([*more, "--parallel", "ddp"]) == 0
+    assert metrics(both)[-1][0] == 6
+
+
+FAILS = """
+import os, sys
+import bigkernel.trainer
+from bigkernel.cli import main
+
+step = bigkernel.trainer.Trainer.training_step
+
+def fail(self, *arguments, **keywords):
+    if os.environ["RANK"] == "1" and self.state.global_step == 2:
+        raise RuntimeError("the third batch of this rank cannot be read")
+    return step(self, *arguments, **keywords)
+
+bigkernel.trainer.Trainer.training_step = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    run = tmp_path / "run"
+    done = start(2, script, *settings, "--max-steps", "4", "--parallel", kind, "--out", run)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert errors == ["Error: process 1: the third batch of this rank cannot be read"]
+    assert "Gloo" not in done.stderr
+
+
+def ranks_of(launcher):
+    """The processes that a launcher has started, by rank."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == launcher.pid:
+            for variable in variables:
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = int(process.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_any_rank_has_all_save_once(settings, tmp_path, rank):
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*settings, "--max-steps", "100000", "--save-steps", "90000", "--parallel", "fsdp2"]
+    with subprocess.Popen(
+        [*launcher, "--nproc-per-node", "2", "-m", "bigkernel", *command, "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        file = run / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not file.is_file() or file.read_text().count("\n") < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.kill(ranks_of(process)[rank], signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert said.count("interrupted by SIGTERM after step") == 1, said
+    assert "exitcode  : 143" in said
+    assert said.count("Traceback (most recent call last)") == 1  # the launcher's own
+    (saved,) = run.glob("checkpoint-*")
+    checkpoint.verify_checkpoint(saved)
+    step = int(saved.name.split("-")[1])
+    more = [*settings, "--max-steps", str(step + 1), "--out", str(run), "--resume", "auto"]
+    assert main([*more, "--parallel", "ddp"]) == 0
+    assert metrics(run)[-1][0] == step + 1
