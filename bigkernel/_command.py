@@ -46,7 +46,8 @@ def ready() -> None:
 _SLOW = ("train", "generate", "evaluate", "bench", "tune-kernels")
 
 if _is_command():
-    if any(word in sys.argv for word in _SLOW) and "--help" not in sys.argv:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    if first and any(word in sys.argv for word in _SLOW) and "--help" not in sys.argv:
         print("loading PyTorch ...", file=sys.stderr, flush=True)
     for _number in STOPPING:
         if signal.getsignal(_number) in (signal.default_int_handler, signal.SIG_DFL):

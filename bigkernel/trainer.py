@@ -47,7 +47,7 @@ from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingIn
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.data.collators import PackingCollator, PaddingCollator
 from bigkernel.expect import Expect
-from bigkernel.integrations import contract, heads
+from bigkernel.integrations import contract, heads, sharding
 from bigkernel.integrations.packing import Packing, PackingError, packing_of
 from bigkernel.integrations.patching import NAMES, patch
 from bigkernel.integrations.weights import has_other_names, load_weights
@@ -246,7 +246,7 @@ class Trainer(transformers.Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         self._batch_augmentation = BatchAugmentation(seed)
         self._in_training_step = self._wants_loss_alone = False
-        self._stop_request = StopRequest(_tell_stop)
+        self._stop_request = StopRequest(self._tell_stop)
         self._in_evaluation_that_may_stop = False
         self._has_begun = self._evaluation_due = False
         self._saved_step: int | None = None
@@ -262,6 +262,26 @@ class Trainer(transformers.Trainer):
         given = positional[0] if positional else keywords.get("data_collator")
         if given is None and getattr(args, "packing", False):
             self.data_collator = PaddingCollator(self._pad_token_id())
+
+    # Processes
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers', and FSDP2 on CPUs, where accelerate would make DDP of it.
+
+        Raises:
+            ShardingError: FSDP was asked for where it would not be what is asked.
+        """
+        asked = sharding.version_of(self.args)
+        super().create_accelerator_and_postprocess()
+        sharding.shard_on_cpu(self, asked)
+
+    def _is_fsdp2(self) -> bool:
+        """Whether the model is, or will be, sharded by `fully_shard`."""
+        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
+    def _weights_come_from_the_first(self) -> bool:
+        """Whether accelerate is to send the weights of the first rank to the others."""
+        return bool(self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
 
     # What is replaced
 
@@ -320,8 +340,8 @@ class Trainer(transformers.Trainer):
 
         For Muon also ``muon_lr``, if there is one, which `create_optimizer` gives to its groups.
         """
-        # FSDP and DeepSpeed hold the gradients in pieces and clip them their own way.
-        clips = args.max_grad_norm and args.max_grad_norm > 0 and not args.fsdp
+        # FSDP1 and DeepSpeed flatten what they cut, and clip it their own way.
+        clips = args.max_grad_norm and args.max_grad_norm > 0 and sharding.version_of(args) != 1
         clip = {"max_grad_norm": args.max_grad_norm} if clips and not args.deepspeed else {}
         if args.optim == MUON:
             expected = "left out with optim='muon'"
@@ -653,8 +673,11 @@ class Trainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', without touching the random numbers that training continues with."""
         shield_workers(args[0] if args else kwargs["dataloader"], self._stop_request)
-        with same_random_numbers_after():
-            return super().evaluation_loop(*args, **kwargs)
+        try:
+            with same_random_numbers_after():
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            sharding.put_back(self._module())
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -739,9 +762,16 @@ class Trainer(transformers.Trainer):
                     if self.args.save_strategy != SaveStrategy.NO:
                         raise
                     # Only a signal would have something saved; then the folder is named again.
+            if self.is_fsdp_enabled:
+                sharding.check_state(self.accelerator)
+            if self._is_fsdp2():
+                sharding.check_model(self._module(), self.args)
+                sharding.choose_units(self._module(), self.accelerator.state.fsdp_plugin)
             self.check_saving()
             self.check_packing()
             self.accelerator.wait_for_everyone()
+            if self._is_fsdp2() and not self._weights_come_from_the_first():
+                sharding.share_start(self._module(), self.args.device)
             folder: Path | None = None
             if resume_from_checkpoint:
                 folder = checkpoint.resolve_checkpoint(resume_from_checkpoint, self._run_folder())
@@ -754,7 +784,7 @@ class Trainer(transformers.Trainer):
             if folder is not None and folder.parent.resolve() == self._run_folder().resolve():
                 name = folder.name.removeprefix("checkpoint-")
                 self._saved_step = int(name) if name.isdecimal() else None
-            self._stop_request = StopRequest(_tell_stop)
+            self._stop_request = StopRequest(self._tell_stop)
             if getattr(self.args, "save_on_interrupt", True):
                 stack.enter_context(self._stop_request)
             try:
@@ -766,12 +796,13 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all, and never with parameters that are lost."""
+        sharding.put_back(self._module())  # whoever has called it since the step
         if self._stops_on_nonfinite():
-            for name, parameter in self._module().named_parameters():
-                if not bool(parameter.detach().isfinite().all()):
-                    step = self.state.global_step
-                    found = f"{name} is no longer finite after step {step}; nothing was saved"
-                    raise self._nonfinite(found, step)
+            name = sharding.first_not_finite(self._module().named_parameters())
+            if name is not None:
+                step = self.state.global_step
+                found = f"{name} is no longer finite after step {step}; nothing was saved"
+                raise self._nonfinite(found, step)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run = Path(self._get_output_dir(trial=trial))
@@ -796,13 +827,35 @@ class Trainer(transformers.Trainer):
             checkpoint.rotate(run, self.args.save_total_limit, keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As transformers', also for weights that it saves under other names than it loads."""
+        """As transformers', also for weights that it saves under other names than it loads.
+
+        A sharded model's are read by each rank for itself, whatever the ranks that saved them.
+        """
         target = self._module() if model is None else model
         if has_other_names(target, resume_from_checkpoint):
             with same_random_numbers_after():
                 load_weights(target, resume_from_checkpoint)
+        elif self._has_whole_weights():
+            read = sharding.load_weights(target, Path(resume_from_checkpoint))
+            self._issue_warnings_after_load(read)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _has_whole_weights(self) -> bool:
+        """Whether a sharded model's weights are saved whole: else transformers saves all of it."""
+        kind = self._is_fsdp2() and self.accelerator.state.fsdp_plugin.state_dict_type
+        return "FULL" in str(kind)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers'; under FSDP2 each rank writes its part of the optimizer's state."""
+        if not self._has_whole_weights():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer: Any = self.optimizer
+        sharding.save_optimizer(self._module(), optimizer, Path(output_dir))
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir, "scheduler.pt"))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As transformers', and CheckpointError if a weight that is trained was not loaded."""
@@ -854,20 +907,29 @@ class Trainer(transformers.Trainer):
         return run / folder.name if folder.parent == run.resolve() else folder
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers', which loads both or, if one is missing, none without a word."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        """As transformers', which loads both or, if one is missing, none without a word.
+
+        Each rank reads its part of the optimizer's state, whatever the ranks that saved it.
+        """
+        whole = self._has_whole_weights()
+        in_pieces = checkpoint is not None and sharding.has_pieces(Path(checkpoint))
+        ours = whole or (in_pieces and not self.is_fsdp_enabled)
+        if not ours:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled or (self.is_fsdp_enabled and not whole):
             return
         optimizer, scheduler = Path(checkpoint, "optimizer.pt"), Path(checkpoint, "scheduler.pt")
-        if optimizer.is_file() and scheduler.is_file():
+        has_optimizer = in_pieces or optimizer.is_file()
+        if not ours and has_optimizer and scheduler.is_file():
             return
         stepper: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if optimizer.is_file():
-            state = torch.load(optimizer, map_location="cpu", weights_only=True)
-            stepper.load_state_dict(state)
-        elif scheduler.is_file():
+        if has_optimizer:
+            sharding.load_optimizer(self._module(), stepper, Path(checkpoint))
+        if scheduler.is_file():
             schedule.load_state_dict(torch.load(scheduler, weights_only=True))
+            if has_optimizer:
+                return
             rates = schedule.get_last_lr()
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -881,8 +943,10 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is not None and has_other_names(self._module(), best):
-            load_weights(self._module(), best)
+        if best is not None and (
+            has_other_names(self._module(), best) or self._has_whole_weights()
+        ):
+            self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
 
@@ -960,7 +1024,7 @@ class Trainer(transformers.Trainer):
             not self.args.should_save
             or self.args.save_strategy == SaveStrategy.NO
             or self.is_deepspeed_enabled
-            or self.is_fsdp_enabled
+            or (self.is_fsdp_enabled and not self._has_whole_weights())
         ):
             return
         run = self._run_folder()
@@ -999,6 +1063,8 @@ class Trainer(transformers.Trainer):
 
     def _check_before_first_step(self) -> None:
         """What can be checked only now: there are an optimizer and a scheduler."""
+        if self._is_fsdp2():
+            sharding.check_sharded(self._module())
         if not self.args.should_save or self.args.save_strategy == SaveStrategy.NO:
             return
         if not self.args.save_only_model:
@@ -1055,6 +1121,14 @@ class Trainer(transformers.Trainer):
         super()._save(output_dir, state_dict)
 
     # Signals
+
+    def _tell_stop(self, number: signal.Signals) -> None:
+        if self.is_world_process_zero():  # what another was sent is told when the step is done
+            name = "" if number == signal.SIGINT else f"{number.name}: "
+            checkpoint.notify(
+                f"{name}finishing this step, then saving; Ctrl-C again stops at once, without "
+                "saving."
+            )
 
     def _stop_if_asked(self, model: nn.Module, trial: Any, save: bool = True) -> None:
         """Save and raise if a signal has asked any of the processes to stop."""
@@ -1119,13 +1193,6 @@ class Trainer(transformers.Trainer):
 
 class _EvaluationLeft(Exception):
     """A signal came during an evaluation."""
-
-
-def _tell_stop(number: signal.Signals) -> None:
-    name = "" if number == signal.SIGINT else f"{number.name}: "
-    checkpoint.notify(
-        f"{name}finishing this step, then saving; Ctrl-C again stops at once, without saving."
-    )
 
 
 def _rehearse(run: Path, name: str, save: Callable[[], Any]) -> None:

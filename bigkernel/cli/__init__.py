@@ -1,8 +1,10 @@
 """The ``bigkernel`` command: train, generate, evaluate, bench, tune-kernels, env."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from bigkernel.extras import MissingExtraError, needs
 
@@ -21,8 +23,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="bigkernel")
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    else:
+        code = 0
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available():
+        _leave_others(torch.distributed, code)
+    return code
+
+
+def _leave_others(distributed: Any, code: int) -> None:
+    """End a process of several at once.
+
+    Not by the end of the interpreter, which aborts where one of gloo's threads still wants it.
+    """
+    if distributed.is_initialized():
+        if code == 0:
+            distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 __all__ = ["main"]

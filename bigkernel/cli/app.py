@@ -99,9 +99,10 @@ Epochs = Annotated[float | None, _text("Passes over the training part.")]
 MaxSteps = Annotated[int | None, _text("Optimiser steps; with --epochs too, this one counts.")]
 Optim = Annotated[str | None, _text("adamw, adam, sgd or muon.")]
 Lr = Annotated[float | None, _text("Highest learning rate.")]
-BatchSize = Annotated[int | None, _text("Sequences or images in a batch.")]
+BatchSize = Annotated[int | None, _text("Sequences or images in a batch of all processes.")]
 Seed = Annotated[int | None, _text("Seed of weights, order, dropout and augmentation.")]
 Device = Annotated[str | None, _text("auto, cpu, cuda or cuda:N.")]
+Parallel = Annotated[str | None, _text("ddp or fsdp2, where torchrun starts several processes.")]
 Dtype = Annotated[str | None, _text("auto, float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, _text("CPU threads.")]
 SaveSteps = Annotated[int | None, _text("A checkpoint every so many steps.")]
@@ -140,6 +141,7 @@ def train_text(
     batch_size: BatchSize = None,
     seed: Seed = None,
     device: Device = None,
+    parallel: Parallel = None,
     dtype: Dtype = None,
     threads: Threads = None,
     save_steps: SaveSteps = None,
@@ -173,6 +175,7 @@ def train_images(
     batch_size: BatchSize = None,
     seed: Seed = None,
     device: Device = None,
+    parallel: Parallel = None,
     dtype: Dtype = None,
     threads: Threads = None,
     save_steps: SaveSteps = None,
@@ -190,7 +193,7 @@ def _train(command: str, options: dict[str, Any]) -> None:
     from bigkernel import recipes
     from bigkernel.cli.progress import TerminalProgress
 
-    one_process(command)
+    one_process(command, but_torchrun=True)
     # Of this command line alone, `trust_remote_code` too: a file must not be able to allow it.
     train = recipes.train_text if command == "train text" else recipes.train_images
     train(progress=TerminalProgress, **options)

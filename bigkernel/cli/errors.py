@@ -1,5 +1,6 @@
 """From exceptions to one sentence on stderr and an exit code; a traceback only on request."""
 
+import datetime
 import errno
 import functools
 import os
@@ -16,6 +17,7 @@ from bigkernel.checkpoint import TrainingInterrupted
 from bigkernel.escape import printable
 from bigkernel.extras import MissingExtraError, needs
 from bigkernel.interrupts import Stopped, drop_closed_streams
+from bigkernel.recipes import ranks
 from bigkernel.recipes.errors import Failure, UsageError, speaking_of_options
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -53,26 +55,59 @@ _RANKS = {
 }
 
 
-def one_process(command: str) -> None:
-    """End the command if a launcher has started it in several processes; the first says so."""
+def one_process(command: str, but_torchrun: bool = False) -> None:
+    """End the command if a launcher has started it in several processes; the first says so.
+
+    Args:
+        command: its name.
+        but_torchrun: whether it can be run by processes that torchrun has started.
+    """
     for size, rank in _RANKS.items():
+        if but_torchrun and size == "WORLD_SIZE" and "MASTER_ADDR" in os.environ:
+            return
         count = os.environ.get(size, "1")
         if count.isdecimal() and int(count) > 1:
             if os.environ.get(rank, "0") not in ("", "0"):
                 raise typer.Exit(USAGE)
             raise UsageError(
                 f"`bigkernel {command}` runs in one process, and a launcher such as torchrun has "
-                f"started it in {count} ({size}={count}). Start it without the launcher, or train "
-                "with bigkernel.Trainer in a script of your own."
+                f"started it in {count} ({size}={count}). Start it without the launcher: "
+                "`bigkernel train` alone can be started by torchrun."
             )
+
+
+def _leave_to_the_first(code: int) -> None:
+    """Leave without a word if another process of this launch has ended with an error before.
+
+    What this one met is then only that the other one is gone. The launcher's store is asked, which
+    outlives the processes; without one, each speaks for itself.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "0")
+    if ranks.count() == 1 or host is None:
+        return
+    import torch
+
+    mine = f"{os.environ.get('RANK')} {code}"
+    key = f"bigkernel/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            host, int(port), is_master=False, timeout=datetime.timedelta(seconds=5)
+        )
+        first = store.compare_set(key, "", mine).decode()
+    except (RuntimeError, ValueError):
+        return
+    if first != mine:
+        raise typer.Exit(int(first.split()[1]))
 
 
 def fail(error: BaseException, code: int) -> NoReturn:
     """Print ``error`` as a sentence on stderr and leave with ``code``."""
+    _leave_to_the_first(code)
     if os.environ.get(TRACEBACK) == "1":
         raise error
     sys.stdout.flush()
-    print(f"Error: {printable(sentence(error))}", file=sys.stderr)
+    who = "" if ranks.is_first() else f"process {os.environ['RANK']}: "
+    print(f"Error: {who}{printable(sentence(error))}", file=sys.stderr, flush=True)
     known = (UsageError, Failure, MissingExtraError, ValueError, RuntimeError, OSError)
     expected = isinstance(error, known)
     if not expected:
@@ -96,6 +131,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (KeyboardInterrupt, Stopped) as error:
             number = error.signal if isinstance(error, Stopped) else signal.SIGINT
             drop_closed_streams()
+            _leave_to_the_first(128 + number)
             print(f"\n{_command.sentence(number)}", file=sys.stderr)
             raise typer.Exit(128 + number) from None
         except (typer.Exit, SystemExit):

@@ -127,6 +127,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "transformers.trainer.Trainer",
             autocast_smart_context_manager="(self, cache_enabled=True)",
             call_model_init="(self, trial=None)",
+            create_accelerator_and_postprocess="(self)",
             compute_loss="(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
             create_optimizer="(self, model=None)",
             evaluation_loop=(
@@ -191,7 +192,11 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "transformers.modeling_utils",
             remove_tied_weights_from_state_dict="(state_dict, model)",
         ),
-        *_needs("transformers.modeling_utils.PreTrainedModel", _keys_to_ignore_on_save=_ATTRIBUTE),
+        *_needs(
+            "transformers.modeling_utils.PreTrainedModel",
+            _keys_to_ignore_on_save=_ATTRIBUTE,
+            _no_split_modules=_ATTRIBUTE,
+        ),
     ),
     **{
         cls: _needs(

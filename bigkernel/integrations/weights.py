@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bigkernel.checkpoint import CheckpointError
+from bigkernel.integrations.sharding import copy_whole, is_sharded
 
 
 def has_other_names(model: nn.Module, folder: str | Path) -> bool:
@@ -32,7 +33,8 @@ def load_weights(model: Any, folder: str | Path) -> None:
     """Copy the weights of ``folder`` into ``model`` as ``from_pretrained`` would read them.
 
     Args:
-        model: a PreTrainedModel; its parameters keep their identity, dtype and device.
+        model: a PreTrainedModel, sharded or not; its parameters keep their identity, dtype and
+            device.
         folder: what ``save_pretrained`` wrote.
 
     Raises:
@@ -53,7 +55,10 @@ def load_weights(model: Any, folder: str | Path) -> None:
             f"the weights in {folder} do not fit a {type(model).__name__}: {len(wrong)} are "
             f"missing or have another shape, such as {sorted(wrong)[0]}."
         )
-    model.load_state_dict(loaded.state_dict())
+    if is_sharded(model):
+        copy_whole(model, loaded.state_dict())
+    else:
+        model.load_state_dict(loaded.state_dict())
 
 
 def _saved_names(folder: Path) -> list[str]:

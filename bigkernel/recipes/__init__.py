@@ -4,7 +4,8 @@
 measure on the part held back and leave a run folder: model, checkpoints, figures, pictures and a
 model card. :func:`load` opens such a folder again.
 
-One run is one process. On a machine with several GPUs it takes one of them.
+One run is one process, on a machine with several GPUs on one of them, or all the processes that
+torchrun has started.
 """
 
 import importlib

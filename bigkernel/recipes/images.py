@@ -165,7 +165,9 @@ def prepare(
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, data),
-        opened=lambda record, figures: ImageRun(run, model, plain, settings, record, figures),
+        opened=lambda model, record, figures: ImageRun(
+            run, model, plain, settings, record, figures
+        ),
         trainer_options={
             "augmentation": augment,
             "eval_augmentation": plain,

@@ -55,20 +55,26 @@ class Throughput:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, each with its step; appended to as they come."""
+    """``metrics.jsonl``: one JSON object a line, each with its step; appended to as they come.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``kept=False`` writes nothing: of several processes one keeps the file.
+    """
+
+    def __init__(self, path: Path, kept: bool = True) -> None:
+        self.path, self.kept = path, kept
 
     def rewind(self, step: int) -> None:
         """Drop what an interrupted run logged after the checkpoint at ``step``."""
+        if not self.kept:
+            return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_file_atomically(self.path, text)
 
     def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.kept:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from bigkernel.recipes import augmentation, device, images, models, presets, run_folder, text
+from bigkernel.recipes import augmentation, device, images, models, presets, ranks, run_folder, text
 from bigkernel.recipes.errors import UsageError, option, quietly
 from bigkernel.recipes.progress import TrainingProgress
 from bigkernel.recipes.settings import (
@@ -23,7 +23,11 @@ from bigkernel.recipes.settings import (
 from bigkernel.recipes.training import train
 
 # What may differ when a run goes on: nothing that changes a step, only where it runs and ends.
-FREE_ON_RESUME = {"out", "preset", "device", "threads", "epochs", "max_steps", "save_steps"}
+FREE_ON_RESUME = {"out", "preset", "device", "parallel", "threads"} | {
+    "epochs",
+    "max_steps",
+    "save_steps",
+}
 PathLike = str | os.PathLike[str]
 
 
@@ -69,7 +73,7 @@ def train_text(
     """
     options: dict[str, Any] = {"out": out, "config": config, "sample": sample, "resume": resume}
     flags: dict[str, Any] = {"force": force, "trust_remote_code": trust_remote_code}
-    with quietly() if quiet else contextlib.nullcontext():
+    with quietly() if quiet or not ranks.is_first() else contextlib.nullcontext():
         return cast(text.TextRun, _start(text.COMMAND, settings, progress, **options, **flags))
 
 
@@ -106,7 +110,7 @@ def train_images(
     """
     options: dict[str, Any] = {"out": out, "config": config, "resume": resume}
     flags: dict[str, Any] = {"force": force, "trust_remote_code": trust_remote_code}
-    with quietly() if quiet else contextlib.nullcontext():
+    with quietly() if quiet or not ranks.is_first() else contextlib.nullcontext():
         return cast(images.ImageRun, _start(images.COMMAND, settings, progress, **options, **flags))
 
 
@@ -193,8 +197,10 @@ def _start(
         elif not run_folder.is_run(run):
             raise UsageError(f"{run} is no longer a run: another process has removed its files.")
 
+    _check_processes(settings, command)
+    ranks.join(device.pick_device(settings.device))
     with (
-        run_folder.taken(command.split()[1], folder, allowed) as run,
+        ranks.taken(command.split()[1], folder, allowed) as run,
         models.quiet_transformers(),
     ):
         settings.out = str(run)
@@ -206,9 +212,23 @@ def _start(
             task = text.prepare(settings, run, recorded, trust_remote_code)
         else:
             task = images.prepare(cast(ImageSettings, settings), run, recorded, trust_remote_code)
-        figures, record = train(task, resume if going_on else None, progress)
-        opened: text.TextRun | images.ImageRun = task.opened(record, figures)
+        model, figures, record = train(task, resume if going_on else None, progress)
+        if model is None:  # in pieces, and the first process has put them together
+            kind: Any = text if isinstance(settings, TextSettings) else images
+            model = kind.load_run(run, settings, record, trust_remote_code).model
+        opened: text.TextRun | images.ImageRun = task.opened(model, record, figures)
     return opened
+
+
+def _check_processes(settings: Settings, command: str) -> None:
+    ranks.share(settings.batch_size, settings.accumulate)
+    if settings.parallel == "fsdp2" and ranks.count() == 1:
+        one = option("parallel", "ddp")
+        raise UsageError(
+            f"{option('parallel', 'fsdp2')} shares a model among processes, and this is the only "
+            f"one: torchrun --nproc-per-node N -m bigkernel {command} starts N of them, and {one} "
+            "goes on in one."
+        )
 
 
 def _check_text(options: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from bigkernel.recipes.errors import UsageError, option
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PARALLEL = ("ddp", "fsdp2")
 # What a config file may hold besides settings: which command it is for, and facts about the run.
 COMMAND, RECORD = "command", "record"
 Model = str | dict[str, Any]
@@ -48,11 +49,13 @@ class Settings:
         weight_decay: decoupled, as AdamW's.
         beta2: of Adam and AdamW.
         max_grad_norm: 0 does not clip.
-        batch_size: sequences or images in a batch.
+        batch_size: sequences or images in a batch, of all processes together.
         accumulate: batches whose gradients make a step.
         validation: the share of the data that is held back.
         seed: of weights, order, dropout and augmentation.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        parallel: how several processes (torchrun) train a model: ``"ddp"``, each with all of it, or
+            ``"fsdp2"``, each with a part of weights, gradients and optimizer.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         threads: CPU threads of the process; None leaves them.
         save_steps: steps between checkpoints.
@@ -78,6 +81,7 @@ class Settings:
     validation: float = 0.1
     seed: int = 0
     device: str = "auto"
+    parallel: str = "ddp"
     dtype: str = "auto"
     threads: int | None = None
     save_steps: int | None = None
@@ -104,6 +108,7 @@ class Settings:
             self._range(name, value is None or 0 < value < math.inf, "above 0")
         self._range("optim", self.optim in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._range("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._range("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         if self.model is not None and self.init_from is not None:
             raise UsageError(
                 f"{option('model')} builds a new model and {option('init_from')} loads one: give "

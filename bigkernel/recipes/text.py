@@ -176,7 +176,9 @@ def prepare(
         save_inputs=save_inputs,
         finish=finish,
         card=lambda run: _card(run, corpus, prompt),
-        opened=lambda record, figures: TextRun(run, model, tokenizer, settings, record, figures),
+        opened=lambda model, record, figures: TextRun(
+            run, model, tokenizer, settings, record, figures
+        ),
         trainer_options={"processing_class": tokenizer},
     )
 

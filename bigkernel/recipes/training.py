@@ -15,9 +15,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import bigkernel
 from bigkernel.escape import printable
+from bigkernel.integrations.sharding import whole_model
 from bigkernel.interrupts import Stopped, drop_closed_streams
 from bigkernel.optim import Adam
-from bigkernel.recipes import report, run_folder
+from bigkernel.recipes import ranks, report, run_folder
 from bigkernel.recipes.device import pick_device, pick_dtype, show_only
 from bigkernel.recipes.errors import Failure, is_quiet, option, say
 from bigkernel.recipes.models import parameters
@@ -38,7 +39,8 @@ class Task:
     ``data`` are facts to record about the data, ``unit`` what is counted; ``look_at`` held-back
     items are measured while it trains, all of them at the end. ``finish`` is called with the
     trained model and the run folder; it writes samples and pictures and returns (figures, the
-    sample for the card). ``opened`` gives the trained run, from what was recorded and the figures.
+    sample for the card). ``opened`` gives the run, from the trained model, what was recorded and
+    the figures.
     """
 
     command: str
@@ -54,14 +56,19 @@ class Task:
     save_inputs: Callable[[Path], None]
     finish: Callable[[PreTrainedModel, Path], tuple[dict[str, float], str]]
     card: Callable[[Path], dict[str, str]]
-    opened: Callable[[dict[str, Any], dict[str, float]], Any]
+    opened: Callable[[PreTrainedModel, dict[str, Any], dict[str, float]], Any]
     trainer_options: dict[str, Any]
 
 
 def train(
     task: Task, resume: str | None, progress: type[TrainingProgress] = TrainingProgress
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train, leave the run folder complete, and return (figures, what config.yaml records)."""
+) -> tuple[PreTrainedModel | None, dict[str, float], dict[str, Any]]:
+    """Train and leave the run folder complete, together with the other processes of the run.
+
+    Returns:
+        (the whole model, or None where it is in pieces and another process has it; figures; what
+        config.yaml records).
+    """
     settings, run = task.settings, task.run
     arguments = _arguments(task)
     record = {
@@ -73,6 +80,8 @@ def train(
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+    if ranks.count() > 1:
+        record["processes"] = f"{ranks.count()} ({settings.parallel})"
     say(
         f"{record['parameters']:,} parameters, {len(task.train):,} training and "
         f"{len(task.held_back):,} held-back {ITEMS[task.unit]}"
@@ -83,8 +92,8 @@ def train(
             f"looking at {len(looked_at)} of the held-back {ITEMS[task.unit]} while training, at "
             "all of them in the end"
         )
-    metrics = MetricsFile(run / run_folder.METRICS)
-    shown = progress(metrics, task.unit)
+    metrics = MetricsFile(run / run_folder.METRICS, kept=ranks.is_first())
+    shown = (progress if ranks.is_first() else TrainingProgress)(metrics, task.unit)
     trainer = Trainer(
         model=task.model,
         args=arguments,
@@ -102,8 +111,9 @@ def train(
         # While there is still the run that this one replaces.
         trainer.check_saving()
         trainer.check_packing()
-        run_folder.clear(run)
-        run_folder.write_text(run / run_folder.CONFIG, config)
+        if ranks.is_first():
+            run_folder.clear(run)
+            run_folder.write_text(run / run_folder.CONFIG, config)
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
@@ -114,8 +124,14 @@ def train(
         "time": human_time(shown.seconds) + (" since it was resumed" if resume else ""),
         "device": str(arguments.device),
     }
+    model = whole_model(trainer.model) if settings.parallel == "fsdp2" else task.model
+    figures: dict[str, float] = {}
     try:
-        figures = _leave(task, {**record, **took}, read_metrics(metrics.path), len(looked_at))
+        if ranks.is_first():
+            assert model is not None
+            history = read_metrics(metrics.path)
+            figures = _leave(task, model, {**record, **took}, history, len(looked_at))
+        figures = ranks.told(figures)
     except (KeyboardInterrupt, Stopped):
         drop_closed_streams()
         print(
@@ -124,7 +140,7 @@ def train(
             file=sys.stderr,
         )
         raise
-    return figures, record
+    return model, figures, record
 
 
 def _arguments(task: Task) -> TrainingArguments:
@@ -133,6 +149,7 @@ def _arguments(task: Task) -> TrainingArguments:
     dtype = pick_dtype(settings.dtype, device)
     device = show_only(device)
     per_step = settings.batch_size * settings.accumulate
+    batch_size, accumulate = ranks.share(settings.batch_size, settings.accumulate)
     steps = settings.max_steps or math.ceil(
         math.ceil(len(task.train) / per_step) * (settings.epochs or 1.0)
     )
@@ -141,9 +158,9 @@ def _arguments(task: Task) -> TrainingArguments:
         output_dir=str(task.run),
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.epochs or 1.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": settings.min_lr},
@@ -172,6 +189,8 @@ def _arguments(task: Task) -> TrainingArguments:
         dataloader_num_workers=0,
         dataloader_pin_memory=device.type == "cuda",
         optim=MUON if settings.optim == MUON else TrainingArguments.default_optim,
+        fsdp=True if settings.parallel == "fsdp2" else None,  # type: ignore[arg-type]
+        fsdp_config={"version": 2} if settings.parallel == "fsdp2" else None,
     )
 
 
@@ -201,11 +220,15 @@ def _few(held_back: Any, limit: int) -> Any:
 
 
 def _leave(
-    task: Task, record: Mapping[str, Any], history: list[dict[str, Any]], looked_at: int
+    task: Task,
+    model: PreTrainedModel,
+    record: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    looked_at: int,
 ) -> dict[str, float]:
     """Model, inputs, pictures, figures and card; then say where they are."""
     settings, run = task.settings, task.run
-    model = task.model.eval()
+    model.eval()
     with run_folder.files_moved_into(run) as aside:
         model.save_pretrained(aside)
         task.save_inputs(aside)

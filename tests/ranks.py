@@ -1,0 +1,321 @@
+"""What `test_ranks.py` runs on several ranks: `torchrun ... ranks.py FOLDER PART...`.
+
+Each part writes what it found to FOLDER, for a test to compare with one process. The ranks are
+started once for all parts, as starting takes longer than most of them.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from families import DECODER, build, image_model
+from test_trainer import arguments, image_data, losses, scale_only
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from bigkernel import Trainer
+from bigkernel.data.images import collate_images
+from bigkernel.integrations import sharding
+
+GLOBAL_BATCH = 8  # documents in a step, however many ranks
+STEPS = 6
+KINDS = {"ddp": {}, "fsdp2": {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}}
+
+
+def documents(count=64):
+    """Of 3 to 23 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 24, (count,), generator=draw).tolist()
+    return [{"input_ids": torch.randint(1, 61, (n,), generator=draw).tolist()} for n in lengths]
+
+
+def text_trainer(out, ranks, cls=Trainer, data=None, model=None, trainer=None, **changes):
+    options = {
+        "packing": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": GLOBAL_BATCH // (2 * ranks),
+        "max_grad_norm": 0.5,
+        "weight_decay": 0.1,
+        "learning_rate": 2e-3,
+        "save_steps": 2,
+    }
+    return cls(
+        build("llama") if model is None else model,
+        arguments(out, **{**options, **changes}),
+        train_dataset=documents() if data is None else data,
+        eval_dataset=documents(12),
+        **(trainer or {}),
+    )
+
+
+def image_trainer(out, ranks, **changes):
+    return Trainer(
+        image_model(),
+        arguments(out, max_steps=4, gradient_accumulation_steps=4 // ranks, **changes),
+        train_dataset=image_data(32),
+        eval_dataset=image_data(6),
+        data_collator=collate_images,
+        augmentation=scale_only,
+        eval_augmentation=scale_only,
+    )
+
+
+def figures(trainer):
+    return losses(trainer, ("loss", "grad_norm", "eval_loss"))
+
+
+def held(trainer):
+    """Bytes on this rank of the parameters and of the moments, and those of a whole model."""
+    parameters = list(trainer.model.parameters())
+
+    def here(t):
+        return (t.to_local() if sharding.is_cut(t) else t).nbytes
+
+    moments = [
+        value
+        for state in trainer.optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    ]
+    return {
+        "cut": [sharding.is_cut(p) for p in parameters],
+        "moments cut": [sharding.is_cut(m) for m in moments],
+        "parameters": sum(map(here, parameters)),
+        "moments": sum(map(here, moments)),
+        "whole": sum(p.numel() * p.element_size() for p in parameters),
+        "empty": sum(here(p) == 0 for p in parameters),
+        "model": type(trainer.model_wrapped).__name__,
+        "units": [n for n, m in trainer.model.named_modules() if isinstance(m, FSDPModule)],
+    }
+
+
+# Parts: each is called on every rank with the folder, and returns what rank 0 is to write
+
+
+def curve(folder, kind, **changes):
+    """Train from the start, with checkpoints of fsdp2; the first rank's weights count."""
+    model = build("llama")
+    if dist.get_rank() > 0:
+        for p in model.parameters():
+            nn.init.normal_(p)
+    run = folder / f"{kind}-{dist.get_world_size()}"
+    saves = {"save_strategy": "steps" if kind == "fsdp2" else "no"}
+    ranks = dist.get_world_size()
+    trainer = text_trainer(run, ranks, model=model, **KINDS[kind], **{**saves, **changes})
+    trainer.train()
+    trainer.evaluate()
+    return {"figures": figures(trainer), "held": held(trainer)}
+
+
+def ddp(folder):
+    return curve(folder, "ddp")
+
+
+def fsdp2(folder):
+    return curve(folder, "fsdp2")
+
+
+def again(folder):
+    """Go on from this many ranks' own checkpoint."""
+    return resumed(folder, folder / f"fsdp2-{dist.get_world_size()}" / "checkpoint-4")
+
+
+def from_one(folder):
+    """Go on from a checkpoint of one process."""
+    return resumed(folder, folder / "one" / "checkpoint-4")
+
+
+def from_two(folder):
+    return resumed(folder, folder / "fsdp2-2" / "checkpoint-4")
+
+
+def ddp_from_pieces(folder):
+    """DDP goes on from a checkpoint of FSDP2."""
+    source = folder / f"fsdp2-{dist.get_world_size()}" / "checkpoint-4"
+    return resumed(folder, source, "ddp")
+
+
+def resumed(folder, source, kind="fsdp2"):
+    trainer = text_trainer(folder / "resumed", dist.get_world_size(), **KINDS[kind])
+    trainer.train(resume_from_checkpoint=str(source))
+    return {"figures": figures(trainer)}
+
+
+def muon(folder):
+    trainer = text_trainer(
+        folder / "muon", dist.get_world_size(), optim="muon", max_steps=3, **KINDS["fsdp2"]
+    )
+    trainer.train()
+    return {"figures": figures(trainer), "optimizer": repr(trainer.optimizer.optimizer)[:5]}
+
+
+def images(folder):
+    """A model whose weights are saved under other names than its own; the best one in the end."""
+    run = folder / "images"
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    options |= {"eval_steps": 2, "load_best_model_at_end": True, **KINDS["fsdp2"]}
+    trainer = image_trainer(run, dist.get_world_size(), **options)
+    trainer.train()
+    found = {"figures": figures(trainer), "best": trainer.evaluate()["eval_loss"]}
+    second = image_trainer(run, dist.get_world_size(), **options)
+    second.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    return {**found, "again": figures(second)}
+
+
+class Looks(transformers.TrainerCallback):
+    """Sees gradients beside the step, which are then clipped beside it."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.norm().full_tensor().square() for p in model.parameters()]
+        self.norms.append(float(sum(squares).sqrt()))
+
+
+def shown(folder):
+    looks = Looks()
+    trainer = text_trainer(
+        folder / "shown",
+        dist.get_world_size(),
+        max_steps=2,
+        trainer={"callbacks": [looks]},
+        **KINDS["fsdp2"],
+    )
+    trainer.train()
+    return {"figures": figures(trainer), "norms": looks.norms}
+
+
+def bf16(folder):
+    trainer = text_trainer(
+        folder / "bf16", dist.get_world_size(), bf16=True, max_steps=3, **KINDS["fsdp2"]
+    )
+    trainer.train()
+    dtypes = {str(p.dtype) for p in trainer.model.parameters()}
+    return {"figures": figures(trainer), "dtypes": sorted(dtypes)}
+
+
+def uneven(folder):
+    """The last batches of an epoch are not enough for all ranks."""
+    found = {}
+    for kind, options in KINDS.items():
+        trainer = text_trainer(
+            folder / "uneven",
+            dist.get_world_size(),
+            data=documents(2 * GLOBAL_BATCH + 3),
+            num_train_epochs=2,
+            max_steps=-1,
+            **options,
+        )
+        trainer.train()
+        trainer.evaluate()
+        found[kind] = figures(trainer)
+    return found
+
+
+def twice(folder):
+    """`train` again, with the model in pieces already."""
+    trainer = text_trainer(
+        folder / "twice", dist.get_world_size(), max_steps=2, max_grad_norm=1.0, **KINDS["fsdp2"]
+    )
+    trainer.train()
+    trainer.train()
+    return {"figures": figures(trainer), "held": held(trainer)}
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, labels, **batch):
+        return {"loss": self.norm(labels.float()).sum()}
+
+
+def refused(folder):
+    """What is not supported, in its own words, and that nothing is written before."""
+    run, ranks = folder / "refused", dist.get_world_size()
+    found = {}
+
+    def note(name, what):
+        try:
+            what()
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        else:
+            found[name] = "nothing"
+
+    def configured(**config):
+        changes = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, **config}}
+        return lambda: text_trainer(run, ranks, **changes)
+
+    note("version 1", configured(fsdp_version=1))
+    note("offload", configured(cpu_offload=True))
+    note("sharded", configured(state_dict_type="SHARDED_STATE_DICT"))
+    options = {"save_strategy": "steps", **KINDS["fsdp2"]}
+    note("batch norm", lambda: text_trainer(run, ranks, model=Normed(), packing=False,
+                                            **options).train())  # fmt: skip
+
+    def launched():
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        try:
+            text_trainer(run, ranks)
+        finally:
+            del os.environ["ACCELERATE_USE_FSDP"]
+
+    note("launcher", launched)
+
+    def mixed_up():
+        first = text_trainer(run, ranks, **options)
+        text_trainer(run, ranks)
+        first.train()
+
+    note("another Trainer", mixed_up)
+    found["written"] = sorted(os.listdir(run)) if run.exists() else []
+    return found
+
+
+def larger(folder):
+    """A model with tied weights and of several layers; the vocabulary is no multiple of ranks."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)
+    run = folder / "tied"
+    trainer = text_trainer(
+        run,
+        dist.get_world_size(),
+        model=transformers.LlamaForCausalLM(config),
+        max_steps=2,
+        save_strategy="steps",
+        **KINDS["fsdp2"],
+    )
+    trainer.train()
+    return {"figures": figures(trainer), "held": held(trainer)}
+
+
+def main(folder, *parts):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for part in parts:
+        try:
+            found = globals()[part](Path(folder))
+        except BaseException:
+            found = {"failed": traceback.format_exc()}
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        Path(folder, f"{part}-{world}-{rank}.json").write_text(json.dumps(found))
+        if "failed" in found:
+            raise SystemExit(found["failed"])
+        dist.barrier()
+    dist.destroy_process_group()
+    # Not by the end of the interpreter, which aborts where one of gloo's threads still wants it.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

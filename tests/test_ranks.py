@@ -1,0 +1,459 @@
+"""The Trainer on several ranks (gloo, CPU) against one process: DDP and FSDP2.
+
+The same documents in a step give the same losses on 1, 2 and 4 ranks, packed, with gradients that
+are accumulated and clipped; under FSDP2 each rank holds its share of parameters and moments;
+checkpoints go on at any number of ranks; what is not supported is refused before the first step.
+The ranks are started once (`ranks.py`); each test reads what one part of their work found.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import transformers
+from families import DECODER
+
+from bigkernel import checkpoint
+from bigkernel.cli import main
+from bigkernel.integrations import sharding
+
+HERE = Path(__file__).resolve().parent
+# Losses are printed by ranks in float32, and sums over them have another order.
+CLOSE = {"rel": 2e-6, "abs": 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start(world, script, *arguments, launcher=(), timeout=300):
+    """Run a Python script on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", str(world), *launcher, str(script), *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+class Ranks:
+    """A folder where one process has trained, and what ranks have found there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        trainer = ranks.text_trainer(folder / "one", 1, save_strategy="steps")
+        trainer.train()
+        self.one = ranks.figures(trainer)
+
+    def run(self, world, *parts):
+        done = start(world, HERE / "ranks.py", self.folder, *parts)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def found(self, part, world=2):
+        """What the first rank found; the others found the same figures."""
+        all_ = [
+            json.loads((self.folder / f"{part}-{world}-{rank}.json").read_text())
+            for rank in range(world)
+        ]
+        assert all(one.get("figures") == all_[0].get("figures") for one in all_)
+        return all_[0]
+
+    def held(self, part, world):
+        return [
+            json.loads((self.folder / f"{part}-{world}-{rank}.json").read_text())["held"]
+            for rank in range(world)
+        ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    made.run(2, *["ddp", "fsdp2", "again", "from_one", "muon", "images", "uneven", "refused"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def more(two):
+    two.run(2, *["ddp_from_pieces", "shown", "bf16", "twice", "larger"])
+    return two
+
+
+@pytest.fixture(scope="module")
+def four(two):
+    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven")
+    return two
+
+
+def curve(figures):
+    return [(step, name, value) for step, name, value in figures if name != "eval_loss"]
+
+
+def assert_close(a, b, **tolerance):
+    a, b = curve(a), curve(b)
+    assert [tuple(point[:2]) for point in a] == [tuple(point[:2]) for point in b]
+    for (step, name, x), (_, _, y) in zip(a, b, strict=True):
+        assert x == pytest.approx(y, **(tolerance or CLOSE)), f"{name} of step {step}"
+
+
+# The same curve
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_process(two, kind):
+    """Documents of many lengths: the ranks' losses count by their tokens."""
+    assert len(curve(two.one)) == 2 * ranks.STEPS
+    assert all(norm > 0.5 for _, name, norm in two.one if name == "grad_norm")  # it clips
+    found = two.found(kind)
+    assert_close(found["figures"], two.one)
+    wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+    assert found["held"]["model"] == wrapped[kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_four_ranks_train_as_one_process(four, kind):
+    assert_close(four.found(kind, 4)["figures"], four.one)
+
+
+def test_muon_trains_in_pieces_as_in_one_process(two, tmp_path):
+    found = two.found("muon")
+    assert found["optimizer"] == "Muon "
+    trainer = ranks.text_trainer(tmp_path, 1, optim="muon", max_steps=3)
+    trainer.train()
+    assert_close(found["figures"], ranks.figures(trainer), rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_last_batches_of_an_epoch_may_not_be_enough_for_all_ranks(request, world):
+    """The ranks do not wait for each other, and both ways make the same steps."""
+    made = request.getfixturevalue("two" if world == 2 else "four")
+    found = made.found("uneven", world)
+    assert [step for step, name, _ in found["ddp"] if name == "loss"] == [1, 2, 3, 4, 5, 6]
+    assert_close(found["fsdp2"], found["ddp"])
+
+
+# In pieces
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_rank_holds_its_share(request, world):
+    """Parameters and moments are DTensors, and 1/N of the bytes but for what does not divide."""
+    made = request.getfixturevalue("two" if world == 2 else "four")
+    held = made.held("fsdp2", world)
+    for mine in held:
+        assert mine["cut"]
+        assert all(mine["cut"])
+        assert all(mine["moments cut"])
+        assert mine["parameters"] == pytest.approx(mine["whole"] / world, rel=0.05)
+        assert mine["moments"] == 2 * mine["parameters"]
+    assert sum(mine["parameters"] for mine in held) == held[0]["whole"]
+    for mine in made.held("ddp", world):
+        assert mine["parameters"] == mine["whole"]
+        assert not any(mine["cut"])
+
+
+# Checkpoints
+
+
+def test_two_ranks_go_on_bit_for_bit(two):
+    whole, again = two.found("fsdp2"), two.found("again")
+    assert curve(again["figures"]) == curve(whole["figures"])
+
+
+def test_two_ranks_go_on_from_one_process(two):
+    assert_close(two.found("from_one")["figures"], two.one)
+
+
+def test_one_process_goes_on_from_two_ranks(two, tmp_path):
+    """And the checkpoint is whole, says which files it has, and holds a model that loads."""
+    source = two.folder / "fsdp2-2" / "checkpoint-4"
+    checkpoint.verify_checkpoint(source)
+    files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "config.json", "optimizer_groups.pt", "scheduler.pt"} <= files
+    pieces = sorted(name for name in files if name.startswith("optimizer/"))
+    assert len(pieces) == 2
+    trainer = ranks.text_trainer(tmp_path, 1)
+    trainer.train(resume_from_checkpoint=str(source))
+    assert_close(ranks.figures(trainer), two.one)
+    model = transformers.LlamaForCausalLM.from_pretrained(two.folder / "fsdp2-2" / "checkpoint-6")
+    assert json.loads((source / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    for p, q in zip(model.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert all(name.endswith(".safetensors") for name in pieces)
+
+
+@pytest.mark.slow
+def test_other_ways_through_the_trainer(more):
+    """DDP from pieces; gradients shown to a callback, clipped; bf16; twice; tied weights."""
+    assert_close(more.found("ddp_from_pieces")["figures"], more.one)
+    shown = more.found("shown")
+    assert_close(shown["figures"], more.one[:4])
+    assert shown["norms"] == pytest.approx([0.5, 0.5], abs=1e-5)
+    half = more.found("bf16")
+    assert half["dtypes"] == ["torch.float32"]
+    for (*_, a), (*_, b) in zip(half["figures"], more.one[:6], strict=True):
+        assert a != b
+        assert a == pytest.approx(b, rel=5e-3)
+    # The second time it begins where the first ended.
+    first, second = more.one[0], more.found("twice")["figures"][0]
+    assert second[2] < first[2] - 0.2
+    assert all(more.found("twice")["held"]["cut"])
+    assert all(more.found("larger")["held"]["cut"])
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_from_two_and_one_process_from_four(four, tmp_path):
+    assert_close(four.found("from_two", 4)["figures"], four.one)
+    trainer = ranks.text_trainer(tmp_path, 1)
+    trainer.train(resume_from_checkpoint=str(four.folder / "fsdp2-4" / "checkpoint-4"))
+    assert_close(ranks.figures(trainer), four.one)
+    found = four.found("larger", 4)
+    assert all(found["held"]["cut"])
+
+
+def test_weights_saved_under_other_names_and_the_best_model(two, tmp_path):
+    found = two.found("images")
+    assert found["again"] == found["figures"]
+    evaluated = [value for _, name, value in found["figures"] if name == "eval_loss"]
+    assert found["best"] == min(evaluated)
+    one = ranks.image_trainer(tmp_path, 1)
+    one.train()
+    assert_close(found["figures"], ranks.figures(one))
+
+
+# What is not supported
+
+
+def test_what_is_not_supported_in_pieces_is_refused(two):
+    found = two.found("refused")
+    messages = {
+        "version 1": "on CPUs that would end as DistributedDataParallel",
+        "launcher": "version 1 of FSDP is not supported on CPUs",
+        "offload": "nowhere to offload to",
+        "sharded": "the optimizer in pieces anyway",
+        "batch norm": "running statistics (norm, a BatchNorm1d)",
+        "another Trainer": "another Trainer of this process has made accelerate work without",
+    }
+    for name, message in messages.items():
+        assert found[name].startswith("ShardingError: "), found[name]
+        assert message in found[name]
+    assert found["written"] == []
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+    with pytest.raises(sharding.ShardingError, match=r"21 parameters, such as model\.embed"):
+        sharding.check_sharded(model)
+    sharding.check_model(model, None)
+
+
+# A rank that dies
+
+
+DIES = """
+import json, os, signal, sys
+from pathlib import Path
+import ranks, torch
+from bigkernel.integrations import sharding
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+save = sharding.save_optimizer
+
+def die_once(model, optimizer, into):
+    if "checkpoint-4" in str(into) and rank == "1" and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(model, optimizer, into)
+
+sharding.save_optimizer = die_once
+torch.distributed.init_process_group("gloo")
+options = {**ranks.KINDS["fsdp2"], "save_strategy": "steps"}
+trainer = ranks.text_trainer(folder / "run", 2, **options)
+trainer.train(resume_from_checkpoint="auto")
+if rank == "0":
+    (folder / "figures.json").write_text(json.dumps(ranks.figures(trainer)))
+torch.distributed.destroy_process_group()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path):
+    """torchrun starts all again, which go on from it as if nothing had been."""
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    done = start(2, script, tmp_path, launcher=("--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "died").exists()
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    whole = two.found("fsdp2")["figures"]
+    assert curve(figures) == curve(whole)
+    left = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+# The command line
+
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """What a run of the command line is told, and its folder."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 120)
+    (folder / "model.json").write_text(json.dumps(SHAPE))
+    return [
+        *("train", "text", "--data", str(folder / "text.txt"), "--max-length", "32"),
+        *("--model", str(folder / "model.json"), "--threads", "1", "--batch-size", "4"),
+    ]
+
+
+def metrics(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        [record["step"], name, record[name]]
+        for record in map(json.loads, lines)
+        for name in ("loss", "grad_norm", "eval_loss")
+        if name in record
+    ]
+
+
+def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_path, capsys):
+    """Rank 0 alone writes and speaks; the run goes on in one process."""
+    one, both = tmp_path / "one", tmp_path / "both"
+    command = [*settings, "--max-steps", "4", "--save-steps", "2"]
+    assert main([*command, "--out", str(one)]) == 0
+    said = capsys.readouterr().out
+    done = start(2, "-m", "bigkernel", *command, "--parallel", "fsdp2", "--out", both)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
+        assert point == other
+        # What is shown of the part held back is a mean over batches, which are others.
+        assert a == pytest.approx(b, **({"rel": 1e-3} if "eval_loss" in point else CLOSE)), point
+    files = {file.relative_to(one).as_posix() for file in one.rglob("*") if file.is_file()}
+    got = {file.relative_to(both).as_posix() for file in both.rglob("*") if file.is_file()}
+    of_pieces = {name for name in got if "/optimizer" in name or "/rng_state" in name}
+    assert got - of_pieces == {
+        name for name in files if "/optimizer" not in name and "/rng_state" not in name
+    }
+    first_words = [line.split()[0] for line in said.splitlines() if line.strip()]
+    for word in ("corpus", "model,", "trained", "perplexity"):
+        assert first_words.count(word) == 1
+        assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()].count(
+            word
+        ) == 1
+    assert done.stderr.count("loading PyTorch") == 1
+    card = (both / "README.md").read_text()
+    assert "2 (fsdp2)" in card
+    perplexity = "| perplexity |"
+    lines = [
+        next(line for line in (run / "README.md").read_text().splitlines() if perplexity in line)
+        for run in (one, both)
+    ]
+    assert lines[0] == lines[1]
+    more = [*command, "--max-steps", "6", "--out", str(both), "--resume", "auto"]
+    assert main(more) == 2
+    assert "--parallel ddp goes on in one" in capsys.readouterr().err
+    assert main([*more, "--parallel", "ddp"]) == 0
+    assert metrics(both)[-1][0] == 6
+
+
+FAILS = """
+import os, sys
+import bigkernel.trainer
+from bigkernel.cli import main
+
+step = bigkernel.trainer.Trainer.training_step
+
+def fail(self, *arguments, **keywords):
+    if os.environ["RANK"] == "1" and self.state.global_step == 2:
+        raise RuntimeError("the third batch of this rank cannot be read")
+    return step(self, *arguments, **keywords)
+
+bigkernel.trainer.Trainer.training_step = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    run = tmp_path / "run"
+    done = start(2, script, *settings, "--max-steps", "4", "--parallel", kind, "--out", run)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert errors == ["Error: process 1: the third batch of this rank cannot be read"]
+    assert "Gloo" not in done.stderr
+
+
+def ranks_of(launcher):
+    """The processes that a launcher has started, by rank."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == launcher.pid:
+            for variable in variables:
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = int(process.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_any_rank_has_all_save_once(settings, tmp_path, rank):
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*settings, "--max-steps", "100000", "--save-steps", "90000", "--parallel", "fsdp2"]
+    with subprocess.Popen(
+        [*launcher, "--nproc-per-node", "2", "-m", "bigkernel", *command, "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        file = run / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not file.is_file() or file.read_text().count("\n") < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.kill(ranks_of(process)[rank], signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert said.count("interrupted by SIGTERM after step") == 1, said
+    assert "exitcode  : 143" in said
+    assert said.count("Traceback (most recent call last)") == 1  # the launcher's own
+    (saved,) = run.glob("checkpoint-*")
+    checkpoint.verify_checkpoint(saved)
+    step = int(saved.name.split("-")[1])
+    more = [*settings, "--max-steps", str(step + 1), "--out", str(run), "--resume", "auto"]
+    assert main([*more, "--parallel", "ddp"]) == 0
+    assert metrics(run)[-1][0] == step + 1
