@@ -115,6 +115,7 @@ def _mark_calls(group: str, module: torch.nn.Module) -> None:
     module.register_forward_hook(lambda *_: marks.close())
 
 
+@functools.cache  # a step has thousands of ops, with few names
 def group_of(name: str) -> str | None:
     """The group of an op, or of a mark; None belongs to what is around it."""
     if name.startswith(_MARK):
