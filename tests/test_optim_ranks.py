@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -233,6 +234,41 @@ def check_muon_one_rank_is_not_finite() -> None:
     optimizer = Muon(muon_groups(net, head="4"), max_grad_norm=1.0)
     cut_gradients(net, plain, 0)
     assert_skips_what_one_rank_has(net, optimizer)
+
+
+def check_one_number_is_sent() -> None:
+    """The norm of all pieces of all groups: one reduction of one number in a step."""
+    net, sent, reduce = sharded(), [], dist.all_reduce
+    groups = [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(net.parameters())]
+    optimizer = AdamW(groups, max_grad_norm=LIMIT)
+    net(my_part(0)).square().mean().backward()
+
+    def note(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = note
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = reduce
+    assert sent == [1]
+
+
+def check_a_step_of_nothing() -> None:
+    """Zero gradients and a learning rate of 0, as torch makes state with: nothing changes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        net = sharded(dtype)
+        groups = muon_groups(net, head="4")
+        for optimizer in (
+            AdamW(net.parameters(), weight_decay=0.1, max_grad_norm=LIMIT),
+            Muon(groups, weight_decay=0.1, max_grad_norm=LIMIT),
+        ):
+            before = [p.to_local().clone() for p in net.parameters()]
+            state = get_optimizer_state_dict(net, optimizer)["state"]
+            assert len(state) == len(before)
+            for p, q in zip(net.parameters(), before, strict=True):
+                assert torch.equal(p.to_local(), q)
 
 
 CHECKS: dict[str, Callable[[], None]] = {
