@@ -2,7 +2,7 @@
 
 import sys
 
-from bigkernel.cli import main
+from bigkernel.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -384,7 +384,7 @@ def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_pa
 FAILS = """
 import os, sys
 import bigkernel.trainer
-from bigkernel.cli import main
+from bigkernel.cli import command
 
 step = bigkernel.trainer.Trainer.training_step
 
@@ -394,7 +394,7 @@ def fail(self, *arguments, **keywords):
     return step(self, *arguments, **keywords)
 
 bigkernel.trainer.Trainer.training_step = fail
-sys.exit(main(sys.argv[1:]))
+sys.exit(command())
 """
 
 

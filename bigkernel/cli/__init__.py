@@ -26,23 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     else:
         code = 0
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available():
-        _leave_others(torch.distributed, code)
     return code
 
 
-def _leave_others(distributed: Any, code: int) -> None:
-    """End a process of several at once.
+def command() -> int:
+    """What the program ``bigkernel`` is: `main`, and the end of the process where it is of several.
 
     Not by the end of the interpreter, which aborts where one of gloo's threads still wants it.
     """
-    if distributed.is_initialized():
+    code = main()
+    torch: Any = sys.modules.get("torch")
+    distributed = torch is not None and torch.distributed.is_available()
+    if distributed and torch.distributed.is_initialized():
         if code == 0:
-            distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    return code
 
 
-__all__ = ["main"]
+__all__ = ["command", "main"]
