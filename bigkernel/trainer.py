@@ -272,6 +272,7 @@ class Trainer(transformers.Trainer):
             ShardingError: FSDP was asked for where it would not be what is asked.
         """
         asked = sharding.version_of(self.args)
+        sharding.check_request(self.args, asked)
         super().create_accelerator_and_postprocess()
         sharding.shard_on_cpu(self, asked)
 

@@ -78,9 +78,6 @@ def shard_on_cpu(trainer: Any, asked: int | None) -> None:
     Args:
         trainer: has its accelerator already.
         asked: as `version_of` said before that was made.
-
-    Raises:
-        ShardingError: it would not be what was asked.
     """
     args, state = trainer.args, trainer.accelerator.state
     if state.device.type != "cpu":
@@ -91,7 +88,6 @@ def shard_on_cpu(trainer: Any, asked: int | None) -> None:
             _share(DistributedType.MULTI_CPU)
             trainer.is_fsdp_enabled = False
         return
-    _check_request(trainer, asked)
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     if state.mixed_precision == "bf16" and plugin.mixed_precision_policy is None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -119,8 +115,19 @@ def _share(kind: DistributedType, plugin: Any = None) -> None:
         AcceleratorState._shared_state.pop("fsdp_plugin", None)
 
 
-def _check_request(trainer: Any, asked: int | None) -> None:
-    config = trainer.args.fsdp_config or {}
+def check_request(args: Any, asked: int | None) -> None:
+    """Before there is an accelerator, which would fail or do something else.
+
+    Args:
+        args: of the Trainer.
+        asked: as `version_of` says.
+
+    Raises:
+        ShardingError: on CPUs it would not be what was asked.
+    """
+    if asked is None or args.device.type != "cpu":
+        return
+    config = args.fsdp_config or {}
     refused = {
         "version 1 of FSDP": (
             asked == 1,
