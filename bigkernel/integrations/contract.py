@@ -140,6 +140,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             get_optimizer_cls_and_kwargs="(args, model=None)",
             get_test_dataloader="(self, test_dataset)",
             get_train_dataloader="(self)",
+            log="(self, logs, start_time=None)",
             prediction_step="(self, model, inputs, prediction_loss_only, ignore_keys=None)",
             train="(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
             training_step="(self, model, inputs, num_items_in_batch=None)",
