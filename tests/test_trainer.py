@@ -1435,6 +1435,7 @@ def test_figures_of_two_processes_are_transformers(tmp_path):
                 assert a[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow  # test_ranks.py goes on in one process, and from one, in every run
 def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
     """Every process writes its part to the folder that the first puts in place."""
     run = tmp_path / "run"
