@@ -16,6 +16,7 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version as version_of
 from typing import Any
 
 OLDEST, NEWEST = "5.23.0", "5.24.0"
@@ -111,9 +112,11 @@ def _needs(owner: str, **expected: str) -> tuple[Need, ...]:
 
 _ATTRIBUTE, _INSTANCE = "an attribute", "an instance attribute"
 
+# What T5 calls the cache, of which no packed call knows.
+_CACHE = "past_key_values" if version_of("transformers").startswith("5.23.") else "cache"
 _T5_FORWARD = (
-    "(self, hidden_states, mask=None, key_value_states=None, position_bias=None, cache=None, "
-    "**kwargs)"
+    "(self, hidden_states, mask=None, key_value_states=None, position_bias=None, "
+    f"{_CACHE}=None, **kwargs)"
 )
 _T5_ATTENTION = (
     *("q", "k", "v", "o", "n_heads", "key_value_proj_dim", "scaling", "dropout"),
@@ -212,7 +215,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             (
                 "umt5",
                 "UMT5Attention",
-                "(self, hidden_states, encoder_hidden_states=None, cache=None, "
+                f"(self, hidden_states, encoder_hidden_states=None, {_CACHE}=None, "
                 "attention_mask=None, **kwargs)",
             ),
         )
