@@ -23,14 +23,7 @@ from bigkernel.integrations.masks import compact_mask, dense_mask, packed_offset
 from bigkernel.integrations.patching import report
 from bigkernel.integrations.transformers import attention_forward
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 DECODERS = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_oss"]

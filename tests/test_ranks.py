@@ -27,14 +27,8 @@ from bigkernel.integrations import sharding
 HERE = Path(__file__).resolve().parent
 # Losses are printed by ranks in float32, and sums over them have another order.
 CLOSE = {"rel": 2e-6, "abs": 2e-6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Ranks are started once, by one worker.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 
 def start(world, script, *arguments, launcher=(), timeout=300):

@@ -38,14 +38,7 @@ from bigkernel.data.images import collate_images
 from bigkernel.run_lock import RunLockedError, writing_to
 from bigkernel.trainer import Trainer, TrainingArguments
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

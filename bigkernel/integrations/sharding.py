@@ -82,7 +82,7 @@ def shard_on_cpu(trainer: Any, asked: int | None) -> None:
     args, state = trainer.args, trainer.accelerator.state
     if state.device.type != "cpu":
         return
-    if not args.fsdp and asked is None:
+    if asked is None:
         if state.distributed_type == DistributedType.FSDP:
             # The states of all accelerators of a process are one, and another Trainer has set it.
             _share(DistributedType.MULTI_CPU)
@@ -99,10 +99,8 @@ def shard_on_cpu(trainer: Any, asked: int | None) -> None:
     plugin.set_state_dict_type("FULL_STATE_DICT")
     _share(DistributedType.FSDP, plugin)
     trainer.is_fsdp_enabled = True
-    if not args.fsdp:
-        return
-    # For this Trainer; the next one of the process has arguments of its own.
-    os.environ.pop(_FLAG, None)
+    if args.fsdp:  # the next Trainer of the process has arguments of its own
+        os.environ.pop(_FLAG, None)
 
 
 def _share(kind: DistributedType, plugin: Any = None) -> None:

@@ -23,11 +23,9 @@ from bigkernel.recipes.settings import (
 from bigkernel.recipes.training import train
 
 # What may differ when a run goes on: nothing that changes a step, only where it runs and ends.
-FREE_ON_RESUME = {"out", "preset", "device", "parallel", "threads"} | {
-    "epochs",
-    "max_steps",
-    "save_steps",
-}
+FREE_ON_RESUME = {
+    "out", "preset", "device", "parallel", "threads", "epochs", "max_steps", "save_steps",
+}  # fmt: skip
 PathLike = str | os.PathLike[str]
 
 

@@ -57,13 +57,7 @@ DTYPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads only cost time. The thread count has a test of its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the thread count has a test of its own
 
 
 def make(dtypes, sizes=SIZES, amsgrad=False, seed=0, steps=3.0):

@@ -12,6 +12,14 @@ from hypothesis import strategies as st
 
 from bigkernel import ops
 
+SEARCH = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
 
 @st.composite
 def batches(draw):
@@ -33,13 +41,7 @@ def batches(draw):
     }
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SEARCH
 @given(batch=batches())
 @example(  # work that a smaller batch would cut into more pieces
     {"lengths": [800, 3], "heads": (12, 12), "dim": 8, "dtype": "f32", "options": {}}
@@ -101,13 +103,7 @@ def paddings(draw):
     }
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SEARCH
 @given(case=paddings())
 @example(  # from one tile of keys to two, where a row's delta would be summed otherwise
     {
