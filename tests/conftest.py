@@ -70,6 +70,24 @@ def our_kernels():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_ranks_left():
+    """A test that leaves its process group behind fails, not the next one that makes its own."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("the test left a process group behind: take the fixture one_rank")
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(params=bigkernel.cpu_isas() or ["none"])
 def cpu_isa(request: pytest.FixtureRequest):
     """Runs the test under every instruction set that this machine has."""

@@ -1037,13 +1037,8 @@ def test_a_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
     assert done.stderr.startswith("loading PyTorch ...\n")
 
 
-def test_main_leaves_its_caller_where_ranks_are_joined(tmp_path, capsys):
+@pytest.mark.usefixtures("one_rank")
+def test_main_leaves_its_caller_where_ranks_are_joined(capsys):
     """Only the program ends its process at once, as one of several; a script that calls goes on."""
-    dist = torch.distributed
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        assert main(["bench", "atention"]) == 2
-    finally:
-        dist.destroy_process_group()
+    assert main(["bench", "atention"]) == 2
     assert "There are: adam" in capsys.readouterr().err

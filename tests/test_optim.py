@@ -369,20 +369,9 @@ def test_accelerate():
     assert_same_parameters(net, other)
 
 
-@pytest.fixture(scope="module")
-def gloo(tmp_path_factory):
-    import torch.distributed as dist
-
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    if dist.is_initialized():  # by another file's tests in this process
-        dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("masters", [False, True])
-def test_fully_shard_trains_and_clips(gloo, masters):
+def test_fully_shard_trains_and_clips(masters):
     """FSDP2: parameters are DTensors; the norm is combined over the mesh."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -410,7 +399,8 @@ def test_fully_shard_trains_and_clips(gloo, masters):
         torch.testing.assert_close(p.full_tensor(), q)
 
 
-def test_fully_shard_state_goes_through_distributed_checkpoint(gloo):
+@pytest.mark.usefixtures("one_rank")
+def test_fully_shard_state_goes_through_distributed_checkpoint():
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
         set_optimizer_state_dict,
@@ -439,7 +429,8 @@ def _local(t):
     return getattr(t, "_local_tensor", t)
 
 
-def test_fully_shard_empty_shards_and_replicas(gloo):
+@pytest.mark.usefixtures("one_rank")
+def test_fully_shard_empty_shards_and_replicas():
     """DTensors by hand: an empty one, and one that is replicated rather than cut."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor

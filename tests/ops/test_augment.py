@@ -728,12 +728,9 @@ class Lazy(torch.Tensor):
 
 
 def distributed(x):
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return distribute_tensor(x, init_device_mesh("cpu", (1,)))
 
 
@@ -761,6 +758,7 @@ SUBCLASSES = {
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of its own prototypes
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", SUBCLASSES)
 @pytest.mark.parametrize("caller", ["op", "list", "transform", "geometry", "fill"])
 def test_augment_refuses_what_is_no_plain_tensor(name, caller):
