@@ -99,7 +99,7 @@ test-sanitize: $(VENV)/.test
 	  UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitize \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PYTEST) -o pythonpath=$(SANITIZED)/lib tests/ops --ignore tests/ops/test_cuda_report.py --ignore tests/ops/test_linear.py \
-	  -k "not (compile or opcheck or ptx or kernel or memory or sequences_fit or is_transformers or ranks)" $(PYTEST_ARGS)
+	  -k "not (compile or opcheck or ptx or kernel or memory or sequences_fit or is_transformers or two_ranks)" $(PYTEST_ARGS)
 
 # The op tests as on a processor without AVX-512: our kernels and torch's, which has no 16-bit
 # product there.
