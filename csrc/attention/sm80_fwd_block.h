@@ -27,7 +27,7 @@ struct ForwardShape {
   // unasked: as many as there can be without spills in the loop over tiles (make cuda-report).
   static constexpr int blocks_per_sm(int32_t capability) {
     if (!kGeneral) return 0;
-    if (kFma) return kDim == 32 ? 5 : 0;
+    if (kFma) return kDim == 32 ? 4 : kDim == 64 ? 3 : 0;
     return capability < 100 ? 0 : kDim == 64 ? 4 : kDim == 96 ? 3 : 0;
   }
   static constexpr int kRowBytes = kDim * int(sizeof(T));
