@@ -45,6 +45,7 @@ def test_sgd_is_another_matter():
 """
 
 
+@pytest.mark.slow  # two runs of pytest, each in a process of its own
 def test_a_peers_tests_run_on_theirs_and_on_ours(tmp_path, capfd):
     peer = tmp_path / "test_peer.py"
     peer.write_text(PEER)
