@@ -69,7 +69,14 @@ def call(namespace: Any, name: str, *arguments: Any) -> Any:
     longer than the kernel of a small model's norm; here an autograd.Function of the same formula
     is above the operator.
     """
-    quick = _eager.get((namespace.name, name)) if is_usual() else None
+    if is_usual():
+        return call_usual(namespace, name, *arguments)
+    return getattr(namespace, name)(*arguments)
+
+
+def call_usual(namespace: Any, name: str, *arguments: Any) -> Any:
+    """`call`, for who has asked `is_usual`."""
+    quick = _eager.get((namespace.name, name))
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
 
 

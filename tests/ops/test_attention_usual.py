@@ -51,6 +51,7 @@ def arguments_of(call, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(op, "call", run)
+        patched.setattr(op, "call_usual", run)
         with pytest.raises(InterruptedError):
             call()
     return got[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigkernel import registry
-from bigkernel._library import call
+from bigkernel._library import call, call_usual
 from bigkernel.backend import select
 from bigkernel.expect import Expect
 from bigkernel.ops.attention import blocks, contest, usual
@@ -398,7 +398,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tenso
 def run_known(q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments) -> tuple[Tensor, Tensor]:
     """`_run` of a usual call."""
     ops = select("attention_fwd", q.device)
-    out: tuple[Tensor, Tensor] = call(ops, "attention_fwd", q, k, v, *known)
+    out: tuple[Tensor, Tensor] = call_usual(ops, "attention_fwd", q, k, v, *known)
     return out
 
 

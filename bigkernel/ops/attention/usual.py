@@ -78,11 +78,20 @@ def _is_dense(x: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """All that is asked of q, k and v but how many dimensions of which size they have."""
     dtype, device = q.dtype, q.device
+    # `_is_dense` of each, without the time of calling it.
     if not (
         dtype in registry.SHORT
-        and _is_dense(q, device, dtype)
-        and _is_dense(k, device, dtype)
-        and _is_dense(v, device, dtype)
+        and type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and k.dtype is dtype
+        and v.dtype is dtype
+        and k.device == device
+        and v.device == device
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and not is_functorch_wrapped_tensor(q)
+        and not is_functorch_wrapped_tensor(k)
+        and not is_functorch_wrapped_tensor(v)
     ):
         return False
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
