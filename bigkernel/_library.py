@@ -54,6 +54,14 @@ def run(namespace: Any, name: str, *arguments: Any) -> Any:
     return call(namespace, name, *arguments)
 
 
+def is_usual() -> bool:
+    """Whether an eager call is followed by nothing but reverse mode.
+
+    Such a call may look at its tensors, and leave to them alone what is to be done.
+    """
+    return not (torch.compiler.is_compiling() or _is_followed() or _is_traced())
+
+
 def call(namespace: Any, name: str, *arguments: Any) -> Any:
     """Call an operator of a namespace, in eager code without most of what a call costs in Python.
 
@@ -61,9 +69,14 @@ def call(namespace: Any, name: str, *arguments: Any) -> Any:
     longer than the kernel of a small model's norm; here an autograd.Function of the same formula
     is above the operator.
     """
-    quick = None
-    if not (torch.compiler.is_compiling() or _is_followed() or _is_traced()):
-        quick = _eager.get((namespace.name, name))
+    if is_usual():
+        return call_usual(namespace, name, *arguments)
+    return getattr(namespace, name)(*arguments)
+
+
+def call_usual(namespace: Any, name: str, *arguments: Any) -> Any:
+    """`call`, for who has asked `is_usual`."""
+    quick = _eager.get((namespace.name, name))
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
 
 
@@ -90,20 +103,25 @@ def _unlooked(operator: Any) -> Callable[..., Any]:
     return unlooked
 
 
-def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
+def _below_autograd(operator: Any) -> Callable[..., Any]:
     # A native kernel is called past the look for tangents: nothing is followed. In plain PyTorch
     # that key stays, since it also counts the versions of what is changed in place.
-    is_native = operator.namespace == "bigkernel"
-    if autograd is None:
-        return _unlooked(operator) if is_native else operator
-    formula, setup_context = autograd
     guard: Any = torch._C._AutoDispatchBelowAutograd
-    if is_native:
+    if operator.namespace == "bigkernel":
         guard = torch._C._AutoDispatchBelowADInplaceOrView
 
     def below(*arguments: Any) -> Any:
         with guard():
             return operator(*arguments)
+
+    return below
+
+
+def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
+    if autograd is None:
+        return _unlooked(operator) if operator.namespace == "bigkernel" else operator
+    formula, setup_context = autograd
+    below = _below_autograd(operator)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -119,10 +137,8 @@ def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[...
     apply: Callable[..., Any] = Eager.apply  # type: ignore[assignment]
 
     def with_formula(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
-            for x in arguments:
-                if isinstance(x, torch.Tensor) and x.requires_grad:
-                    return apply(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return apply(*arguments)
         return below(*arguments)
 
     return with_formula
@@ -208,9 +224,11 @@ def derive(
 
     ``kernel(op)`` returns what autograd calls in the op's place, with its arguments after the
     dispatch keys; ``vmap`` is what torch.vmap calls (see ``torch.library.register_vmap``).
+    `call` runs the op below that: it is for who has seen that no derivative is asked for.
     """
     for namespace, library in _libraries.items():
         op = getattr(getattr(torch.ops, namespace), name).default
+        _eager[namespace, name] = _below_autograd(op)
         library.impl(name, eager(kernel(op)), "Autograd", with_keyset=True)
         torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
 

@@ -130,6 +130,9 @@ def select(op: str, device: torch.device, reason: str | None = None) -> Any:
 
     ``reason`` says why the native kernel cannot take this particular call, None if it can.
     """
+    # What is true of nearly all calls, first.
+    if reason is None and _forced is None and _library.kernels.get((op, device.type), False):
+        return torch.ops.bigkernel
     backend, why = decide(op, device.type, reason)
     if backend != "torch" or device.type == "meta":  # there, shapes are all that is asked for
         return torch.ops.bigkernel

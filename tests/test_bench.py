@@ -2,9 +2,9 @@
 
 Feature -> test: timing -> test_interleave_*, test_timing_*; ratios, shares, bars ->
 test_result_*; every case at a small size: results agree, our row is native ->
-test_case_is_checked_and_native; a fallback fails -> test_a_fallback_*; a wrong result fails ->
-test_a_wrong_result_*; absent peers -> test_absent_peers_*; the yardstick -> test_yardstick_*; slow
-peers -> test_a_slow_peer_*; table, JSON, chart -> test_command_*;
+test_case_is_checked_and_native, test_case_of_overhead_*; a fallback fails -> test_a_fallback_*; a
+wrong result fails -> test_a_wrong_result_*; absent peers -> test_absent_peers_*; the yardstick ->
+test_yardstick_*; slow peers -> test_a_slow_peer_*; table, JSON, chart -> test_command_*;
 bad usage -> test_bad_usage.
 """
 
@@ -40,7 +40,7 @@ from bigkernel.bench import case as case_module
 from bigkernel.bench import profile as profile_bench
 from bigkernel.bench import train as train_bench
 from bigkernel.bench import training as training_bench
-from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Alone, MemoryBar, TimeBar
 from bigkernel.cli import main
 from bigkernel.measure import QUICK
 
@@ -201,6 +201,29 @@ def test_case_is_checked_and_native(op, case):
                 assert there == expected, f"{name}: {namespace}{op} called: {there}"
         if ready.limit is not None:
             ready.limit()
+
+
+@needs_native
+@pytest.mark.parametrize("case", cases_of("overhead", small=True), ids=lambda case: case.name)
+def test_case_of_overhead_is_checked_and_native(case):
+    threads = torch.get_num_threads()
+    got = run_case(case, ONCE)
+    assert torch.get_num_threads() == threads
+    assert set(got.timings) | set(got.skipped) == set(case.competitors)
+    assert got.compared
+    assert "1 threads" in got.backend
+    (bar,) = case.bars
+    assert bar.reached(got) is not None or got.skipped
+
+
+def test_a_bar_of_time_is_held_by_the_times():
+    bar = TimeBar(3.0, "peer")
+    case = Case("overhead", "some", (OURS, "peer"), lambda: None, (bar, TimeBar(1.0, "absent")))
+    for ours, held in ((2.9, True), (3.1, False)):
+        got = result(case, timings(**{OURS: ours, "peer": 1.0}))
+        assert bar.reached(got) == pytest.approx(ours)
+        assert [got.held(one) for one in case.bars] == [held, None]
+    assert report.as_dict(got)["bars"][0]["bar"] == "<= 3x the time of peer"
 
 
 TRAININGS = [

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import bigkernel
 from bigkernel import transforms as bk
+from bigkernel.transforms import steps
+from bigkernel.transforms.engine import passes
 from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.fold import fold
 from bigkernel.transforms.engine.images import gather
@@ -298,3 +300,84 @@ def test_two_resamplings_in_one_differ_little(name: str) -> None:
     assert mean <= mean_bound
     assert tail <= tail_bound
     assert rim <= rim_bound
+
+
+def _resized_crop_and_more(random: Random, count: int) -> tuple[list[steps.Step], Any, Any]:
+    """A crop and a resize of ``count`` images, what may come after them, and the images' sizes."""
+
+    def numbers(low: Any, high: Any) -> Any:
+        return np.asarray([random.randint(int(x), int(y)) for x, y in zip(low, high, strict=True)])
+
+    one, active = np.ones(count, dtype=np.int64), np.ones(count, dtype=bool)
+    height, width = numbers(one, 300 * one), numbers(one, 300 * one)
+    crop_h, crop_w = numbers(one, height), numbers(one, width)
+    top, left = numbers(0 * one, height - crop_h), numbers(0 * one, width - crop_w)
+    out_h, out_w = random.randint(2, 200) * one, random.randint(2, 200) * one
+    filters = ("bilinear", "bilinear", "nearest", "nearest-exact")
+    chain: list[steps.Step] = [
+        steps.Crop(active, top, left, crop_h, crop_w),
+        steps.Resize(active, out_h, out_w, random.choice(filters), random.random() < 0.5),
+    ]
+    turn = np.tile([[0.9, 0.1, 1.0, -0.1, 0.9, 2.0]], (count, 1))
+    more = [
+        steps.Flip(numbers(0 * one, one).astype(bool), random.random() < 0.5),
+        steps.Affine(active, turn, out_h, out_w, "bilinear", None),
+        steps.Color(active, np.full((count, 1), steps.CONTRAST), np.full((count, 1), 1.2)),
+        steps.Crop(active, 0 * one, 0 * one, out_h // 2, out_w),
+        steps.ToDtype(active, torch.float32, True),
+        steps.Normalize(active, (0.5,), (0.25,)),
+    ]
+    return chain + [step for step in more if random.random() < 0.6], height, width
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_resized_crop_begins_a_table_as_its_two_steps_do(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit; so do those that leave an image as large as it was."""
+    random = Random(seed)
+    chain, height, width = _resized_crop_and_more(random, random.choice((1, 1, 3)))
+    if seed % 10 == 9:  # one is not resized
+        crop, resize = chain[0], chain[1]
+        assert isinstance(crop, steps.Crop)
+        assert isinstance(resize, steps.Resize)
+        crop.height[0], crop.width[0] = resize.height[0], resize.width[0]
+        crop.top[0] = crop.left[0] = 0
+        height[0], width[0] = resize.height[0] + 1, resize.width[0] + 2
+    quick = fold(chain, height, width, 3, torch.uint8)
+    monkeypatch.setattr(steps.Crop, "begins", lambda *given: False)
+    slow = fold(chain, height, width, 3, torch.uint8)
+    assert len(quick) == len(slow)
+    for one, other in zip(quick, slow, strict=True):
+        assert one.members.tolist() == other.members.tolist()
+        assert len(one.calls) == len(other.calls)
+        for a, b in zip(one.calls, other.calls, strict=True):
+            for name, value in vars(a).items():
+                wanted = getattr(b, name)
+                if isinstance(value, np.ndarray):
+                    assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape), name
+                    assert value.tobytes() == wanted.tobytes(), name
+                else:
+                    assert value == wanted, name
+
+
+def test_constants_are_those_of_the_call() -> None:
+    """What is kept of mean and std is told apart by all that decides it, the sign of a 0 too."""
+    wide, narrow = torch.float64, torch.float32
+    given: list[tuple[str, tuple[float, ...], int, torch.dtype]] = [
+        ("mean", (0.0,), 3, narrow),
+        ("mean", (-0.0,), 3, narrow),
+        ("mean", (0.1,), 3, narrow),
+        ("mean", (0.1,), 3, wide),
+        ("mean", (0.1,), 1, wide),
+        ("std", (0.1, 0.2, 0.3), 3, wide),
+        ("std", (1e-60,), 3, wide),
+    ]
+    for name, numbers, channels, dtype in [*given, *reversed(given)]:
+        row = passes._constants(name, numbers, channels, dtype)
+        assert row is not None
+        wanted = torch.tensor(numbers, dtype=dtype).expand(channels)
+        assert row.dtype == dtype
+        assert row.numpy().tobytes() == wanted.contiguous().numpy().tobytes()
+    with pytest.raises(ValueError, match="std must be without a zero"):
+        passes._constants("std", (1e-60,), 3, narrow)

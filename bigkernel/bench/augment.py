@@ -213,11 +213,12 @@ class Drawn:
     factors: tuple[float, ...] = ()
 
 
-def _drawn(spec: Spec, count: int) -> list[Drawn]:
+def drawn(spec: Spec, count: int) -> list[Drawn]:
+    """Of the first ``count`` images, with seed ``SEED`` and ids from 0 on."""
     sizes = spec.sizes()[:count]
     generator = torch.Generator().manual_seed(SEED)
     params = our_chain(spec).sample(sizes, generator, list(range(count)))
-    drawn = []
+    found = []
     for i, (height, width) in enumerate(sizes):
         here = Drawn(0, 0, height, width, False)
         if spec.crop:
@@ -233,8 +234,8 @@ def _drawn(spec: Spec, count: int) -> list[Drawn]:
             here.factors = tuple(
                 float(f[i]) for f in (color.brightness, color.contrast, color.saturation, color.hue)
             )
-        drawn.append(here)
-    return drawn
+        found.append(here)
+    return found
 
 
 class Torchvision:
@@ -271,6 +272,10 @@ class Torchvision:
         return our_chain(self.spec)
 
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
+        return _normalised(self.resample(image, drawn))
+
+    def resample(self, image: Tensor, drawn: Drawn) -> Tensor:
+        """All but the normalisation, by torchvision's functions."""
         F = self.F
         size = [self.spec.output] * 2
         box = (drawn.top, drawn.left, drawn.height, drawn.width)
@@ -284,7 +289,7 @@ class Torchvision:
             )  # fmt: skip
             for k in drawn.order:
                 x = adjust[k](x, drawn.factors[k])
-        return _normalised(x)
+        return x
 
 
 class Albumentations:
@@ -392,7 +397,7 @@ def _normalised(x: Tensor) -> Tensor:
 _LEVEL = 1 / 255 / 0.225  # one of the 256 levels, after normalisation
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     """Mean distance of two results, in levels of 255."""
     return float((a.float() - b.float()).abs().mean()) / _LEVEL
 
@@ -402,7 +407,7 @@ def _from_pytorch(call: Callable[[], Tensor]) -> float:
     ours = call()
     # fp32 differs by the order of its sums; bf16 has eight bits, half a level near white.
     allowed = 0.05 if ours.dtype == torch.float32 else 0.5
-    distance = _apart(ours, on_torch(call)())
+    distance = apart(ours, on_torch(call)())
     assert distance < allowed, f"{distance:.3f} levels from the PyTorch backend"
     return distance
 
@@ -416,7 +421,7 @@ def _check(
 ) -> str:
     """Ours against its own PyTorch backend and against each peer, on the first images."""
     count = min(4, spec.count)
-    drawn = _drawn(spec, count)
+    parameters = drawn(spec, count)
 
     def call(chain: T.Compose) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
@@ -427,8 +432,8 @@ def _check(
     _from_pytorch(lambda: call(ours))
     said = []
     for name, peer in peers.items():
-        theirs = [peer.apply(image, d) for image, d in zip(images, drawn, strict=False)]
-        distance = _apart(call(peer.alike()), torch.stack(theirs))
+        theirs = [peer.apply(image, d) for image, d in zip(images, parameters, strict=False)]
+        distance = apart(call(peer.alike()), torch.stack(theirs))
         assert distance < 2, f"{name} is {distance:.2f} levels of 255 away on average"
         said.append(f"{distance:.2f} from {name} ({peer.compared})")
     return f"{spec.name}: mean distance in levels of 255: {', '.join(said)}"

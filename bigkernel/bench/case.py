@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bigkernel import backend, registry, tuning
@@ -58,6 +59,24 @@ class MemoryBar:
 
 
 @dataclass(frozen=True)
+class TimeBar:
+    """How often as long as ``over`` a case may take: a bar of what is slower by nature."""
+
+    at_most: float
+    over: str
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most:g}x the time of {self.over}"
+
+    def reached(self, result: "Result") -> float | None:
+        ratio = result.ratio(self.over)
+        return None if ratio is None else 1 / ratio
+
+    def holds(self, value: float) -> bool:
+        return value <= self.at_most
+
+
+@dataclass(frozen=True)
 class Alone:
     """What one competitor took in a process of its own.
 
@@ -98,15 +117,19 @@ class Ready:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table. ``competitors`` are all names that ``build`` may give a run or skip."""
+    """One row of a table. ``competitors`` are all names that ``build`` may give a run or skip.
+
+    threads: that it is measured with, where not those that were asked for.
+    """
 
     table: str
     name: str
     competitors: tuple[str, ...]
     build: Callable[[], Ready]
-    bars: tuple[Bar | MemoryBar, ...] = ()
+    bars: tuple[Bar | MemoryBar | TimeBar, ...] = ()
     unit: str = "s"
     items: float = 0.0  # in a call, for a table that shows items per second
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,7 @@ class Result:
         ratio = self.ratio(LIMIT)
         return None if ratio is None else ratio * self.work / self.limit_work
 
-    def held(self, bar: Bar | MemoryBar) -> bool | None:
+    def held(self, bar: Bar | MemoryBar | TimeBar) -> bool | None:
         value = bar.reached(self)
         return None if value is None else bar.holds(value)
 
@@ -181,6 +204,16 @@ def native_backend(case: Case, ready: Ready) -> str:
     return sentence
 
 
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _noting(runs: dict[str, Run], seconds: dict[str, float]) -> dict[str, Run]:
     """The runs, which also note how long their last call took."""
 
@@ -199,7 +232,7 @@ def _noting(runs: dict[str, Run], seconds: dict[str, float]) -> dict[str, Run]:
 
 def run_case(case: Case, plan: Plan) -> Result:
     """Build, check and time a case. RuntimeError if our row is not native, or is wrong."""
-    with strict():
+    with strict(), _threads(case.threads):
         ready = case.build()
         runs = dict(ready.runs)
         sentence = native_backend(case, ready)

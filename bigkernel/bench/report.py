@@ -15,7 +15,7 @@ with needs("cli", "bigkernel.bench.report"):
     from rich.table import Table
     from rich.text import Text
 
-from bigkernel.bench.case import LIMIT, OURS, Alone, Bar, MemoryBar, Result
+from bigkernel.bench.case import LIMIT, OURS, Alone, Bar, MemoryBar, Result, TimeBar
 from bigkernel.measure import Timing
 
 WIDTH = 200  # of a table that goes to a file
@@ -139,7 +139,7 @@ def _against(result: Result, name: str) -> Text:
     return _time(result, name).append("\n").append(f"{ratio:.2f}x", style=style)
 
 
-def _held(result: Result, bar: Bar | MemoryBar) -> Text:
+def _held(result: Result, bar: Bar | MemoryBar | TimeBar) -> Text:
     value = bar.reached(result)
     if value is None:
         return Text("not measured", style="yellow")

@@ -1,4 +1,4 @@
-"""The tables that there are: one for each op that has a benchmark, and the training step's."""
+"""The tables that there are: one for each op that has a benchmark, a call's overhead, training."""
 
 import importlib
 
@@ -7,7 +7,7 @@ from bigkernel import registry
 from bigkernel.bench.case import Case
 
 OPS = tuple(op.noun for op in registry.every() if "benchmark" not in op.absent)
-TABLES = (*OPS, "train")
+TABLES = (*OPS, "overhead", "train")
 
 
 def cases_of(table: str, small: bool = False) -> list[Case]:

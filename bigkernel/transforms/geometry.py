@@ -15,7 +15,7 @@ from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.arguments import Fill, InterpolationMode
 from bigkernel.transforms.engine.draws import integers, uniform
-from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints, every
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
@@ -324,13 +324,15 @@ class RandomResizedCrop(Transform):
         first = fits.argmax(axis=0)
         each = np.arange(len(height))
         found = fits[first, each]
-        middle_height, middle_width = self._middle_box(height, width)
-        h = np.where(found, box_height[first, each], middle_height)
-        w = np.where(found, box_width[first, each], middle_width)
+        h, w = box_height[first, each], box_width[first, each]
+        if not every(found):
+            middle_height, middle_width = self._middle_box(height, width)
+            h, w = np.where(found, h, middle_height), np.where(found, w, middle_width)
         top = integers(u[first, each, 2], np.maximum(height - h, 0) + 1)
         left = integers(u[first, each, 3], np.maximum(width - w, 0) + 1)
-        top = np.where(found, top, (height - h) // 2)
-        left = np.where(found, left, (width - w) // 2)
+        if not every(found):
+            top = np.where(found, top, (height - h) // 2)
+            left = np.where(found, left, (width - w) // 2)
         return ResizedCropParams(active, top, left, h, w)
 
     def _middle_box(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:

@@ -55,7 +55,7 @@ from bigkernel.transforms.engine.affine import (
     snapped,
 )
 from bigkernel.transforms.engine.images import BYTE_MODES, INDEXED_MODES
-from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints, every, some
 from bigkernel.transforms.engine.step import INT, Entry, Step
 from bigkernel.transforms.engine.table import Table
 
@@ -138,7 +138,7 @@ class Crop(Step):
         bottom, right = self.top + self.height, self.left + self.width
         outside = (self.top < 0) | (self.left < 0) | (bottom > height) | (right > width)
         outside &= self.active
-        if not outside.any():
+        if not some(outside):
             return
         i = int(np.flatnonzero(outside)[0])
         box = tuple(int(side[i]) for side in (self.top, self.left, self.height, self.width))
@@ -149,6 +149,31 @@ class Crop(Step):
 
     def sizes(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         return np.where(self.active, self.height, height), np.where(self.active, self.width, width)
+
+    def begins(self, after: Step, table: Table) -> bool:
+        """A random resized crop, with which many chains begin: half of what folding takes."""
+        if type(self) is not Crop or type(after) is not Resize:
+            return False  # a subclass may write something else
+        if after.interpolation is not InterpolationMode.BILINEAR:
+            return False
+        resized = (after.height != self.height) | (after.width != self.width)
+        if not every(self.active & after.active & resized):
+            return False
+        rows = np.zeros((len(self.top), 6))
+        rows[:, 0], rows[:, 4] = self.width / after.width, self.height / after.height
+        rows[:, 2], rows[:, 5] = self.left, self.top
+        box = np.empty((len(rows), 4), np.int64)
+        box[:, 0], box[:, 1], box[:, 2], box[:, 3] = (
+            self.left,
+            self.top,
+            self.left + self.width,
+            self.top + self.height,
+        )
+        table.map, table.source, table.output = rows, box, canvas_box(after.height, after.width)
+        table.nearest = np.full(len(rows), NEAREST_FLOOR)
+        table.bilinear, table.antialias = True, after.antialias
+        table.height, table.width = after.height, after.width
+        return True
 
     def fits(self, table: Table) -> Bools:
         whole = (self.height == table.height) & (self.width == table.width)

@@ -16,7 +16,7 @@ from bigkernel.expect import Expect
 from bigkernel.transforms.engine.draws import Draws, Key
 from bigkernel.transforms.engine.images import Images, gather
 from bigkernel.transforms.engine.passes import Part
-from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints, some
 from bigkernel.transforms.engine.stages import Given, call_keyed, draws_since
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
@@ -332,7 +332,7 @@ class Transform(nn.Module):
             if not isinstance(step, Step):
                 wanted, got = "a step of bigkernel.transforms.steps", f"{step!r:.80}"
                 raise self._expect.error("what its draw lists", wanted, got, cls=TypeError)
-            if len(step.active) != len(active) or (step.active & ~active).any():
+            if len(step.active) != len(active) or some(step.active & ~active):
                 which = f"active of its {type(step).__name__}"
                 wanted = f"[{len(active)}] booleans, true for images of images.active alone"
                 fix = "Start from images.active, and narrow it with &"

@@ -123,10 +123,13 @@ def launch(
         return None if max_norm is None else no_norm()
     device = params[0].device
     lrs, lr_tensors = _learning_rates(groups, device)
+    dtypes = {p.dtype for p in params}
     if isinstance(seed, int):
-        needed = any(p.dtype is torch.bfloat16 for p in params)
+        needed = torch.bfloat16 in dtypes
         seed = torch.full((), seed, dtype=torch.int64, device=device) if needed else None
-    namespace = backend.select("adam_step_", device, _OP.why_not_native([*params, *grads]))
+    dtypes |= {g.dtype for g in grads}
+    reason = None if dtypes.issubset(_OP.dtypes) else _OP.why_not_native([*params, *grads])
+    namespace = backend.select("adam_step_", device, reason)
     arguments = StepArguments(
         **lists,
         group_sizes=[len(group.params) for group in groups],
@@ -171,6 +174,8 @@ def _learning_rates(
     groups: Sequence[AdamGroup], device: torch.device
 ) -> tuple[list[float], list[Tensor]]:
     """Numbers if all are numbers (or live on the CPU while the tensors do not); else tensors."""
+    if len(groups) == 1 and type(groups[0].lr) is float:
+        return [groups[0].lr], []
     rates = [
         float(group.lr)
         if isinstance(group.lr, Tensor) and group.lr.device.type == "cpu" != device.type

@@ -16,6 +16,7 @@ from bigkernel.ops.attention.reference import Rule
 Align = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None] | None  # (left, right), None or -1: no limit
 
+MAX_NATIVE_HEAD_DIM = 256
 _OPTIONAL = ("mask", "attn_mask", "alibi_slopes")
 _MAX_WINDOW = 2**31 - 1  # wider than any sequence that a kernel takes
 _PACK = "Pack the sequences and call bigkernel.ops.attention_varlen"
@@ -161,7 +162,8 @@ def check_cu_seqlens(expect: Expect, name: str, cu: Tensor, x: Tensor, longest: 
 
 def check_rule(
     expect: Expect,
-    q: Tensor,
+    dim: int,
+    dtype: torch.dtype,
     causal: bool,
     align: Align,
     window: Window,
@@ -169,7 +171,7 @@ def check_rule(
     dropout_p: float,
     scale: float | None,
 ) -> Rule:
-    """The numbers among the arguments, as the ops take them."""
+    """The numbers among the arguments, as the ops take them, for a head dim and dtype of q."""
     expect(align in ("top_left", "bottom_right"), "align", "'top_left' or 'bottom_right'", align)
     if isinstance(causal, str):
         raise expect.error("causal", "True or False", repr(causal), cls=TypeError)
@@ -189,10 +191,10 @@ def check_rule(
     expected = "0 (off) or a positive number from 1e-30 to 1e30"
     expect(softcap == 0 or 1e-30 <= softcap <= 1e30, "softcap", expected, softcap)
     if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
+        scale = 1 / math.sqrt(dim)
     else:
         _number(expect, "scale", scale)
-        largest = torch.finfo(accumulate_dtype(q.dtype)).max
+        largest = torch.finfo(accumulate_dtype(dtype)).max
         finite = -largest <= scale <= largest
         expect(finite, "scale", "finite in the dtype of sums", scale)
     return Rule(scale, causal, align == "bottom_right", left, right, softcap, dropout_p)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from bigkernel import registry
-from bigkernel._library import call
+from bigkernel._library import call, call_usual
 from bigkernel.backend import select
 from bigkernel.expect import Expect
-from bigkernel.ops.attention import blocks, contest
+from bigkernel.ops.attention import blocks, contest, usual
 from bigkernel.ops.attention.blocks import empty_like_layout, empty_results
 from bigkernel.ops.attention.checks import (
+    MAX_NATIVE_HEAD_DIM,
     Align,
     Window,
     autocast,
@@ -29,10 +30,9 @@ from bigkernel.ops.attention.checks import (
     check_rule,
     check_tensors,
 )
-from bigkernel.ops.attention.reference import Params
+from bigkernel.ops.attention.reference import TENSORS, Params, Rule
 from bigkernel.ops.attention.tensors import understands_tensors
 
-MAX_NATIVE_HEAD_DIM = 256
 _DENSE, _PACKED = Expect("attention"), Expect("attention_varlen")
 
 
@@ -74,8 +74,12 @@ _SCHEMA_BWD = (
 )
 
 
-# Where the mask stands among forward's arguments: the only one of them that may need a gradient.
-_MASK = 3 + Params._fields.index("mask")
+# Among forward's arguments: the mask, the only option that may need a gradient, and the first that
+# is no tensor.
+_MASK = 3
+_NUMBERS = _MASK + TENSORS
+_MAX = TENSORS  # among the options: max_seqlen_q, before max_seqlen_k
+_NO_GRADIENTS = (None,) * (len(Params._fields) + len(Rule._fields) - 2)  # of the other options
 
 
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -102,9 +106,8 @@ def _fake_bwd(
 
 def _autograd(ops: Any) -> tuple[Any, Any]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *options = inputs
-        tensors, ctx.numbers = Params.of(options).split()
-        ctx.save_for_backward(q, k, v, *tensors, *output)
+        ctx.save_for_backward(*inputs[:_NUMBERS], *output)
+        ctx.numbers = inputs[_NUMBERS:]
         # So that a gradient of lse that nobody asked for is None, and not zeros to be added.
         ctx.set_materialize_grads(False)
 
@@ -116,13 +119,9 @@ def _autograd(ops: Any) -> tuple[Any, Any]:
             dlse = dlse[..., 0]  # the public functions return the sum: both have one gradient
         needs_dmask = ctx.needs_input_grad[_MASK]
         dout = _contiguous_rows(dout)
-        options = Params(*tensors, *ctx.numbers).arguments
-        saved = (dout, dlse, q, k, v, out, lse, *options, needs_dmask)
-        *dqkv, dmask = call(ops, "attention_bwd", *saved)
-        gradients = [*dqkv, *[None] * len(options)]
-        if needs_dmask:
-            gradients[_MASK] = dmask
-        return tuple(gradients)
+        saved = (dout, dlse, q, k, v, out, lse, *tensors, *ctx.numbers, needs_dmask)
+        dq, dk, dv, dmask = call(ops, "attention_bwd", *saved)
+        return dq, dk, dv, dmask if needs_dmask else None, *_NO_GRADIENTS
 
     return backward, setup_context
 
@@ -242,6 +241,12 @@ def attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
+    if alibi_slopes is None and seed is None:
+        options = (causal, align, window, softcap, dropout_p, scale)
+        known = usual.dense(q, k, v, mask, options)
+        if known is not None:
+            out, lse = run_known(q, k, v, known)
+            return (out, lse.sum(-1)) if return_lse else out
     expect = _DENSE
     check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     q, k, v, mask = autocast(q, k, v, mask)
@@ -253,7 +258,8 @@ def attention(
     if mask is not None:
         mask = check_mask(expect, mask, q, (*q.shape[:3], k.shape[2]))
     slopes, seed = check_tensors(expect, q, alibi_slopes, batch, dropout_p, seed)
-    rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
+    options = (causal, align, window, softcap, dropout_p, scale)
+    rule = check_rule(expect, q.shape[-1], q.dtype, *options)
     params = Params(mask, slopes, seed, None, None, q.shape[2], k.shape[2], rule)
     if not return_lse and contest.runs(q, k, v, params):
         q, k, v = map(_contiguous_rows, (q, k, v))
@@ -339,6 +345,19 @@ def attention_varlen(
     Raises:
         ValueError, TypeError: as `attention`, and if cu_seqlens do not fit the packed tensors.
     """
+    if mask is None and alibi_slopes is None and seed is None:
+        options = (causal, align, window, softcap, dropout_p, scale)
+        known = usual.packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options
+        )
+        if known is not None:
+            try:
+                out, lse = run_known(q, k, v, known)
+            except RuntimeError:  # the kernel has read cu_seqlens: if they are wrong, say which
+                check_cu_seqlens(_PACKED, "cu_seqlens_q", cu_seqlens_q, q, known[_MAX])
+                check_cu_seqlens(_PACKED, "cu_seqlens_k", cu_seqlens_k, k, known[_MAX + 1])
+                raise
+            return (out, lse.sum(-1)) if return_lse else out
     expect = _PACKED
     check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     check_plain(expect, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -360,7 +379,8 @@ def attention_varlen(
     if mask is not None:
         mask = check_mask(expect, mask, q, (1, q.shape[1], max_seqlen_q, max_seqlen_k))
     slopes, seed = check_tensors(expect, q, alibi_slopes, size - 1, dropout_p, seed)
-    rule = check_rule(expect, q, causal, align, window, softcap, dropout_p, scale)
+    options = (causal, align, window, softcap, dropout_p, scale)
+    rule = check_rule(expect, q.shape[-1], q.dtype, *options)
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     params = Params(mask, slopes, seed, cu_q, cu_k, max_seqlen_q, max_seqlen_k, rule)
     out, lse = _run(q, k, v, params)
@@ -372,6 +392,13 @@ def _run(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tenso
     ops = select("attention_fwd", q.device, _OP.why_not_native((q, k, v)))
     qkv = map(_contiguous_rows, (q, k, v))
     out: tuple[Tensor, Tensor] = call(ops, "attention_fwd", *qkv, *params.arguments)
+    return out
+
+
+def run_known(q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments) -> tuple[Tensor, Tensor]:
+    """`_run` of a usual call."""
+    ops = select("attention_fwd", q.device)
+    out: tuple[Tensor, Tensor] = call_usual(ops, "attention_fwd", q, k, v, *known)
     return out
 
 

@@ -70,12 +70,8 @@ class Params(NamedTuple):
         """Those of the op."""
         return (*self[:-1], *self.rule)
 
-    def split(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The tensors, which come first, and the others."""
-        return self[:_TENSORS], self[_TENSORS:]
 
-
-_TENSORS = list(Params.__annotations__.values()).count(Tensor | None)
+TENSORS = list(Params.__annotations__.values()).count(Tensor | None)  # they come first
 
 
 def mask_of(mask: Tensor, rows: int, keys: int) -> Tensor:

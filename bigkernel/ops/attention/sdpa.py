@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bigkernel.expect import Expect, shape_of
+from bigkernel.ops.attention import usual
 from bigkernel.ops.attention.checks import Align, autocast, check_plain
-from bigkernel.ops.attention.op import attention
+from bigkernel.ops.attention.op import attention, run_known
 from bigkernel.ops.attention.tensors import is_causal_bias, understands_tensors
 
 _EXPECT = Expect("scaled_dot_product_attention")
@@ -52,6 +53,11 @@ def scaled_dot_product_attention(
         RuntimeError: attn_mask and is_causal are both given (as in torch).
         ValueError, TypeError: an argument does not fit; the message says which and how to fix it.
     """
+    if attn_mask is None or not is_causal:
+        options: usual.Options = (is_causal, "top_left", None, None, dropout_p, scale)
+        known = usual.dense(query, key, value, attn_mask, options, grouped=enable_gqa is True)
+        if known is not None:
+            return run_known(query, key, value, known)[0]
     align: Align = "top_left"
     if is_causal_bias(type(attn_mask)):
         _EXPECT(not is_causal, "is_causal", "False with a causal attn_mask", True)

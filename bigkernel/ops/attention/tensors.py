@@ -29,15 +29,10 @@ def understands_tensors(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
-        for x in args:
-            if type(x) not in _USUAL:
-                break
-        else:
-            for x in keywords.values():
-                if type(x) not in _USUAL:
-                    break
-            else:
-                return function(*args, **keywords)
+        if _USUAL.issuperset(map(type, args)) and (
+            not keywords or _USUAL.issuperset(map(type, keywords.values()))
+        ):
+            return function(*args, **keywords)
         if len(args) > len(names):
             return function(*args, **keywords)  # Python says what is wrong
         return _unusual(call, function, {**dict(zip(names, args, strict=False)), **keywords})

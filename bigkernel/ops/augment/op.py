@@ -171,7 +171,7 @@ def augment(
     if batch and k > 0 and channels not in (1, 3):
         fix = "Leave color out, or select channels"
         raise expect.error("images", "of 1 or 3 channels for colour", f"{channels} channels", fix)
-    wide = torch.float32 if source in _OP.dtypes else torch.float64
+    wide = work_dtype(source)
     fill_table = _fill(fill, n, channels if batch else None, wide)
     if not batch:
         channels = fill_table.shape[1]
@@ -181,30 +181,48 @@ def augment(
     expect(dtype in OUT_DTYPES, "dtype", _DTYPES, dtype, cls=TypeError)
     if in_scale is None:
         in_scale = 1.0 if dtype == source else reference.bound(dtype) / reference.bound(source)
-    reason = _OP.why_not_dtype(dtype) or _OP.why_not_native(batch)
-    if reason is None and interpolation == "bilinear" and not _is_finite(fill):
+    return launch(
+        Arguments(
+            images=batch,
+            geometry=geometry,
+            color=color,
+            fill=fill_table,
+            mean=_per_channel("mean", mean, channels, wide),
+            std=_per_channel("std", std, channels, wide),
+            out_h=height,
+            out_w=width,
+            channels_last_in=channels_last_in,
+            channels_last_out=channels_last_out,
+            interpolation=INTERPOLATIONS.index(interpolation),
+            antialias=antialias,
+            in_scale=in_scale,
+            out_dtype=OUT_DTYPES.index(dtype),
+        ),
+        interpolation == "nearest" or _is_finite(fill),
+    )
+
+
+def launch(arguments: Arguments, finite: bool) -> Tensor:
+    """``augment`` without the checks, for transforms: their tables fit by construction.
+
+    finite: the fill is, or it is not blended with.
+    """
+    images = arguments.images
+    device = images[0].device if images else arguments.geometry.device
+    reason = _OP.why_not_dtype(OUT_DTYPES[arguments.out_dtype]) or _OP.why_not_native(images)
+    if reason is None and not finite:
         reason = "the kernels blend with a finite fill only"
     namespace = select("augment", device, reason)
     # The op is opaque to autograd, which goes through its definition instead.
-    followed = any(map(asks_derivative, batch)) and device.type != "meta"
-    run = reference.augment if followed else namespace.augment
-    arguments = Arguments(
-        images=batch,
-        geometry=geometry,
-        color=color,
-        fill=fill_table,
-        mean=_per_channel("mean", mean, channels, wide),
-        std=_per_channel("std", std, channels, wide),
-        out_h=height,
-        out_w=width,
-        channels_last_in=channels_last_in,
-        channels_last_out=channels_last_out,
-        interpolation=INTERPOLATIONS.index(interpolation),
-        antialias=antialias,
-        in_scale=in_scale,
-        out_dtype=OUT_DTYPES.index(dtype),
-    )
-    return run(*arguments)  # type: ignore[no-any-return]
+    if any(map(asks_derivative, images)):
+        run = namespace.augment if device.type == "meta" else reference.augment
+        return run(*arguments)  # type: ignore[no-any-return]
+    return _library.call(namespace, "augment", *arguments)  # type: ignore[no-any-return]
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of fill, mean and std for images of this dtype."""
+    return torch.float32 if dtype in _OP.dtypes else torch.float64
 
 
 def _check_images(

@@ -28,14 +28,11 @@ def scaling(x: Floats, y: Floats) -> Floats:
 
 def compose(after: Floats, before: Floats) -> Floats:
     """The map that does ``before``, then ``after``."""
-    # Into one array: stacking six takes longer than computing them.
-    rows = np.empty((len(after), 6))
-    a, b, out = after.T, before.T, rows.T
-    for i in (0, 3):
-        out[i] = a[i] * b[0] + a[i + 1] * b[3]
-        out[i + 1] = a[i] * b[1] + a[i + 1] * b[4]
-        out[i + 2] = a[i] * b[2] + a[i + 1] * b[5] + a[i + 2]
-    return rows
+    # In few operations: of one image's maps each takes as long as of a thousand's.
+    a, b = after.reshape(-1, 2, 3), before.reshape(-1, 2, 3)
+    rows = a[:, :, :1] * b[:, :1] + a[:, :, 1:2] * b[:, 1:]
+    rows[:, :, 2] += a[:, :, 2]
+    return rows.reshape(-1, 6)
 
 
 def invert(rows: Floats) -> Floats:
@@ -69,15 +66,12 @@ def is_whole_pixel_move(rows: Floats) -> Bools:
 
 def map_box(rows: Floats, box: Ints | Floats) -> Floats:
     """[n, 4] the smallest boxes around the mapped boxes (the mapped boxes, if axes are kept)."""
-    a, b, c, d, e, f = rows.T
-    x0, y0, x1, y1 = box.T
-    x, y, half_x, half_y = (x0 + x1) * 0.5, (y0 + y1) * 0.5, (x1 - x0) * 0.5, (y1 - y0) * 0.5
-    u, v = a * x + b * y + c, d * x + e * y + f
-    reach_u = np.abs(a) * half_x + np.abs(b) * half_y
-    reach_v = np.abs(d) * half_x + np.abs(e) * half_y
+    m, low, high = rows.reshape(-1, 2, 3), box[:, None, :2], box[:, None, 2:]  # [n, 1, (x, y)]
+    at, reach = m[:, :, :2] * ((low + high) * 0.5), np.abs(m[:, :, :2]) * ((high - low) * 0.5)
+    middle, half = at[:, :, 0] + at[:, :, 1] + m[:, :, 2], reach[:, :, 0] + reach[:, :, 1]
     mapped = np.empty((len(rows), 4))
-    mapped[:, 0], mapped[:, 1] = u - reach_u, v - reach_v
-    mapped[:, 2], mapped[:, 3] = u + reach_u, v + reach_v
+    np.subtract(middle, half, out=mapped[:, :2])
+    np.add(middle, half, out=mapped[:, 2:])
     return mapped
 
 

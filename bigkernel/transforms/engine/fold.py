@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bigkernel.transforms.engine.samples import Bools, Ints
+from bigkernel.transforms.engine.samples import Bools, Ints, every, some
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.table import Call, Table
 
@@ -32,7 +32,8 @@ def fold(
 ) -> list[Group]:
     """Groups of samples with the calls that do ``chain`` to images of the given sizes."""
     start = Table(height, width, channels, dtype)
-    groups = [_OpenGroup(np.arange(len(height)), start, [], 0)]
+    written = 2 if len(chain) > 1 and chain[0].begins(chain[1], start) else 0
+    groups = [_OpenGroup(np.arange(len(height)), start, [], written)]
     done: list[Group] = []
     while groups:
         group = groups.pop()
@@ -54,14 +55,14 @@ class _OpenGroup:
         """The group past the step, or its two parts before it."""
         everyone = len(self.members) == len(step.active)  # members are ascending
         part = step if everyone else step.take(self.members)
-        if part.shared and not part.active.all():
-            if part.active.any():
+        if part.shared and not every(part.active):
+            if some(part.active):
                 return self._split(part.active)
             return [_OpenGroup(self.members, self.table, self.calls, self.next + 1)]
         fits = part.fits(self.table) | ~part.active
-        if fits.all():
+        if every(fits):
             table, calls = self.table, self.calls
-        elif fits.any():
+        elif some(fits):
             return self._split(fits)
         else:
             table, calls = self.table.successor(), [*self.calls, self.table.close()]

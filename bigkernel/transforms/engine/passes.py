@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigkernel.expect import Expect
-from bigkernel.ops.augment import augment
+from bigkernel.ops.augment.op import launch, work_dtype
+from bigkernel.ops.augment.reference import OUT_DTYPES, Arguments
+from bigkernel.ops.augment.table import INTERPOLATIONS
 from bigkernel.transforms.engine.fold import Group, fold
 from bigkernel.transforms.engine.images import Images
-from bigkernel.transforms.engine.samples import Ints
+from bigkernel.transforms.engine.samples import Ints, every
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.table import Call
 
 _EXPECT = Expect("transforms")
+_NEAREST, _BILINEAR = (INTERPOLATIONS.index(name) for name in ("nearest", "bilinear"))
 Part = tuple[Ints, Tensor]  # places in the batch, and their images, of one size
 
 
@@ -54,30 +60,61 @@ def _apply(
 ) -> list[Part]:
     """One augment call for each output size."""
     results = []
-    for height, width in sorted(set(zip(call.height.tolist(), call.width.tolist(), strict=True))):
-        places = np.flatnonzero((call.height == height) & (call.width == width))
-        part = call if len(places) == len(call.height) else call.take(places)
-        result = augment(
-            _pick(images, places),
-            torch.from_numpy(part.geometry),
-            torch.from_numpy(part.color.astype(np.float32)),
-            size=(height, width),
-            fill=torch.from_numpy(np.ascontiguousarray(part.fill)),
-            mean=_constants(part.mean),
-            std=_constants(part.std),
-            interpolation="bilinear" if part.bilinear else "nearest",
-            antialias=part.antialias,
-            in_scale=part.in_scale,
-            dtype=part.dtype,
-            channels_last_in=channels_last_in,
-            channels_last_out=channels_last_out,
+    first = images if isinstance(images, Tensor) else images[0]
+    channels, wide = call.fill.shape[1], work_dtype(first.dtype)
+    everyone = np.arange(len(call.height))
+    sizes = sorted(set(zip(call.height.tolist(), call.width.tolist(), strict=True)))
+    for height, width in sizes:
+        places, part = everyone, call
+        if len(sizes) > 1:
+            places = np.flatnonzero((call.height == height) & (call.width == width))
+            part = call.take(places)
+        given = _pick(images, places)
+        result = launch(
+            Arguments(
+                images=[given] if isinstance(given, Tensor) else given,
+                geometry=torch.from_numpy(part.geometry),
+                color=torch.from_numpy(part.color.astype(np.float32)),
+                fill=torch.from_numpy(np.ascontiguousarray(part.fill)).to(wide),
+                mean=_constants("mean", part.mean, channels, wide),
+                std=_constants("std", part.std, channels, wide),
+                out_h=height,
+                out_w=width,
+                channels_last_in=channels_last_in,
+                channels_last_out=channels_last_out,
+                interpolation=_BILINEAR if part.bilinear else _NEAREST,
+                antialias=part.antialias,
+                in_scale=part.in_scale,
+                out_dtype=OUT_DTYPES.index(part.dtype),
+            ),
+            finite=not part.bilinear or every(np.isfinite(part.fill)),
         )
         results.append((places, result))
     return results
 
 
-def _constants(numbers: tuple[float, ...] | None) -> Tensor | None:
-    return None if numbers is None else torch.from_numpy(np.asarray(numbers))
+def _constants(
+    name: str, numbers: tuple[float, ...] | None, channels: int, dtype: torch.dtype
+) -> Tensor | None:
+    if numbers is None:
+        return None
+    # 0.0 and -0.0 are equal, and are not the same.
+    numbers = tuple(numbers)
+    signs = tuple(math.copysign(1.0, number) for number in numbers)
+    return torch.from_numpy(_row(name, numbers, signs, channels, dtype))
+
+
+@lru_cache(maxsize=256)
+def _row(
+    name: str, numbers: tuple[float, ...], _: Any, channels: int, dtype: torch.dtype
+) -> np.ndarray:
+    """[C], as the op takes it. An array: a tensor would keep the modes that it was made in."""
+    row = np.empty(channels, np.float32 if dtype == torch.float32 else np.float64)
+    with np.errstate(over="ignore"):
+        row[:] = numbers
+    if name == "std" and (row == 0).any():
+        raise _EXPECT.error(name, "without a zero", numbers)
+    return row
 
 
 def join(parts: list[Part], count: int) -> Tensor | list[Tensor]:

@@ -12,6 +12,17 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+
+def some(mask: Bools) -> bool:
+    """``mask.any()``, which takes several times as long of a few samples."""
+    return bool(np.count_nonzero(mask))
+
+
+def every(mask: Bools) -> bool:
+    """``mask.all()``, likewise."""
+    return bool(np.count_nonzero(mask) == mask.size)
+
+
 SamplesT = TypeVar("SamplesT", bound="Samples")
 
 

@@ -86,6 +86,13 @@ class Step(Samples):
         """The step as it is done to PIL images of these modes."""
         return self
 
+    def begins(self, after: Step, table: Table) -> bool:
+        """Writes itself and the step after it into a table that holds nothing yet, in one go.
+
+        It leaves the table as ``write`` of both would. Returns whether it did: by itself, never.
+        """
+        return False
+
     def fits(self, table: Table) -> Bools:
         """[n]: the samples whose table can hold the step; those not active are not looked at."""
         raise NotImplementedError(self._says_not("fits", "for which images it fits into the table"))

@@ -32,7 +32,7 @@ from bigkernel.transforms.engine.affine import (
     keeps_axes,
     map_box,
 )
-from bigkernel.transforms.engine.samples import Bools, Floats, Ints, Samples
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints, Samples, some
 
 _EXPECT = Expect("transforms")
 _EPS = 1e-6  # pixels; far above float64 error at any image size, far below a visible shift
@@ -115,8 +115,10 @@ class Table(Samples):
 
     def precede(self, active: Bools, matrix: Floats, mirrors: bool = False) -> None:
         """The map becomes: first ``matrix``, then what the map was."""
-        if not mirrors:  # the rounding errors of a warp are tied to the middle of its own output
-            moved = active & (matrix != identity(1)).any(axis=1) & (self.nearest == NEAREST_WARP)
+        warped = self.nearest == NEAREST_WARP
+        # The rounding errors of a warp are tied to the middle of its own output.
+        if not mirrors and some(warped):
+            moved = active & (matrix != identity(1)).any(axis=1) & warped
             self.nearest = np.where(moved, NEAREST_EVEN, self.nearest)
         self.map = np.where(active[:, None], compose(self.map, matrix), self.map)
         self.straight = keeps_axes(self.map)

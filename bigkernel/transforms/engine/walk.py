@@ -14,7 +14,7 @@ from bigkernel.expect import Expect
 from bigkernel.transforms.engine.draws import Draws
 from bigkernel.transforms.engine.images import Images
 from bigkernel.transforms.engine.passes import Part, run_pass
-from bigkernel.transforms.engine.samples import Bools, Floats, Ints
+from bigkernel.transforms.engine.samples import Bools, Floats, Ints, some
 from bigkernel.transforms.engine.stages import Given, run_stage
 from bigkernel.transforms.engine.step import Step
 
@@ -71,7 +71,7 @@ class Walk:
             if self._sizes is not None:
                 step.check(*self._sizes)
                 after = step.sizes(*self._sizes)
-                if after[0] is not self._sizes[0] and ((after[0] < 1) | (after[1] < 1)).any():
+                if after[0] is not self._sizes[0] and some((after[0] < 1) | (after[1] < 1)):
                     self._refuse_sizes(name, step, after)
                 self._sizes = after
             self.steps.append(step)
