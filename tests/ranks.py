@@ -219,6 +219,46 @@ def uneven(folder):
     return found
 
 
+class Counted(torch.utils.data.Dataset):
+    """Documents that write down which of them were asked for, in any process."""
+
+    def __init__(self, file, count):
+        self.file, self.documents = file, documents(count)
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        with self.file.open("a") as file:
+            file.write(f"{index}\n")
+        return self.documents[index]
+
+
+def reads(folder):
+    """Two epochs, and from the middle of the second one again: what is read of the documents."""
+    rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    found, run = {"figures": {}}, folder / f"reads-{world}"
+
+    def train(name, resume=None, workers=0):
+        file = folder / f"read {name} {world} {rank}"
+        trainer = text_trainer(
+            run if resume is None else folder / "read again",
+            world,
+            data=Counted(file, 3 * GLOBAL_BATCH),
+            dataloader_num_workers=workers,
+            save_strategy="no" if resume else "steps",
+            save_steps=4,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        found["figures"][name] = figures(trainer)
+        found[name] = [int(line) for line in file.read_text().split()]
+
+    train("whole")
+    for workers in (0, 2):
+        train(f"again, {workers} workers", str(run / "checkpoint-4"), workers)
+    return found
+
+
 def twice(folder):
     """`train` again, with the model in pieces already."""
     trainer = text_trainer(

@@ -31,7 +31,7 @@ CLOSE = {"rel": 2e-6, "abs": 2e-6}
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 
-def start(world, script, *arguments, launcher=(), timeout=300):
+def start(world, script, *arguments, launcher=(), variables=None, timeout=300):
     """Run a Python script on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
@@ -40,6 +40,7 @@ def start(world, script, *arguments, launcher=(), timeout=300):
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
             "OMP_NUM_THREADS": "1",
+            **(variables or {}),
         },
         capture_output=True,
         text=True,
@@ -79,7 +80,19 @@ class Ranks:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     made = Ranks(tmp_path_factory.mktemp("ranks"))
-    made.run(2, *["ddp", "fsdp2", "again", "from_one", "muon", "images", "uneven", "refused"])
+    parts = [
+        "ddp",
+        "fsdp2",
+        "again",
+        "from_one",
+        "muon",
+        "images",
+        "uneven",
+        "reads",
+        "sent",
+        "refused",
+    ]
+    made.run(2, *parts)
     return made
 
 
@@ -171,6 +184,26 @@ def test_two_ranks_go_on_bit_for_bit(two):
     assert curve(again["figures"]) == curve(whole["figures"])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_was_trained_on_is_not_read_again(two, tmp_path, world):
+    """In the middle of the second epoch, packed, with workers and without: bit for bit."""
+    if world == 1:
+        all_ = [ranks.reads(tmp_path)]
+    else:
+        all_ = [json.loads((two.folder / f"reads-2-{rank}.json").read_text()) for rank in (0, 1)]
+    for mine in all_:
+        share = ranks.GLOBAL_BATCH // world
+        assert len(mine["whole"]) == ranks.STEPS * share
+        # The step of the checkpoint, 4, is the first one of the second epoch of three.
+        rest = mine["whole"][4 * share :]
+        assert mine["again, 0 workers"] == rest
+        assert sorted(mine["again, 2 workers"]) == sorted(rest)
+        for again in ("again, 0 workers", "again, 2 workers"):
+            assert curve(mine["figures"][again]) == curve(mine["figures"]["whole"])
+    read = [document for mine in all_ for document in mine["whole"][-3 * share :]]
+    assert sorted(read) == list(range(3 * ranks.GLOBAL_BATCH))
+
+
 def test_two_ranks_go_on_from_one_process(two):
     assert_close(two.found("from_one")["figures"], two.one)
 
@@ -259,7 +292,7 @@ def test_what_is_not_supported_in_pieces_is_refused(two):
 
 
 DIES = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 import ranks, torch
 from bigkernel.integrations import sharding
@@ -274,6 +307,8 @@ def die_once(model, optimizer, into):
     save(model, optimizer, into)
 
 sharding.save_optimizer = die_once
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and rank == sys.argv[2]:
+    time.sleep(5)  # the others look for it where it was before
 torch.distributed.init_process_group("gloo")
 options = {**ranks.KINDS["fsdp2"], "save_strategy": "steps"}
 trainer = ranks.text_trainer(folder / "run", 2, **options)
@@ -286,12 +321,16 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path):
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path, late):
     """torchrun starts all again, which go on from it as if nothing had been."""
     script = tmp_path / "dies.py"
     script.write_text(DIES)
-    done = start(2, script, tmp_path, launcher=("--max-restarts", "1"))
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the Trainer asks for
+    restarts = ("--max-restarts", "1")
+    done = start(2, script, tmp_path, str(late), launcher=restarts, variables=fresh)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "keeps the addresses" not in done.stderr
     assert (tmp_path / "died").exists()
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -299,6 +338,18 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_pat
     assert curve(figures) == curve(whole)
     left = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_restarts_that_keep_addresses_of_dead_processes_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert sharding.restarts_meet_the_dead() is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    ranks.text_trainer(tmp_path, 1, max_steps=1).train()
+    said = capsys.readouterr().err
+    assert said.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone") == 1
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # as the switch makes it
+    assert sharding.restarts_meet_the_dead() is None
 
 
 # The command line
