@@ -2,7 +2,8 @@
 
 The same documents in a step give the same losses on 1, 2 and 4 ranks, packed, with gradients that
 are accumulated and clipped; under FSDP2 each rank holds its share of parameters and moments;
-checkpoints go on at any number of ranks; what is not supported is refused before the first step.
+checkpoints go on at any number of ranks; what is not supported is refused before the first step;
+what is sent is what the cost model of a step says.
 The ranks are started once (`ranks.py`); each test reads what one part of their work found.
 """
 
@@ -20,7 +21,8 @@ import torch
 import transformers
 from families import DECODER
 
-from bigkernel import checkpoint
+from benchmarks import scaling
+from bigkernel import checkpoint, utilization
 from bigkernel.cli import main
 from bigkernel.integrations import sharding
 
@@ -31,11 +33,17 @@ CLOSE = {"rel": 2e-6, "abs": 2e-6}
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 
-def start(world, script, *arguments, launcher=(), variables=None, timeout=300):
+def start(world, script, *arguments, launcher=(), variables=None):
     """Run a Python script on so many ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ("--standalone", "--nproc-per-node", str(world), *launcher)
+    return launch(["torchrun", *options, str(script), *map(str, arguments)], variables)
+
+
+def launch(words, variables=None):
+    """Run a command that begins with torchrun, without looking for it on the path."""
+    assert words[0] == "torchrun"
     return subprocess.run(
-        [*command, "--nproc-per-node", str(world), *launcher, str(script), *map(str, arguments)],
+        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
@@ -44,7 +52,7 @@ def start(world, script, *arguments, launcher=(), variables=None, timeout=300):
         },
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 
@@ -62,12 +70,13 @@ class Ranks:
         assert done.returncode == 0, done.stderr[-4000:]
 
     def found(self, part, world=2):
-        """What the first rank found; the others found the same figures."""
+        """What the first rank found; the others found the same figures, and said nothing."""
         all_ = [
             json.loads((self.folder / f"{part}-{world}-{rank}.json").read_text())
             for rank in range(world)
         ]
         assert all(one.get("figures") == all_[0].get("figures") for one in all_)
+        assert not any(one["said"] for one in all_), part
         return all_[0]
 
     def held(self, part, world):
@@ -104,7 +113,7 @@ def more(two):
 
 @pytest.fixture(scope="module")
 def four(two):
-    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven")
+    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven", "sent")
     return two
 
 
@@ -174,6 +183,73 @@ def test_a_rank_holds_its_share(request, world):
     for mine in made.held("ddp", world):
         assert mine["parameters"] == mine["whole"]
         assert not any(mine["cut"])
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_of_a_step_are_those_of_the_cost_model(request, world):
+    """To the byte, of every collective; docs/scaling.md builds on it."""
+    made = request.getfixturevalue("two" if world == 2 else "four")
+    units = scaling.Decoder(
+        "small",
+        DECODER["vocab_size"],
+        DECODER["hidden_size"],
+        DECODER["intermediate_size"],
+        DECODER["num_hidden_layers"],
+        DECODER["num_attention_heads"],
+        DECODER["num_key_value_heads"],
+    ).units()
+    for rank in range(world):
+        all_ = json.loads((made.folder / f"sent-{world}-{rank}.json").read_text())
+        kinds = {kind.split()[0] for kind in all_["found"]}
+        assert kinds == set(scaling.KINDS)
+        for name, sizes in all_["found"].items():
+            kind, batches = name.split()
+            expected = scaling.messages(units, kind, world, batches=int(batches))
+            if kind == "ddp":  # as small as they are here: the angles of the rotary embedding
+                expected["broadcast"] = all_["buffers"]
+            assert sizes["steps"] == [expected] * 3, name
+            # The step's tokens and signals as int64, and with the log two numbers of float32.
+            assert sizes["between"] == [{"all_gather of numbers": world * 24}] * 2, name
+
+
+@pytest.mark.parametrize("model", scaling.MODELS, ids=lambda model: model.name)
+def test_models_on_paper_are_transformers_own(model):
+    config = transformers.LlamaConfig(
+        vocab_size=model.vocab,
+        hidden_size=model.width,
+        intermediate_size=model.inner,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.groups,
+    )
+    with torch.device("meta"):
+        there = transformers.LlamaForCausalLM(config)
+    assert model.parameters() == sum(p.numel() for p in there.parameters())
+    shapes = [shape for unit in model.units() for shape in unit.shapes]
+    own = [(len(p), p[0].numel()) for p in there.parameters()]
+    assert sorted(shapes) == sorted(own)
+    work = utilization.work_of(there)
+    once = model.flops(8192, 4096) / (4 / 3 if model.checkpoints else 1)
+    assert once == pytest.approx(work.flops(2, 8192, 2 * 4096**2), rel=1e-12)
+
+
+def test_a_step_costs_what_its_parts_do():
+    """Bytes in rings by hand; nothing is sent by one; more to send takes longer."""
+    units = [scaling.Unit(((5, 3),), again=True), scaling.Unit(((4, 2),), again=False)]
+    assert scaling.wire(scaling.messages(units, "ddp", 2), 2) == 4 * (15 + 8) + 4 * 2
+    # Of 5 rows in 2 ranks each has 3, one of them empty.
+    sizes = scaling.messages(units, "fsdp2", 2, batches=3, parameter=2)
+    assert sizes == {"all_gather": 3 * 2 * (18 * 2 + 8), "reduce_scatter": 26 * 4, "all_reduce": 8}
+    assert scaling.wire(sizes, 2) == sizes["all_gather"] / 2 + sizes["reduce_scatter"] / 2 + 8
+    assert scaling.wire(sizes, 1) == 0
+    for gpu in scaling.GPUS:
+        for kind in scaling.KINDS:
+            steps = [scaling.step(scaling.MODELS[0], gpu, kind, n, 8192, 8192) for n in (8, 64)]
+            assert steps[0].communicating < steps[1].communicating
+            assert all(step.computing <= step.at_best <= step.at_worst for step in steps)
 
 
 # Checkpoints
@@ -387,12 +463,16 @@ def metrics(run):
 
 
 def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_path, capsys):
-    """Rank 0 alone writes and speaks; the run goes on in one process."""
+    """By the README's command. Rank 0 alone writes and speaks; the run goes on in one process."""
     one, both = tmp_path / "one", tmp_path / "both"
     command = [*settings, "--max-steps", "4", "--save-steps", "2"]
     assert main([*command, "--out", str(one)]) == 0
     said = capsys.readouterr().out
-    done = start(2, "-m", "bigkernel", *command, "--parallel", "fsdp2", "--out", both)
+    section = (HERE.parent / "README.md").read_text().partition("## On a cluster")[2]
+    line = next(line for line in section.splitlines() if line.startswith("torchrun"))
+    words = line.split()
+    assert words[-2:] == ["--out", "runs/cluster"]
+    done = launch([*words[:-1], str(both), *command[2:]])
     assert done.returncode == 0, done.stderr[-4000:]
     for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
         assert point == other
@@ -424,6 +504,54 @@ def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_pa
     assert "--parallel ddp goes on in one" in capsys.readouterr().err
     assert main([*more, "--parallel", "ddp"]) == 0
     assert metrics(both)[-1][0] == 6
+
+
+SRUN = """#!/bin/bash
+for node in $(seq "$SLURM_NNODES"); do "$@" & nodes+=($!); done
+for node in "${nodes[@]}"; do wait "$node" || failed=1; done
+exit ${failed:-0}
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_nodes_as_in_one_process(settings, tmp_path):
+    """Two launchers on this machine find each other as those of two machines would."""
+    command = [*settings, "--max-steps", "3"]
+    one = tmp_path / "one"
+    assert main([*command, "--out", str(one)]) == 0
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    torchrun = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    scontrol = "#!/bin/bash\necho localhost\n"
+    for name, text in (("srun", SRUN), ("torchrun", torchrun), ("scontrol", scontrol)):
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    slurm["SLURM_JOB_ID"] = str(os.getpid())
+    with (tmp_path / "said").open("w+") as said:
+        done = subprocess.run(
+            ["bash", str(HERE.parent / "examples" / "slurm.sh"), *command[2:]],
+            env={
+                **os.environ,
+                **slurm,
+                "PATH": f"{bin_}:{os.environ['PATH']}",
+                "PYTHONPATH": str(HERE.parent),
+                "OMP_NUM_THREADS": "1",
+            },
+            cwd=tmp_path,
+            stdout=said,
+            stderr=said,
+            timeout=600,
+        )
+        said.seek(0)
+        assert done.returncode == 0, said.read()[-4000:]
+        said.seek(0)
+        assert said.read().count("perplexity") == 1
+    both = tmp_path / "runs" / "cluster"
+    for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
+        assert point == other
+        assert a == pytest.approx(b, **({"rel": 1e-3} if "eval_loss" in point else CLOSE)), point
+    assert "2 (fsdp2)" in (both / "README.md").read_text()
 
 
 FAILS = """
