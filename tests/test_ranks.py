@@ -562,7 +562,7 @@ from bigkernel.cli import command
 step = bigkernel.trainer.Trainer.training_step
 
 def fail(self, *arguments, **keywords):
-    if os.environ["RANK"] == "1" and self.state.global_step == 2:
+    if os.environ["RANK"] == os.environ["FAILS"] and self.state.global_step == 2:
         raise RuntimeError("the third batch of this rank cannot be read")
     return step(self, *arguments, **keywords)
 
@@ -572,15 +572,17 @@ sys.exit(command())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("fsdp2", 1), ("fsdp2", 0)])
+def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind, rank):
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
     run = tmp_path / "run"
-    done = start(2, script, *settings, "--max-steps", "4", "--parallel", kind, "--out", run)
+    options = ("--max-steps", "4", "--parallel", kind, "--out", run)
+    done = start(2, script, *settings, *options, variables={"FAILS": str(rank)})
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert errors == ["Error: process 1: the third batch of this rank cannot be read"]
+    who = "process 1: " if rank else ""
+    assert errors == [f"Error: {who}the third batch of this rank cannot be read"]
     assert "Gloo" not in done.stderr
 
 
