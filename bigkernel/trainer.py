@@ -773,6 +773,9 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             if self._is_fsdp2() and not self._weights_come_from_the_first():
                 sharding.share_start(self._module(), self.args.device)
+            advice = sharding.restarts_meet_the_dead()
+            if advice is not None and self.is_world_process_zero():
+                checkpoint.notify(advice)
             folder: Path | None = None
             if resume_from_checkpoint:
                 folder = checkpoint.resolve_checkpoint(resume_from_checkpoint, self._run_folder())

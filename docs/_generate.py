@@ -14,7 +14,7 @@ import _record
 import typer
 
 import bigkernel.ops
-from benchmarks import ledger
+from benchmarks import ledger, scaling
 from bigkernel import environment, registry
 from bigkernel.cli.app import app
 from bigkernel.recipes.presets import (
@@ -157,6 +157,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands": commands_page,
     "presets": presets_page,
     "machine": lambda: _record.machine() + "\n",
+    "scaling-bytes": scaling.bytes_table,
+    "scaling-steps": scaling.steps_table,
     "records": lambda: ledger.table(ledger.entries()),
     **{f"results-{op}": (lambda op=op: results_page(op)) for op in _record.OPS},  # type: ignore[misc]
 }

@@ -4,6 +4,8 @@ Each part writes what it found to FOLDER, for a test to compare with one process
 started once for all parts, as starting takes longer than most of them.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -18,6 +20,7 @@ from test_trainer import arguments, image_data, losses, scale_only
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from benchmarks import scaling
 from bigkernel import Trainer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
@@ -107,7 +110,8 @@ def curve(folder, kind, **changes):
     run = folder / f"{kind}-{dist.get_world_size()}"
     saves = {"save_strategy": "steps" if kind == "fsdp2" else "no"}
     ranks = dist.get_world_size()
-    trainer = text_trainer(run, ranks, model=model, **KINDS[kind], **{**saves, **changes})
+    options = {**KINDS[kind], **saves, "announce": True, **changes}
+    trainer = text_trainer(run, ranks, model=model, **options)
     trainer.train()
     trainer.evaluate()
     return {"figures": figures(trainer), "held": held(trainer)}
@@ -219,6 +223,87 @@ def uneven(folder):
     return found
 
 
+class Counted(torch.utils.data.Dataset):
+    """Documents that write down which of them were asked for, in any process."""
+
+    def __init__(self, file, count):
+        self.file, self.documents = file, documents(count)
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        with self.file.open("a") as file:
+            file.write(f"{index}\n")
+        return self.documents[index]
+
+
+def reads(folder):
+    """Two epochs, and from the middle of the second one again: what is read of the documents."""
+    rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    found, run = {"figures": {}}, folder / f"reads-{world}"
+
+    def train(name, resume=None, workers=0):
+        file = folder / f"read {name} {world} {rank}"
+        trainer = text_trainer(
+            run if resume is None else folder / "read again",
+            world,
+            data=Counted(file, 3 * GLOBAL_BATCH),
+            dataloader_num_workers=workers,
+            save_strategy="no" if resume else "steps",
+            save_steps=4,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        found["figures"][name] = figures(trainer)
+        found[name] = [int(line) for line in file.read_text().split()]
+
+    train("whole")
+    for workers in (0, 2):
+        train(f"again, {workers} workers", str(run / "checkpoint-4"), workers)
+    return found
+
+
+class Sizes(transformers.TrainerCallback):
+    """Bytes of the collectives of each step, and the Trainer's own between the steps."""
+
+    def __init__(self):
+        self.counter, self.steps, self.between = scaling.counter(), [], []
+
+    def take(self):
+        sizes, self.counter.sizes = self.counter.sizes, {}
+        return sizes
+
+    def on_step_begin(self, *arguments, **keywords):
+        self.between.append(self.take())
+
+    def on_step_end(self, *arguments, **keywords):
+        self.steps.append(self.take())
+
+
+def sent(folder):
+    """What is sent in a step, with gradients that are accumulated or not."""
+    found = {}
+    for kind, options in KINDS.items():
+        for batch in (2, GLOBAL_BATCH // dist.get_world_size()):
+            sizes = Sizes()
+            trainer = text_trainer(
+                folder / "sent",
+                dist.get_world_size(),
+                max_steps=3,
+                save_strategy="no",
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=GLOBAL_BATCH // (batch * dist.get_world_size()),
+                trainer={"callbacks": [sizes]},
+                **options,
+            )
+            with sizes.counter:
+                trainer.train()
+            batches = trainer.args.gradient_accumulation_steps
+            found[f"{kind} {batches}"] = {"steps": sizes.steps, "between": sizes.between[1:]}
+    buffers = sum(b.nbytes for b in trainer.model.buffers())
+    return {"found": found, "buffers": buffers}
+
+
 def twice(folder):
     """`train` again, with the model in pieces already."""
     trainer = text_trainer(
@@ -301,12 +386,15 @@ def larger(folder):
 def main(folder, *parts):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     for part in parts:
+        said = io.StringIO()
         try:
-            found = globals()[part](Path(folder))
+            with contextlib.nullcontext() if rank == "0" else contextlib.redirect_stdout(said):
+                found = globals()[part](Path(folder))
         except BaseException:
             found = {"failed": traceback.format_exc()}
-        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        found["said"] = said.getvalue()
         Path(folder, f"{part}-{world}-{rank}.json").write_text(json.dumps(found))
         if "failed" in found:
             raise SystemExit(found["failed"])

@@ -100,6 +100,19 @@ def test_plain_loop_learns_letters(run):
     assert losses[-1] < 4
 
 
+@pytest.mark.slow
+def test_workers_of_ray_train_one_model(run):
+    pytest.importorskip("ray")
+    from transformers import AutoModelForCausalLM
+
+    from bigkernel.data import build_tokenizer
+
+    assert run("ray_train.py", "--workers", 2).endswith("the model is in runs/ray\n")
+    model = AutoModelForCausalLM.from_pretrained("runs/ray")
+    ids = build_tokenizer("bytes")("the cat sat on the mat. ", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids, labels=ids).loss.item() < 4  # 5.5 before
+
+
 def test_own_transform_is_keyed_by_image(run):
     said = run("own_transform.py", "--images", 8, "--size", 16)
     assert said == "(8, 3, 16, 16); the same in a batch of half the size: True\n"

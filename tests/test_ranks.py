@@ -2,7 +2,8 @@
 
 The same documents in a step give the same losses on 1, 2 and 4 ranks, packed, with gradients that
 are accumulated and clipped; under FSDP2 each rank holds its share of parameters and moments;
-checkpoints go on at any number of ranks; what is not supported is refused before the first step.
+checkpoints go on at any number of ranks; what is not supported is refused before the first step;
+what is sent is what the cost model of a step says.
 The ranks are started once (`ranks.py`); each test reads what one part of their work found.
 """
 
@@ -20,7 +21,8 @@ import torch
 import transformers
 from families import DECODER
 
-from bigkernel import checkpoint
+from benchmarks import scaling
+from bigkernel import checkpoint, utilization
 from bigkernel.cli import main
 from bigkernel.integrations import sharding
 
@@ -31,19 +33,26 @@ CLOSE = {"rel": 2e-6, "abs": 2e-6}
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 
-def start(world, script, *arguments, launcher=(), timeout=300):
+def start(world, script, *arguments, launcher=(), variables=None):
     """Run a Python script on so many ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ("--standalone", "--nproc-per-node", str(world), *launcher)
+    return launch(["torchrun", *options, str(script), *map(str, arguments)], variables)
+
+
+def launch(words, variables=None):
+    """Run a command that begins with torchrun, without looking for it on the path."""
+    assert words[0] == "torchrun"
     return subprocess.run(
-        [*command, "--nproc-per-node", str(world), *launcher, str(script), *map(str, arguments)],
+        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
             "OMP_NUM_THREADS": "1",
+            **(variables or {}),
         },
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 
@@ -61,12 +70,13 @@ class Ranks:
         assert done.returncode == 0, done.stderr[-4000:]
 
     def found(self, part, world=2):
-        """What the first rank found; the others found the same figures."""
+        """What the first rank found; the others found the same figures, and said nothing."""
         all_ = [
             json.loads((self.folder / f"{part}-{world}-{rank}.json").read_text())
             for rank in range(world)
         ]
         assert all(one.get("figures") == all_[0].get("figures") for one in all_)
+        assert not any(one["said"] for one in all_), part
         return all_[0]
 
     def held(self, part, world):
@@ -79,7 +89,19 @@ class Ranks:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     made = Ranks(tmp_path_factory.mktemp("ranks"))
-    made.run(2, *["ddp", "fsdp2", "again", "from_one", "muon", "images", "uneven", "refused"])
+    parts = [
+        "ddp",
+        "fsdp2",
+        "again",
+        "from_one",
+        "muon",
+        "images",
+        "uneven",
+        "reads",
+        "sent",
+        "refused",
+    ]
+    made.run(2, *parts)
     return made
 
 
@@ -91,7 +113,7 @@ def more(two):
 
 @pytest.fixture(scope="module")
 def four(two):
-    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven")
+    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven", "sent")
     return two
 
 
@@ -163,12 +185,99 @@ def test_a_rank_holds_its_share(request, world):
         assert not any(mine["cut"])
 
 
+# What is sent
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_of_a_step_are_those_of_the_cost_model(request, world):
+    """To the byte, of every collective; docs/scaling.md builds on it."""
+    made = request.getfixturevalue("two" if world == 2 else "four")
+    units = scaling.Decoder(
+        "small",
+        DECODER["vocab_size"],
+        DECODER["hidden_size"],
+        DECODER["intermediate_size"],
+        DECODER["num_hidden_layers"],
+        DECODER["num_attention_heads"],
+        DECODER["num_key_value_heads"],
+    ).units()
+    for rank in range(world):
+        all_ = json.loads((made.folder / f"sent-{world}-{rank}.json").read_text())
+        kinds = {kind.split()[0] for kind in all_["found"]}
+        assert kinds == set(scaling.KINDS)
+        for name, sizes in all_["found"].items():
+            kind, batches = name.split()
+            expected = scaling.messages(units, kind, world, batches=int(batches))
+            if kind == "ddp":  # as small as they are here: the angles of the rotary embedding
+                expected["broadcast"] = all_["buffers"]
+            assert sizes["steps"] == [expected] * 3, name
+            # The step's tokens and signals as int64, and with the log two numbers of float32.
+            assert sizes["between"] == [{"all_gather of numbers": world * 24}] * 2, name
+
+
+@pytest.mark.parametrize("model", scaling.MODELS, ids=lambda model: model.name)
+def test_models_on_paper_are_transformers_own(model):
+    config = transformers.LlamaConfig(
+        vocab_size=model.vocab,
+        hidden_size=model.width,
+        intermediate_size=model.inner,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.groups,
+    )
+    with torch.device("meta"):
+        there = transformers.LlamaForCausalLM(config)
+    assert model.parameters() == sum(p.numel() for p in there.parameters())
+    shapes = [shape for unit in model.units() for shape in unit.shapes]
+    own = [(len(p), p[0].numel()) for p in there.parameters()]
+    assert sorted(shapes) == sorted(own)
+    work = utilization.work_of(there)
+    once = model.flops(8192, 4096) / (4 / 3 if model.checkpoints else 1)
+    assert once == pytest.approx(work.flops(2, 8192, 2 * 4096**2), rel=1e-12)
+
+
+def test_a_step_costs_what_its_parts_do():
+    """Bytes in rings by hand; nothing is sent by one; more to send takes longer."""
+    units = [scaling.Unit(((5, 3),), again=True), scaling.Unit(((4, 2),), again=False)]
+    assert scaling.wire(scaling.messages(units, "ddp", 2), 2) == 4 * (15 + 8) + 4 * 2
+    # Of 5 rows in 2 ranks each has 3, one of them empty.
+    sizes = scaling.messages(units, "fsdp2", 2, batches=3, parameter=2)
+    assert sizes == {"all_gather": 3 * 2 * (18 * 2 + 8), "reduce_scatter": 26 * 4, "all_reduce": 8}
+    assert scaling.wire(sizes, 2) == sizes["all_gather"] / 2 + sizes["reduce_scatter"] / 2 + 8
+    assert scaling.wire(sizes, 1) == 0
+    for gpu in scaling.GPUS:
+        for kind in scaling.KINDS:
+            steps = [scaling.step(scaling.MODELS[0], gpu, kind, n, 8192, 8192) for n in (8, 64)]
+            assert steps[0].communicating < steps[1].communicating
+            assert all(step.computing <= step.at_best <= step.at_worst for step in steps)
+
+
 # Checkpoints
 
 
 def test_two_ranks_go_on_bit_for_bit(two):
     whole, again = two.found("fsdp2"), two.found("again")
     assert curve(again["figures"]) == curve(whole["figures"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_was_trained_on_is_not_read_again(two, tmp_path, world):
+    """In the middle of the second epoch, packed, with workers and without: bit for bit."""
+    if world == 1:
+        all_ = [ranks.reads(tmp_path)]
+    else:
+        all_ = [json.loads((two.folder / f"reads-2-{rank}.json").read_text()) for rank in (0, 1)]
+    for mine in all_:
+        share = ranks.GLOBAL_BATCH // world
+        assert len(mine["whole"]) == ranks.STEPS * share
+        # The step of the checkpoint, 4, is the first one of the second epoch of three.
+        rest = mine["whole"][4 * share :]
+        assert mine["again, 0 workers"] == rest
+        assert sorted(mine["again, 2 workers"]) == sorted(rest)
+        for again in ("again, 0 workers", "again, 2 workers"):
+            assert curve(mine["figures"][again]) == curve(mine["figures"]["whole"])
+    read = [document for mine in all_ for document in mine["whole"][-3 * share :]]
+    assert sorted(read) == list(range(3 * ranks.GLOBAL_BATCH))
 
 
 def test_two_ranks_go_on_from_one_process(two):
@@ -259,7 +368,7 @@ def test_what_is_not_supported_in_pieces_is_refused(two):
 
 
 DIES = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 import ranks, torch
 from bigkernel.integrations import sharding
@@ -274,6 +383,8 @@ def die_once(model, optimizer, into):
     save(model, optimizer, into)
 
 sharding.save_optimizer = die_once
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and rank == sys.argv[2]:
+    time.sleep(5)  # the others look for it where it was before
 torch.distributed.init_process_group("gloo")
 options = {**ranks.KINDS["fsdp2"], "save_strategy": "steps"}
 trainer = ranks.text_trainer(folder / "run", 2, **options)
@@ -286,12 +397,16 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path):
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path, late):
     """torchrun starts all again, which go on from it as if nothing had been."""
     script = tmp_path / "dies.py"
     script.write_text(DIES)
-    done = start(2, script, tmp_path, launcher=("--max-restarts", "1"))
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the Trainer asks for
+    restarts = ("--max-restarts", "1")
+    done = start(2, script, tmp_path, str(late), launcher=restarts, variables=fresh)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "keeps the addresses" not in done.stderr
     assert (tmp_path / "died").exists()
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -299,6 +414,18 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_pat
     assert curve(figures) == curve(whole)
     left = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_restarts_that_keep_addresses_of_dead_processes_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert sharding.restarts_meet_the_dead() is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    ranks.text_trainer(tmp_path, 1, max_steps=1).train()
+    said = capsys.readouterr().err
+    assert said.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone") == 1
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # as the switch makes it
+    assert sharding.restarts_meet_the_dead() is None
 
 
 # The command line
@@ -336,12 +463,16 @@ def metrics(run):
 
 
 def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_path, capsys):
-    """Rank 0 alone writes and speaks; the run goes on in one process."""
+    """By the README's command. Rank 0 alone writes and speaks; the run goes on in one process."""
     one, both = tmp_path / "one", tmp_path / "both"
     command = [*settings, "--max-steps", "4", "--save-steps", "2"]
     assert main([*command, "--out", str(one)]) == 0
     said = capsys.readouterr().out
-    done = start(2, "-m", "bigkernel", *command, "--parallel", "fsdp2", "--out", both)
+    section = (HERE.parent / "README.md").read_text().partition("## On a cluster")[2]
+    line = next(line for line in section.splitlines() if line.startswith("torchrun"))
+    words = line.split()
+    assert words[-2:] == ["--out", "runs/cluster"]
+    done = launch([*words[:-1], str(both), *command[2:]])
     assert done.returncode == 0, done.stderr[-4000:]
     for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
         assert point == other
@@ -375,6 +506,54 @@ def test_the_command_line_trains_on_two_ranks_as_in_one_process(settings, tmp_pa
     assert metrics(both)[-1][0] == 6
 
 
+SRUN = """#!/bin/bash
+for node in $(seq "$SLURM_NNODES"); do "$@" & nodes+=($!); done
+for node in "${nodes[@]}"; do wait "$node" || failed=1; done
+exit ${failed:-0}
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_nodes_as_in_one_process(settings, tmp_path):
+    """Two launchers on this machine find each other as those of two machines would."""
+    command = [*settings, "--max-steps", "3"]
+    one = tmp_path / "one"
+    assert main([*command, "--out", str(one)]) == 0
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    torchrun = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    scontrol = "#!/bin/bash\necho localhost\n"
+    for name, text in (("srun", SRUN), ("torchrun", torchrun), ("scontrol", scontrol)):
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    slurm["SLURM_JOB_ID"] = str(os.getpid())
+    with (tmp_path / "said").open("w+") as said:
+        done = subprocess.run(
+            ["bash", str(HERE.parent / "examples" / "slurm.sh"), *command[2:]],
+            env={
+                **os.environ,
+                **slurm,
+                "PATH": f"{bin_}:{os.environ['PATH']}",
+                "PYTHONPATH": str(HERE.parent),
+                "OMP_NUM_THREADS": "1",
+            },
+            cwd=tmp_path,
+            stdout=said,
+            stderr=said,
+            timeout=600,
+        )
+        said.seek(0)
+        assert done.returncode == 0, said.read()[-4000:]
+        said.seek(0)
+        assert said.read().count("perplexity") == 1
+    both = tmp_path / "runs" / "cluster"
+    for (*point, a), (*other, b) in zip(metrics(one), metrics(both), strict=True):
+        assert point == other
+        assert a == pytest.approx(b, **({"rel": 1e-3} if "eval_loss" in point else CLOSE)), point
+    assert "2 (fsdp2)" in (both / "README.md").read_text()
+
+
 FAILS = """
 import os, sys
 import bigkernel.trainer
@@ -383,7 +562,7 @@ from bigkernel.cli import command
 step = bigkernel.trainer.Trainer.training_step
 
 def fail(self, *arguments, **keywords):
-    if os.environ["RANK"] == "1" and self.state.global_step == 2:
+    if os.environ["RANK"] == os.environ["FAILS"] and self.state.global_step == 2:
         raise RuntimeError("the third batch of this rank cannot be read")
     return step(self, *arguments, **keywords)
 
@@ -393,15 +572,17 @@ sys.exit(command())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("fsdp2", 1), ("fsdp2", 0)])
+def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind, rank):
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
     run = tmp_path / "run"
-    done = start(2, script, *settings, "--max-steps", "4", "--parallel", kind, "--out", run)
+    options = ("--max-steps", "4", "--parallel", kind, "--out", run)
+    done = start(2, script, *settings, *options, variables={"FAILS": str(rank)})
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert errors == ["Error: process 1: the third batch of this rank cannot be read"]
+    who = "process 1: " if rank else ""
+    assert errors == [f"Error: {who}the third batch of this rank cannot be read"]
     assert "Gloo" not in done.stderr
 
 

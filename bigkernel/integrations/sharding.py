@@ -232,6 +232,24 @@ def check_sharded(model: nn.Module) -> None:
 # What ranks know of each other
 
 
+def restarts_meet_the_dead() -> str | None:
+    """What to change where a restart by torchrun may fail at once, for a user to read; or None.
+
+    Processes find each other by addresses in a store. The one that torchrun lends them outlives a
+    restart and has no name for it in its keys: who comes first reads where others were before.
+    With the switch named here the first process makes a store for each start.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        f"torchrun was told --max-restarts {restarts} and keeps the addresses of processes that "
+        "died, at which those of a restart may look for each other and fail (connection refused). "
+        "Start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone, or, on several "
+        "machines, --rdzv-backend c10d."
+    )
+
+
 def first_not_finite(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first parameter that is not finite, the same on all ranks; or None."""
     named = list(parameters)
