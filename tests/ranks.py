@@ -281,27 +281,30 @@ class Sizes(transformers.TrainerCallback):
 
 
 def sent(folder):
-    """What is sent in a step, with gradients that are accumulated or not."""
-    found = {}
-    for kind, options in KINDS.items():
-        for batch in (2, GLOBAL_BATCH // dist.get_world_size()):
-            sizes = Sizes()
-            trainer = text_trainer(
-                folder / "sent",
-                dist.get_world_size(),
-                max_steps=3,
-                save_strategy="no",
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=GLOBAL_BATCH // (batch * dist.get_world_size()),
-                trainer={"callbacks": [sizes]},
-                **options,
-            )
-            with sizes.counter:
-                trainer.train()
-            batches = trainer.args.gradient_accumulation_steps
-            found[f"{kind} {batches}"] = {"steps": sizes.steps, "between": sizes.between[1:]}
-    buffers = sum(b.nbytes for b in trainer.model.buffers())
-    return {"found": found, "buffers": buffers}
+    """What is sent in a step, with gradients that are accumulated or not, and in bfloat16."""
+    world, found = dist.get_world_size(), []
+    whole = GLOBAL_BATCH // world
+    for kind, batch, bf16 in [(k, b, False) for k in KINDS for b in (2, whole)] + [
+        ("fsdp2", whole, True)
+    ]:
+        sizes, batches = Sizes(), GLOBAL_BATCH // (batch * world)
+        trainer = text_trainer(
+            folder / "sent",
+            world,
+            max_steps=3,
+            save_strategy="no",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=batches,
+            bf16=bf16,
+            trainer={"callbacks": [sizes]},
+            **KINDS[kind],
+        )
+        with sizes.counter:
+            trainer.train()
+        case = {"kind": kind, "batches": batches, "parameter": 2 if bf16 else 4}
+        buffers = sum(b.nbytes for b in trainer.model.buffers())
+        found.append((case, buffers, sizes.steps, sizes.between[1:]))
+    return {"found": found}
 
 
 def twice(folder):
