@@ -8,22 +8,29 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
+import test_trainer
 import torch
 import torch.distributed as dist
 import transformers
-from families import DECODER, build, image_model
+from families import DECODER, build, image_model, text_model
 from test_trainer import arguments, image_data, losses, scale_only
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from benchmarks import scaling
 from bigkernel import Trainer
+from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
+from bigkernel.recipes import augmentation, report
+from bigkernel.recipes import images as image_recipe
+from bigkernel.recipes import text as text_recipe
+from bigkernel.recipes.metrics import ImageMetrics, TextMetrics
 
 GLOBAL_BATCH = 8  # documents in a step, however many ranks
 STEPS = 6
@@ -95,6 +102,74 @@ def held(trainer):
         "empty": sum(here(p) == 0 for p in parameters),
         "model": type(trainer.model_wrapped).__name__,
         "units": [n for n, m in trainer.model.named_modules() if isinstance(m, FSDPModule)],
+    }
+
+
+CLASSES = 3
+TEXTS = [f"document {i}, of its own length " + "\u72d0 " * i for i in range(9)]
+LOGITS = torch.randn(40, CLASSES, generator=torch.Generator().manual_seed(0))
+
+
+def text_figures(rank, world):
+    """Of a part of the text in each process."""
+    tokenizer = build_tokenizer("bytes")
+    rows = PackedDataset(TEXTS[rank::world], tokenizer, 16)
+    metrics = TextMetrics(rows.num_bytes)
+    for row in rows:
+        generator = torch.Generator().manual_seed(int(row["input_ids"].sum()))
+        logits = torch.randn(1, len(row["labels"]), len(tokenizer), generator=generator)
+        labels = row["labels"][None]
+        # The target's own logit says how well it was foreseen, in whatever row it came to stand.
+        logits[:, :-1].scatter_(-1, labels[:, 1:, None].clamp(min=0), 5.0)
+        metrics.update(logits, labels)
+    found = metrics.compute()
+    assert metrics.compute() == found
+    return {"tokens": found["tokens"], "bytes": found["bytes"], "all": found}
+
+
+def image_figures(part):
+    """Of a part of the images in each process, or of all."""
+    labels = torch.arange(40) % CLASSES
+    metrics = ImageMetrics(CLASSES)
+    for rows in torch.arange(40)[part].split(7):
+        metrics.update(LOGITS[rows], labels[rows])
+    curves = [(c.false_positive_rate.tolist(), c.area) for c in metrics.roc_curves() if c]
+    return {
+        **metrics.compute(),
+        "matrix": metrics.confusion_matrix().tolist(),
+        "curves": curves,
+    }
+
+
+def command_figures():
+    """What the commands measure, each process the whole, as printed and written to the card."""
+    tokenizer = build_tokenizer("bytes")
+    rows = text_recipe.held_back_rows(TEXTS, tokenizer, 32)
+    words = text_recipe.measure(text_model(), rows, 2)
+    pixels = torch.randint(0, 256, (13, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData(pixels, torch.arange(13) % CLASSES, ["a", "b", "c"], "noise", "")
+    _, plain = augmentation.pipelines([], 8, [0.5], [0.5])
+    fit = image_recipe.Channels(1, 1)
+    metrics = image_recipe.measure(image_model(), ImageDataset(data), plain, fit, 4)
+    return {
+        "text": report.figures(words),
+        "images": report.figures(metrics.compute()),
+        "matrix": metrics.confusion_matrix().tolist(),
+    }
+
+
+def trainer_figures(folder):
+    """The Trainer's, over data that divides evenly (transformers fills up with repeated items)."""
+    trainer = test_trainer.image_trainer(
+        folder, max_steps=1, save_strategy="no", trainer={"compute_metrics": image_recipe.accuracy}
+    )
+    even = trainer.evaluate(test_trainer.image_data(32))
+    odd = trainer.evaluate(test_trainer.image_data(21))
+    return {
+        "eval_loss": even["eval_loss"],
+        "eval_accuracy": even["eval_accuracy"],
+        # Counted without the repeats, however the items divide.
+        "odd_accuracy": odd["eval_accuracy"],
     }
 
 
@@ -261,6 +336,59 @@ def reads(folder):
     for workers in (0, 2):
         train(f"again, {workers} workers", str(run / "checkpoint-4"), workers)
     return found
+
+
+def evaluated(folder):
+    """Figures whose parts are summed over ranks, and of wholes that are not."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {
+        "text": text_figures(rank, world),
+        "images": image_figures(slice(rank, None, world)),
+        # The others have seen nothing.
+        "lopsided": image_figures(slice(0, 40 if rank == 0 else 0)),
+        "command": command_figures(),
+        "trainer": trainer_figures(folder / "evaluated"),
+    }
+    return {"figures": found}
+
+
+def beside_theirs(folder):
+    """The logs of transformers' Trainer and of ours; each rank has other counts of labels."""
+    logs = []
+    for cls in (transformers.Trainer, Trainer):
+        trainer = test_trainer.text_trainer(
+            folder / "beside",
+            cls,
+            dropout=0.0,
+            max_steps=4,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=1,
+            max_grad_norm=0.05,
+            logging_steps=2,
+            eval_strategy="steps",
+            eval_steps=4,
+            include_num_input_tokens_seen="all",
+        )
+        result = trainer.train()
+        logs.append([*trainer.state.log_history, result.metrics])
+    return {"logs": logs}
+
+
+class SignalOne(transformers.TrainerCallback):
+    """SIGUSR1 to the last rank, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def signalled(folder):
+    run = folder / "signalled"
+    trainer = test_trainer.text_trainer(run, max_steps=4, trainer={"callbacks": [SignalOne()]})
+    try:
+        trainer.train()
+    except test_trainer.TrainingInterrupted as stop:
+        return {"figures": [stop.signal.name, stop.step, str(stop.checkpoint)]}
 
 
 class Sizes(transformers.TrainerCallback):

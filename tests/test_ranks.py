@@ -89,8 +89,8 @@ class Ranks:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     made = Ranks(tmp_path_factory.mktemp("ranks"))
-    parts = "ddp fsdp2 again from_one muon images uneven reads sent refused"
-    made.run(2, *parts.split())
+    trained = "ddp fsdp2 again from_one muon images uneven reads sent"
+    made.run(2, *trained.split(), "evaluated", "beside_theirs", "signalled", "refused")
     return made
 
 
@@ -152,6 +152,39 @@ def test_the_last_batches_of_an_epoch_may_not_be_enough_for_all_ranks(request, w
     found = made.found("uneven", world)
     assert [step for step, name, _ in found["ddp"] if name == "loss"] == [1, 2, 3, 4, 5, 6]
     assert_close(found["fsdp2"], found["ddp"])
+
+
+# Figures
+
+
+def test_every_figure_is_that_of_one_process(two, tmp_path):
+    """Parts that are summed, and wholes that are not."""
+    found = two.found("evaluated")["figures"]
+    parts = [ranks.text_figures(rank, 2) for rank in (0, 1)]
+    for name in ("tokens", "bytes"):
+        assert found["text"][name] == sum(part[name] for part in parts)
+    nats = sum(part["all"]["loss"] * part["tokens"] for part in parts)
+    assert found["text"]["all"]["nats_per_byte"] == pytest.approx(nats / found["text"]["bytes"])
+    assert found["text"]["all"]["loss"] == pytest.approx(nats / found["text"]["tokens"])
+    one = json.loads(json.dumps(ranks.image_figures(slice(None))))
+    for each in (found["images"], found["lopsided"]):
+        assert each.keys() == one.keys()
+        for name, value in one.items():
+            close = value if name in ("matrix", "curves") else pytest.approx(value)
+            assert each[name] == close, name
+    assert found["command"] == json.loads(json.dumps(ranks.command_figures()))
+    alone = ranks.trainer_figures(tmp_path)
+    assert found["trainer"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_figures_of_two_ranks_are_transformers(two):
+    theirs, ours = two.found("beside_theirs")["logs"]
+    assert 4 * 2 * 16 < ours[1]["num_input_tokens_seen"] <= 2 * 4 * 2 * 16
+    for a, b in zip(ours, theirs, strict=True):
+        assert set(a) - {"tokens_per_second", "memory_bytes", "mfu"} == set(b)
+        for name, value in b.items():
+            if not any(word in name for word in ("runtime", "per_second")):
+                assert a[name] == pytest.approx(value, rel=1e-4), name
 
 
 # In pieces
@@ -326,6 +359,12 @@ def test_weights_saved_under_other_names_and_the_best_model(two, tmp_path):
     one = ranks.image_trainer(tmp_path, 1)
     one.train()
     assert_close(found["figures"], ranks.figures(one))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(two):
+    last = two.folder / "signalled" / "checkpoint-2"
+    assert two.found("signalled")["figures"] == ["SIGUSR1", 2, str(last)]
+    checkpoint.verify_checkpoint(last)
 
 
 # What is not supported

@@ -1396,38 +1396,6 @@ def on_two_ranks(tmp_path, code, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-FIGURES = """
-import json, sys
-from pathlib import Path
-import transformers, test_trainer
-
-logs = []
-for cls in (transformers.Trainer, test_trainer.Trainer):
-    trainer = test_trainer.text_trainer(
-        sys.argv[1], cls, dropout=0.0, max_steps=4, gradient_accumulation_steps=2,
-        per_device_train_batch_size=1, max_grad_norm=0.05, logging_steps=2,
-        eval_strategy="steps", eval_steps=4, include_num_input_tokens_seen="all",
-    )
-    result = trainer.train()
-    trainer.state.log_history.append(result.metrics)
-    logs.append(trainer.state.log_history)
-if trainer.is_world_process_zero():
-    Path(sys.argv[1], "logs.json").write_text(json.dumps(logs))
-"""
-
-
-def test_figures_of_two_processes_are_transformers(tmp_path):
-    """Each rank has other rows, with other counts of labels."""
-    on_two_ranks(tmp_path, FIGURES, tmp_path)
-    theirs, ours = json.loads((tmp_path / "logs.json").read_text())
-    assert 4 * 2 * 16 < ours[1]["num_input_tokens_seen"] <= 2 * 4 * 2 * 16
-    for a, b in zip(ours, theirs, strict=True):
-        assert set(a) - {"tokens_per_second", "memory_bytes", "mfu"} == set(b)
-        for name, value in b.items():
-            if not any(word in name for word in ("runtime", "per_second")):
-                assert a[name] == pytest.approx(value, rel=1e-4), name
-
-
 @pytest.mark.slow  # test_ranks.py goes on in one process, and from one, in every run
 def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
     """Every process writes its part to the folder that the first puts in place."""
@@ -1445,45 +1413,3 @@ def test_two_processes_write_one_checkpoint_and_go_on_from_it(tmp_path):
     assert sorted(os.listdir(run)) == ["checkpoint-2", "checkpoint-4", "losses.json"]
     (last / "optimizer.pt").write_bytes(b"cut off")
     assert train() == whole
-
-
-SIGNALLED_RANKS = """
-import os, signal, sys
-import test_trainer
-from transformers import TrainerCallback
-
-class OneRank(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1 and args.process_index == 1:
-            signal.raise_signal(signal.SIGUSR1)
-
-trainer = test_trainer.text_trainer(sys.argv[1], max_steps=4, trainer={"callbacks": [OneRank()]})
-try:
-    trainer.train()
-except test_trainer.TrainingInterrupted as stop:
-    print(f"rank {trainer.args.process_index}: {stop.signal.name} {stop.step} {stop.checkpoint}")
-"""
-
-
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
-    script, run = tmp_path / "ranks.py", tmp_path / "run"
-    script.write_text(SIGNALLED_RANKS + LEAVE)
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(script), str(run)),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join((here, os.path.dirname(here))),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        assert f"rank {rank}: SIGUSR1 2 {run / 'checkpoint-2'}" in done.stdout
-    checkpoint.verify_checkpoint(run / "checkpoint-2")
