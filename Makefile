@@ -49,7 +49,7 @@ $(VENV)/.torch:
 	  { echo "bigkernel needs Python 3.11 or later; choose one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 	@echo "Installing PyTorch into $(VENV) ..."
-	@$(PIP_INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
+	@$(PIP_INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel "ninja>=1.11"
 	@touch $@
 
 # The compiler and pip's downloads go on side by side.
@@ -155,4 +155,4 @@ sdist: $(VENV)/.torch
 	BIGKERNEL_NATIVE=0 $(BIN)/python setup.py --quiet sdist
 
 clean:
-	rm -rf build dist docs/_generated build.log bigkernel/_C*.so $(VENV)/.demo
+	rm -rf build dist docs/_generated build.log bigkernel/libbigkernel_ops.so $(VENV)/.demo

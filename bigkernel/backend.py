@@ -83,7 +83,7 @@ def _set_cpu_isa(name: str) -> None:
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this machine and this build can run; empty without native code."""
-    return list(_library.native.cpu_isas()) if _library.native is not None else []
+    return _library.native.cpu_isas() if _library.native is not None else []
 
 
 def _why_no_kernel(op: str, device_type: str) -> str:
@@ -92,11 +92,11 @@ def _why_no_kernel(op: str, device_type: str) -> str:
         return f"{op} has no kernel for device type {device_type!r}: {absent}"
     if _library.native is None:
         return str(_library.native_error)
-    if device_type == "cuda" and _library.native.build_info()["cuda"] is None:
+    if device_type == "cuda" and _library.native.build_info().cuda is None:
         return "this build has no CUDA kernels"
     if device_type in registry.LEVELS:  # the op has it: its source is newer than the module
         return (
-            f"the native module was built without the {device_type} kernel of {op}; "
+            f"the native library was built without the {device_type} kernel of {op}; "
             "`make build` builds it anew"
         )
     return f"there is no native kernel of {op} for device type {device_type!r}"
