@@ -68,8 +68,8 @@ def audit(command: str, binary: Path) -> None:
     )
     if done.returncode:
         sys.exit(f"torch-abi-audit refuses {binary}: {done.stdout}{done.stderr}")
-    (extension,) = json.loads(done.stdout)["extensions"]
-    verdict = extension["torch"]
+    (library,) = json.loads(done.stdout)["bundled_libs"]  # no module of Python's is in it
+    verdict = library["torch"]
     oldest = tuple(int(part) for part in verdict["min_torch_version"].split(".")[:2])
     if not verdict["stable"] or verdict["unstable_symbols"] or oldest > (2, 11):
         sys.exit(f"{binary} is not STABLE from torch 2.11 on: {verdict}")

@@ -241,6 +241,17 @@ def test_editors_are_told_the_flags_of_every_file(compile_commands):
     assert "-DBK_ISA=amx" in compile_commands["csrc/attention/cpu_amx.h"]["arguments"]
 
 
+@needs_ninja
+def test_no_folder_of_this_machine_is_compiled_in(compile_commands, tmp_path):
+    """`STABLE_TORCH_LIBRARY_IMPL` keeps the name of the file that it stands in."""
+    command = compile_commands["csrc/cpu/facts.cpp"]["arguments"]
+    subprocess.run([*command, "-o", tmp_path / "facts.o"], cwd=ROOT, check=True)
+    compiled = (tmp_path / "facts.o").read_bytes()
+    assert b"bigkernel/csrc/cpu/facts.cpp" in compiled
+    assert str(ROOT).encode() not in compiled
+    assert sys.prefix.encode() not in compiled
+
+
 # A body, what it includes in the middle of others, the words of all, and the one for AMX.
 FEW = ["norm/cpu_body.h", "attention/cpu_scores.h", "cpu/vec.h", "attention/cpu_amx.h"]
 HEADERS = [f"csrc/{path.parent.name}/{path.name}" for path in sorted(ROOT.glob("csrc/*/*.h"))]
