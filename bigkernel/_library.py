@@ -209,6 +209,7 @@ def define(
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
             native is not None
+            and (device_type != "cuda" or cuda_error is None)
             and torch._C._dispatch_has_kernel_for_dispatch_key(
                 f"bigkernel::{name}", device_type.upper()
             )
@@ -232,3 +233,4 @@ def derive(
 
 
 native, native_error = _native.load()
+cuda_error = None if native is None else _native.check_cuda(native)

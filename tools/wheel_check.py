@@ -4,7 +4,8 @@
 
 Without cells all of the matrix: the Pythons that this machine has, with each version of torch. A
 cell is an environment in build/wheel-check with torch, what the tests import and the wheel; nothing
-of this tree is on its path but a copy of the tests. Ends with a line a cell, and 1 if one failed.
+of this tree is there but a copy of the tests, and of csrc, whose headers they read. Ends with a
+line a cell, and 1 if one failed.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def environment(command: str | Path, torch: str, wheel: Path, folder: Path) -> P
     python = folder / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
     install += ["--disable-pip-version-check"]
-    tests = ("numpy>=2", "torchvision", "pytest>=8", "hypothesis")
+    tests = ("numpy>=2", "torchvision", "pytest>=8", "pytest-xdist>=3.6", "hypothesis")
     subprocess.run([*install, f"torch=={torch}", *tests], check=True)
     subprocess.run([*install, "--no-deps", wheel], check=True)
     return python
@@ -66,19 +67,14 @@ def check(python: str, torch: str, wheel: Path, more: list[str]) -> str | None:
     try:
         found = environment(command, torch, wheel, folder)
         subprocess.run([found, "-c", SHOW], check=True, cwd=folder)
-        tests = shutil.copytree(
-            ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        for name in ("tests", "csrc"):
+            left_out = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+        tests = folder / "tests"
         shutil.copy(ROOT / "pyproject.toml", folder)
         run = [found, "-m", "pytest", "-q", "-o", "pythonpath=", "-p", "no:cacheprovider"]
-        run += [
-            tests / "ops",
-            "--ignore",
-            tests / "ops" / "test_cuda_report.py",
-            "-k",
-            f"not ({LEFT_OUT})",
-            *more,
-        ]
+        run += [tests / "ops", "--ignore", tests / "ops" / "test_cuda_report.py"]
+        run += ["-k", f"not ({LEFT_OUT})", *more]
         subprocess.run(run, check=True, cwd=folder)
     except subprocess.CalledProcessError as error:
         return f"{' '.join(map(str, error.cmd[:4]))} .. ended with {error.returncode}"
@@ -89,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("cells", nargs="*", help="PYTHON:TORCH, such as 3.12:2.13.0")
-    parser.add_argument("--pytest", default="", help="more for pytest, such as '-k norm'")
+    parser.add_argument("--pytest", default="", help="more for pytest, such as '-n 2'")
     arguments = parser.parse_args()
     here = [python for python in PYTHONS if command_of(python) is not None]
     cells = arguments.cells or [f"{python}:{torch}" for python in here for torch in TORCHES]
