@@ -89,14 +89,14 @@ def _write_stub(library: Path, folder: Path) -> Path:
     nodes = (f"GLIBC_{'.'.join(map(str, version))} {{ }};" for version in sorted(versions))
     script.write_text("\n".join(nodes) + "\n")
     names = f"-Wl,-soname,{library.name},--version-script,{script}"
-    command = ["gcc", "-shared", "-nostdlib", names, "-o", str(stub), str(source)]
+    command = ["c++", "-shared", "-nostdlib", names, "-o", str(stub), str(source)]
     subprocess.run(command, check=True)
     return stub
 
 
 def _file(name: str) -> Path:
     asked = subprocess.run(
-        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )
     return Path(asked.stdout.strip())
 

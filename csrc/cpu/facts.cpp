@@ -1,6 +1,5 @@
 // What the library says of itself, as ops of their own namespace: what was compiled, and the choice
 // of instruction set. None takes a tensor.
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
