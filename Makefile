@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel wheel-check sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel sdist clean
+.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel wheel-check sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -49,7 +49,7 @@ $(VENV)/.torch:
 	  { echo "bigkernel needs Python 3.11 or later; choose one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 	@echo "Installing PyTorch into $(VENV) ..."
-	@$(PIP_INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
+	@$(PIP_INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel "ninja>=1.11"
 	@touch $@
 
 # The compiler and pip's downloads go on side by side.
@@ -146,13 +146,21 @@ cuda-report: $(VENV)/.test
 gpu-check:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
+# One for every Python 3 and every torch from 2.11 on. What an earlier one left is not packed again.
 wheel: $(VENV)/.torch
+	@rm -rf build/lib* build/bdist*
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@$(BIN)/python tools/wheel_info.py "$$(ls -t dist/bigkernel-*.whl | head -1)"
+
+# The newest wheel in fresh environments, for each Python that is here with each torch:
+# make wheel-check CELLS="3.12:2.13.0" for one of them.
+CELLS ?=
+wheel-check: $(VENV)/.torch
+	OMP_WAIT_POLICY=passive $(BIN)/python tools/wheel_check.py "$$(ls -t dist/bigkernel-*manylinux*.whl | head -1)" $(CELLS)
 
 # Sources, tests and documentation in one archive; needs neither a compiler nor nvcc.
 sdist: $(VENV)/.torch
 	BIGKERNEL_NATIVE=0 $(BIN)/python setup.py --quiet sdist
 
 clean:
-	rm -rf build dist docs/_generated build.log bigkernel/_C*.so $(VENV)/.demo
+	rm -rf build dist docs/_generated build.log bigkernel/libbigkernel_ops.so $(VENV)/.demo

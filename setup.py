@@ -1,4 +1,4 @@
-"""Builds bigkernel._C: op kernels behind LibTorch's stable ABI and a small pybind11 module.
+"""Builds libbigkernel_ops.so: the kernels of the ops, behind LibTorch's stable ABI, without Python.
 
 The environment variables that it heeds are in bigkernel/environment.py, and at the end of __doc__.
 """
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+OLD_GLIBC = runpy.run_path(str(ROOT / "tools" / "old_glibc.py"))
 __doc__ += runpy.run_path(str(ROOT / "bigkernel" / "environment.py"))["as_text"]("build")
 DEVELOPER_ARCHS = "8.0;9.0+PTX"
 OLDEST = 80  # the generation of GPUs that kernels are for unless their file names another
@@ -216,23 +218,19 @@ def count_kernels(objects: dict[str, list[Path]]) -> Counter[str]:
 
 
 def extension() -> Extension:
-    """bigkernel._C: what it is made of, and how."""
-    import pybind11
+    """bigkernel/libbigkernel_ops.so: what it is made of, and how."""
     import torch
     from torch.utils import cpp_extension
 
     def relative(pattern: str) -> list[str]:
         return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
 
-    sources = (
-        relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp") + relative("csrc/python/*.cpp")
-    )
+    sources = relative("csrc/*/cpu.cpp") + relative("csrc/cpu/*.cpp")
     sources += isa_sources()
     write_headers()
     include = [
         str(ROOT / "csrc"),
         str(ROOT / "build" / "generated"),
-        pybind11.get_include(),
         *cpp_extension.include_paths(),
     ]
     libraries = ["torch", "torch_cpu"]
@@ -268,8 +266,13 @@ def extension() -> Extension:
         target = f"{found[0]}/targets/{os.uname().machine}-linux"
         target = target if os.path.isdir(target) else found[0]
         include.append(f"{target}/include")
+    # What __FILE__ says has no folder of this machine in it. The last one that fits is taken.
+    folders = {str(ROOT): "bigkernel"} | dict.fromkeys(include[2:], "include")
+    maps = [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+    cxx += maps
+    nvcc.append(f"-Xcompiler={','.join(maps)}")
     if toolkit is not None:
-        sources += relative("csrc/*/cuda.cpp")
+        sources += relative("csrc/*/cuda.cpp") + relative("csrc/cuda/*.cpp")
         cpp_extension.CUDA_HOME = toolkit[0]
         if torch.version.cuda is None:
             cpp_extension._check_cuda_version = lambda *_: None
@@ -300,7 +303,7 @@ def extension() -> Extension:
         f'#define BIGKERNEL_CUDA_ARCHS "{archs}"\n',
     )
     return Extension(
-        "bigkernel._C",
+        "bigkernel.libbigkernel_ops",
         sources=sources,
         include_dirs=include,
         libraries=libraries,
@@ -335,11 +338,53 @@ class BuildPython(build_py):
         )
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every Python 3: nothing in it was compiled against one."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = super().get_tag()[2]
+        if platform.startswith("linux_") and os.confstr("CS_GNU_LIBC_VERSION"):
+            platform = platform.replace("linux", "manylinux_2_28")  # `check_names` has seen to it
+        return "py3", "none", platform
+
+
+def is_for_wheel(build_ext: Any) -> bool:
+    """Whether a library is built to be packed, and not to be used where it is."""
+    packs = build_ext.distribution.get_command_obj("bdist_wheel", create=False)
+    return packs is not None and not build_ext.inplace
+
+
+def make_small(extension: Extension) -> None:
+    """Leave out of a wheel's library what only developers need: names, lines of device code.
+
+    They hold folders of this machine, too. Kernels are packed as well as nvcc can.
+    """
+    nvcc = extension.extra_compile_args["nvcc"]
+    nvcc.remove("-lineinfo")
+    toolkit = find_toolkit()
+    if not isinstance(toolkit, str) and tuple(map(int, toolkit[1].split("."))) >= (12, 8):
+        nvcc.append("--compress-mode=size")
+    extension.extra_link_args.append("-Wl,--strip-all")
+
+
+def check_names(library: str) -> None:
+    """Stop the build of a library that asks for functions which manylinux_2_28 does not promise."""
+    if found := OLD_GLIBC["too_new"](library):
+        raise SystemExit(
+            f"{library} must need nothing later than manylinux_2_28 has, got {', '.join(found)}. "
+            "tools/old_glibc.py says how the linker is kept from it."
+        )
+
+
 class BuildPurePython(BuildPython):
     """The same of a package without compiled kernels."""
 
     native = False
 
+
+# The time that files have in a wheel, which is then the same bytes whenever it is made: the first
+# that a zip archive can hold.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
 
 if flag("BIGKERNEL_NATIVE") is False:
     if flag("BIGKERNEL_CUDA"):
@@ -364,7 +409,14 @@ else:
 
                 flags = _get_cuda_arch_flags()
                 self.compiler.compile = compile_by_generation(self.compiler.compile, flags)
+            if is_for_wheel(self):
+                make_small(ext)
+            if not flag("BIGKERNEL_SANITIZE"):
+                ext.extra_link_args += OLD_GLIBC["write_stubs"](ROOT / "build" / "old_glibc")
             super().build_extension(ext)
+            library = self.get_ext_fullpath(ext.name)
+            if not flag("BIGKERNEL_SANITIZE") and os.path.exists(library):
+                check_names(library)  # tools/compile_commands.py links none
 
         def build_extensions(self) -> None:
             super().build_extensions()
@@ -378,4 +430,11 @@ else:
                 each = ", ".join(f"{op} {n}" for op, n in sorted(counts.items()))
                 print(f"bigkernel: {counts.total()} CUDA kernels for each architecture ({each})")
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build, "build_py": BuildPython})
+    setup(
+        ext_modules=[extension()],
+        cmdclass={
+            "build_ext": Build.with_options(no_python_abi_suffix=True),
+            "build_py": BuildPython,
+            "bdist_wheel": Wheel,
+        },
+    )

@@ -1,15 +1,12 @@
-"""The torch.library handles, and the native module that adds kernels to them.
+"""The torch.library handles, and the native library that adds kernels to them.
 
 Each operator is defined twice with one schema: ``torch.ops.bigkernel.<name>``, to which the
-native module adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, which is
+native library adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, which is
 always plain PyTorch. Choosing a backend is choosing a namespace (see ``backend.py``), so a forced
 PyTorch run goes through the same schema, checks and autograd formula as a native one.
 """
 
-import importlib
-import os
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,12 +18,13 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+from bigkernel import _native
 from bigkernel._eager import eager
 from bigkernel.errors import has_tangent
 
 NAMESPACES = ("bigkernel", "bigkernel_torch")
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
-# (function, device type) -> whether the native module has a kernel. Filled at definition, so that
+# (function, device type) -> whether the native library has a kernel. Filled at definition, so that
 # torch.compile traces a look-up and not a call into the dispatcher.
 kernels: dict[tuple[str, str], bool] = {}
 
@@ -211,6 +209,7 @@ def define(
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
             native is not None
+            and (device_type != "cuda" or cuda_error is None)
             and torch._C._dispatch_has_kernel_for_dispatch_key(
                 f"bigkernel::{name}", device_type.upper()
             )
@@ -233,19 +232,5 @@ def derive(
         torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    if os.environ.get("BIGKERNEL_NATIVE") == "0":
-        return None, "BIGKERNEL_NATIVE=0"
-    try:
-        return importlib.import_module("bigkernel._C"), None
-    except ModuleNotFoundError as error:
-        if error.name != "bigkernel._C":
-            raise
-        return None, "the native module was not built (pip install without BIGKERNEL_NATIVE=0)"
-    except ImportError as error:
-        if "BIGKERNEL_CPU_ISA" in str(error):
-            raise ValueError(str(error)) from None
-        return None, f"the native module did not load: {error}"
-
-
-native, native_error = _load()
+native, native_error = _native.load()
+cuda_error = None if native is None else _native.check_cuda(native)

@@ -6,7 +6,6 @@ goes to PyTorch with one warning that names the reason; ``BIGKERNEL_STRICT=1`` m
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -15,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkernel import _library, registry, tuning
+from bigkernel import _library, _native, registry, tuning
+from bigkernel.errors import FallbackWarning, level_of_caller
 
 BACKENDS = ("cuda", "cpu", "torch")
-
-
-class FallbackWarning(UserWarning):
-    """A call ran in plain PyTorch although a native backend was expected."""
 
 
 def _valid(name: str | None, where: str) -> str | None:
@@ -83,7 +79,7 @@ def _set_cpu_isa(name: str) -> None:
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this machine and this build can run; empty without native code."""
-    return list(_library.native.cpu_isas()) if _library.native is not None else []
+    return _library.native.cpu_isas() if _library.native is not None else []
 
 
 def _why_no_kernel(op: str, device_type: str) -> str:
@@ -92,11 +88,13 @@ def _why_no_kernel(op: str, device_type: str) -> str:
         return f"{op} has no kernel for device type {device_type!r}: {absent}"
     if _library.native is None:
         return str(_library.native_error)
-    if device_type == "cuda" and _library.native.build_info()["cuda"] is None:
+    if device_type == "cuda" and _library.cuda_error is not None:
+        return _library.cuda_error
+    if device_type == "cuda" and _library.native.build_info().cuda is None:
         return "this build has no CUDA kernels"
     if device_type in registry.LEVELS:  # the op has it: its source is newer than the module
         return (
-            f"the native module was built without the {device_type} kernel of {op}; "
+            f"the native library was built without the {device_type} kernel of {op}; "
             "`make build` builds it anew"
         )
     return f"there is no native kernel of {op} for device type {device_type!r}"
@@ -145,21 +143,9 @@ def _fall_back(op: str, why: str) -> None:
     message = f"bigkernel.{op} runs in plain PyTorch: {why}."
     if os.environ.get("BIGKERNEL_STRICT") == "1":
         raise RuntimeError(f"{message} BIGKERNEL_STRICT=1 makes this an error.")
-    if (op, why) not in _warned:
+    if (op, why) not in _warned and why not in _native.told:
         _warned.add((op, why))
-        warnings.warn(message, FallbackWarning, stacklevel=_level_of_caller())
-
-
-def _level_of_caller() -> int:
-    """The stack level, as `_fall_back` counts, of the first frame outside this package and torch.
-
-    Torch's modules and decorators stand between a caller and a transform or an optimizer's step.
-    """
-    inner = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
-        level, frame = level + 1, frame.f_back
-    return level
+        warnings.warn(message, FallbackWarning, stacklevel=level_of_caller())
 
 
 def explain(op: str, *tensors: Tensor) -> str:

@@ -25,7 +25,7 @@ VARIABLES: tuple[Variable, ...] = (
         "build",
         "0 or 1",
         "1",
-        "0: a pure-Python package, nothing is compiled. At run time, 0 ignores a native module "
+        "0: a pure-Python package, nothing is compiled. At run time, 0 ignores a native library "
         "that is there.",
     ),
     Variable(

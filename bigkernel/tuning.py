@@ -456,8 +456,8 @@ def facts(device_type: str) -> dict[str, Any]:
         return found | {"gpu": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
     return found | {
         "cpu": cpu_name(),
-        "isa": None if native is None else str(native.cpu_isa()),
-        "best_isa": None if native is None else str(native.cpu_isas()[-1]),
+        "isa": None if native is None else native.cpu_isa(),
+        "best_isa": None if native is None else native.cpu_isas()[-1],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
@@ -465,10 +465,10 @@ def facts(device_type: str) -> dict[str, Any]:
 
 
 def _build() -> str | None:
-    """Tells one build of the native module from another."""
+    """Tells one build of the native library from another."""
     if _library.native is None:
         return None
-    status = os.stat(str(_library.native.__file__))
+    status = os.stat(_library.native.path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 

@@ -1,9 +1,9 @@
 """One binary under several versions of PyTorch: `make test-abi`.
 
-Audits bigkernel/_C with torch-abi-audit (must be STABLE, for torch 2.11 or earlier), then lets each
-interpreter named on the command line import that very file and run the three ops natively, forward
-and backward, against the package's PyTorch backend. A script and not a pytest file, because the
-second interpreter has PyTorch and nothing else.
+Audits bigkernel/libbigkernel_ops.so with torch-abi-audit (must be STABLE, for torch 2.11 or
+earlier), then lets each interpreter named on the command line load that very file and run the three
+ops natively, forward and backward, against the package's PyTorch backend. A script and not a pytest
+file, because the second interpreter has PyTorch and nothing else.
 """
 
 import argparse
@@ -58,7 +58,7 @@ chain = t.Compose([t.RandomResizedCrop(32), jitter, t.Normalize([0.5] * 3, [0.5]
 # The steps of a chain round to whole values of uint8, so one of them may differ by 1 / 255 / std.
 augment = lambda: [chain(images, generator=torch.Generator().manual_seed(1), ids=torch.arange(3))]
 both(augment, tolerance=2 / 255 + 1e-6)
-print(f"torch {torch.__version__}: attention, adam and augment run in {_library.native.__file__}")
+print(f"torch {torch.__version__}: attention, adam and augment run in {_library.native.path}")
 """
 
 
@@ -68,8 +68,8 @@ def audit(command: str, binary: Path) -> None:
     )
     if done.returncode:
         sys.exit(f"torch-abi-audit refuses {binary}: {done.stdout}{done.stderr}")
-    (extension,) = json.loads(done.stdout)["extensions"]
-    verdict = extension["torch"]
+    (library,) = json.loads(done.stdout)["bundled_libs"]  # no module of Python's is in it
+    verdict = library["torch"]
     oldest = tuple(int(part) for part in verdict["min_torch_version"].split(".")[:2])
     if not verdict["stable"] or verdict["unstable_symbols"] or oldest > (2, 11):
         sys.exit(f"{binary} is not STABLE from torch 2.11 on: {verdict}")
@@ -81,8 +81,7 @@ def main() -> None:
     parser.add_argument("--audit", required=True, help="torch-abi-audit's command")
     parser.add_argument("python", nargs="+", help="interpreters with different versions of PyTorch")
     arguments = parser.parse_args()
-    (binary,) = (ROOT / "bigkernel").glob("_C*.so")
-    audit(arguments.audit, binary)
+    audit(arguments.audit, ROOT / "bigkernel" / "libbigkernel_ops.so")
     for python in arguments.python:
         subprocess.run([python, "-c", SMOKE], check=True, cwd=ROOT)
 

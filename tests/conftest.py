@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if SANITIZED:
         native = bigkernel._library.native
-        if native is None or not native.build_info()["sanitizer"]:
+        if native is None or not native.build_info().sanitizer:
             raise pytest.UsageError(f"the module under test is not the sanitized one: {native}")
 
 
@@ -92,7 +92,7 @@ def one_rank():
 def cpu_isa(request: pytest.FixtureRequest):
     """Runs the test under every instruction set that this machine has."""
     if request.param == "none":
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     with bigkernel.use_cpu_isa(request.param):
         yield request.param
 

@@ -109,7 +109,7 @@ def test_explain_names_backend_and_reason():
         bigkernel.explain("no_such")
 
 
-@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native library is not built")
 def test_explain_knows_the_widest_head_dim():
     q, v, mask = torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 300), torch.ones(2, 300)
     assert bigkernel.explain("attention", q, q, q, mask).startswith("attention: cpu")
@@ -117,7 +117,7 @@ def test_explain_knows_the_widest_head_dim():
     assert text.startswith("attention: torch, because head dim 300 is above")
 
 
-@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native library is not built")
 def test_explain_says_that_the_native_module_is_older_than_an_op(monkeypatch):
     monkeypatch.setitem(_library.kernels, ("glu_fwd", "cpu"), False)
     text = bigkernel.explain("glu", torch.ones(2, 4))
@@ -169,7 +169,7 @@ def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("variable", ["BIGKERNEL_BACKEND", "BIGKERNEL_CPU_ISA"])
 def test_environment_variable_with_unknown_value_raises(variable):
     if variable == "BIGKERNEL_CPU_ISA" and _library.native is None:
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     done = _python("import bigkernel", **{variable: "mmx"})
     assert done.returncode != 0
     assert f"ValueError: {variable}" in done.stderr.splitlines()[-1]
@@ -178,7 +178,7 @@ def test_environment_variable_with_unknown_value_raises(variable):
 
 def test_environment_chooses_the_instruction_set():
     if _library.native is None:
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     code = "import bigkernel; print(bigkernel._library.native.cpu_isa())"
     assert _python(code, BIGKERNEL_CPU_ISA="portable").stdout.strip() == "portable"
 
@@ -187,7 +187,7 @@ def test_slow_dot_products_are_left_alone():
     """The default is the last set that the CPU has, but where AMX is kept from us."""
     cpu = Path("/proc/cpuinfo")
     if _library.native is None or not cpu.exists():
-        pytest.skip("needs the native module and /proc/cpuinfo")
+        pytest.skip("needs the native library and /proc/cpuinfo")
     slow = all(word in cpu.read_text() for word in ("GenuineIntel", "avx512_fp16"))
     slow &= "amx" not in bigkernel.cpu_isas()
     env = {name: value for name, value in os.environ.items() if name != "BIGKERNEL_CPU_ISA"}

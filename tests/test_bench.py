@@ -49,7 +49,7 @@ CASES = [(op, case) for op in OPS for case in cases_of(op, small=True)]
 NATIVE = [op for op in OPS if "cpu" not in registry.find(op).absent]
 NUMBERED = [f"{op}-{i}" for i, (op, _) in enumerate(CASES)]
 
-needs_native = pytest.mark.skipif(_library.native is None, reason="the native module is not built")
+needs_native = pytest.mark.skipif(_library.native is None, reason="the native library is not built")
 
 
 def timings(**seconds: float) -> dict[str, Timing]:

@@ -1,6 +1,6 @@
 """setup.py's choices: native or not, CUDA or not, and what it says about them."""
 
-import importlib.util
+import ctypes
 import json
 import os
 import platform
@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 from bigkernel import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+old_glibc = runpy.run_path(str(ROOT / "tools" / "old_glibc.py"))
 needs_ninja = pytest.mark.skipif(
     not (shutil.which("ninja") and shutil.which("c++")), reason="no ninja or no c++ on the path"
 )
@@ -201,7 +202,7 @@ def test_cpu_sources_compile_for_arm():
     """Of the generated files ARM gets the portable ones; `setup.py` makes them in every build."""
     generated = ROOT / "build" / "generated"
     if not (generated / "attention_portable.cpp").exists():
-        pytest.skip("the native module was not built here")
+        pytest.skip("the native library was not built here")
     sources = [*generated.glob("*_portable.cpp"), *ROOT.glob("csrc/*/cpu.cpp")]
     sources += ROOT.glob("csrc/cpu/*.cpp")
     assert len(sources) >= 7
@@ -238,6 +239,17 @@ def test_editors_are_told_the_flags_of_every_file(compile_commands):
     assert {n for n in native - kernels if n.endswith((".h", ".cpp"))} <= set(compile_commands)
     assert "-ffp-contract=fast" in compile_commands["csrc/norm/cpu.cpp"]["arguments"]
     assert "-DBK_ISA=amx" in compile_commands["csrc/attention/cpu_amx.h"]["arguments"]
+
+
+@needs_ninja
+def test_no_folder_of_this_machine_is_compiled_in(compile_commands, tmp_path):
+    """`STABLE_TORCH_LIBRARY_IMPL` keeps the name of the file that it stands in."""
+    command = compile_commands["csrc/cpu/facts.cpp"]["arguments"]
+    subprocess.run([*command, "-o", tmp_path / "facts.o"], cwd=ROOT, check=True)
+    compiled = (tmp_path / "facts.o").read_bytes()
+    assert b"bigkernel/csrc/cpu/facts.cpp" in compiled
+    assert str(ROOT).encode() not in compiled
+    assert sys.prefix.encode() not in compiled
 
 
 # A body, what it includes in the middle of others, the words of all, and the one for AMX.
@@ -297,31 +309,81 @@ def test_contradicting_switches_are_refused():
     assert "BIGKERNEL_NATIVE=0 forbids them" in done.stderr
 
 
-def test_binary_needs_no_cuda_library():
-    if _library.native is None:
-        pytest.skip("the native module is not built")
+needs_library = pytest.mark.skipif(
+    _library.native is None, reason="the native library is not built"
+)
+
+
+@needs_library
+def test_library_needs_torch_and_neither_cuda_nor_python():
     dynamic = subprocess.run(
-        ["readelf", "--dynamic", str(_library.native.__file__)], capture_output=True, text=True
+        ["readelf", "--dynamic", "--dyn-syms", "--wide", _library.native.path],
+        capture_output=True,
+        text=True,
     ).stdout
-    needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert any(name.startswith("libtorch") for name in needed)
-    assert not [n for n in needed if "cuda" in n or n in ("libc10.so", "libtorch_python.so")], (
-        needed
+    assert not [n for n in needed if re.search("cuda|python|^libc10", n)], needed
+    symbols = re.findall(r"^ *\d+: .* (\S+)$", dynamic, re.M)
+    assert any(name.startswith("torch_library_impl") for name in symbols)
+    assert not [name for name in symbols if re.match("_?Py", name)]
+
+
+@needs_library
+def test_library_asks_for_nothing_later_than_manylinux_2_28():
+    if _library.native.build_info().sanitizer:
+        pytest.skip("a sanitized library is for this machine")
+    assert old_glibc["too_new"](_library.native.path) == []
+    assert old_glibc["needed"](_library.native.path)["GLIBC"]
+
+
+@pytest.mark.skipif(old_glibc["is_old"](), reason="the machine's own C library is an old one")
+@pytest.mark.parametrize("folder", [None, "stubs"])
+def test_a_linker_is_kept_from_what_a_later_glibc_has(folder, tmp_path):
+    """The functions that got a new version after 2.28, one of each library."""
+    source, library = tmp_path / "new.cpp", tmp_path / "libnew.so"
+    source.write_text(
+        "#include <cmath>\n#include <pthread.h>\n"
+        "double power(double x, double y) { return std::pow(x, y) + std::hypot(x, y); }\n"
+        "int thread(pthread_t* t, void* (*run)(void*)) { return pthread_create(t, 0, run, 0); }\n"
     )
+    options = old_glibc["write_stubs"](tmp_path / folder) if folder else []
+    command = ["g++", "-shared", "-fPIC", "-O1", source, "-o", library, *options]
+    subprocess.run(command, check=True)
+    found = old_glibc["too_new"](library)
+    if folder:
+        assert found == []
+        assert ctypes.CDLL(str(library))._Z5powerdd is not None  # and it can be loaded here
+    else:
+        assert {line.split()[0] for line in found} >= {"pow"}
 
 
+@pytest.mark.skipif(old_glibc["is_old"](), reason="the machine's own C library is an old one")
+def test_what_old_glibc_lacks_is_an_error_of_the_linker(tmp_path):
+    source = tmp_path / "new.cpp"
+    source.write_text("#include <sys/single_threaded.h>\nbool f() {return __libc_single_threaded;}")
+    options = old_glibc["write_stubs"](tmp_path / "stubs")
+    command = ["g++", "-shared", "-fPIC", source, "-o", tmp_path / "libnew.so", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "__libc_single_threaded" in done.stderr
+
+
+def test_a_library_that_needs_too_much_stops_the_build(setup, monkeypatch):
+    monkeypatch.setitem(setup["OLD_GLIBC"], "too_new", lambda _: ["pow of GLIBC 2.29"])
+    with pytest.raises(SystemExit, match=r"nothing later than manylinux_2_28.*pow of GLIBC 2\.29"):
+        setup["check_names"]("lib.so")
+
+
+@needs_library
 def test_build_info_names_what_was_compiled():
-    if _library.native is None:
-        pytest.skip("the native module is not built")
     info = _library.native.build_info()
-    assert (info["cuda"] is None) == (info["cuda_archs"] == "")
-    assert _library.kernels["adam_step_", "cuda"] == (info["cuda"] is not None)
+    assert (info.cuda is None) == (info.cuda_archs == "")
+    assert _library.kernels["adam_step_", "cuda"] == (info.cuda is not None)
 
 
-def test_extension_is_importable_without_torch_imported_first():
-    if _library.native is None:
-        pytest.skip("the native module is not built")
-    assert importlib.util.find_spec("bigkernel._C") is not None
+@needs_library
+def test_library_loads_without_torch_imported_first():
     done = subprocess.run(
         [sys.executable, "-c", "import bigkernel; print(bigkernel.cpu_isas())"],
         capture_output=True,

@@ -277,7 +277,7 @@ def test_evaluate_images(pictures: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_env_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    for name in ("torch", "native module", "threads", "op attention_fwd on cpu", "op augment"):
+    for name in ("torch", "native library", "threads", "op attention_fwd on cpu", "op augment"):
         assert name in out, name
 
 

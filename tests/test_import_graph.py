@@ -33,6 +33,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("bigkernel.registry", "bigkernel.backend", "bigkernel.tuning"),
     (
         "bigkernel._library",
+        "bigkernel._native",
         "bigkernel._eager",
         "bigkernel.errors",
         "bigkernel.expect",

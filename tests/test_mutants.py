@@ -62,12 +62,12 @@ def test_a_mutant_that_cannot_be_tried_is_an_error(tree, changes, expected):
 
 
 def test_what_a_stopped_call_set_aside_comes_back(tree):
-    aside = tree / "build" / "aside" / "bigkernel" / "_C.so"
+    aside = tree / "build" / "aside" / "bigkernel" / "libbigkernel_ops.so"
     aside.parent.mkdir(parents=True)
     aside.write_text("built")
     (tree / "bigkernel").mkdir()
     put_back(tree)
-    assert (tree / "bigkernel" / "_C.so").read_text() == "built"
+    assert (tree / "bigkernel" / "libbigkernel_ops.so").read_text() == "built"
     assert not (tree / "build" / "aside").exists()
     put_back(tree)  # nothing to do
 

@@ -3,6 +3,7 @@
 import email
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WHEEL_INFO = runpy.run_path(str(ROOT / "tools" / "wheel_info.py"))
 # What a developer needs beside the package; .ci and .github go along.
 FOLDERS = ("csrc", "tests", "docs", "examples", "benchmarks", "tools", "bigkernel")
 
@@ -59,19 +61,20 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pure-Python wheel, built from the source distribution and from nothing else."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(sources: Path, folder: Path, **env: str) -> Path:
+    """A wheel built from a source distribution and from nothing else."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--wheel-dir", folder]
     run(
-        *[sys.executable, "-m", "pip", "wheel", *options, sdist],
-        cwd=folder,
-        BIGKERNEL_NATIVE="0",
-        PYTHONPATH="",
+        *[sys.executable, "-m", "pip", "wheel", *options, sources], cwd=folder, PYTHONPATH="", **env
     )
     (built,) = folder.glob("bigkernel-*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pure-Python wheel."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), BIGKERNEL_NATIVE="0")
 
 
 def test_sdist_without_nvcc_holds_sources_tests_and_docs(sdist):
@@ -108,6 +111,16 @@ def test_wheel_from_the_sdist_has_licence_metadata_and_package_files(wheel):
     assert not [name for name in names if name.startswith(("tests/", "docs/", "examples/"))]
 
 
+def test_pure_wheel_is_for_every_system_and_the_same_bytes_again(sdist, wheel, tmp_path):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    again = shutil.copytree(sdist, tmp_path / "another folder")
+    for path in again.rglob("*"):
+        os.utime(path, (0, 1))
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", tmp_path]
+    run(*command, cwd=again, BIGKERNEL_NATIVE="0")
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
 def test_wheel_says_what_was_compiled(wheel):
     said = run(sys.executable, "tools/wheel_info.py", wheel, cwd=ROOT)
     assert said == f"bigkernel: {wheel} holds pure Python, nothing compiled.\n"
@@ -127,19 +140,63 @@ def test_a_native_wheel_says_whether_cuda_is_in_it(note, said, tmp_path):
     wheel = tmp_path / "bigkernel-1.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("bigkernel/build_info.json", json.dumps(note))
-    assert said in run(sys.executable, "tools/wheel_info.py", wheel, cwd=ROOT)
+    assert WHEEL_INFO["contents"](wheel) == said
+
+
+NATIVE = {
+    "bigkernel/build_info.json": '{"native": true, "cuda": null, "cuda_archs": ""}',
+    "bigkernel-1.dist-info/licenses/LICENSE": "Apache",
+}
+MANYLINUX = "bigkernel-1-py3-none-manylinux_2_28_x86_64.whl"
+LIBRARY = "bigkernel/libbigkernel_ops.so"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "fault"),
+    [
+        (MANYLINUX, {LIBRARY: "fits"}, ""),
+        (MANYLINUX, {LIBRARY: "pow"}, "pow of GLIBC 2.29"),
+        (MANYLINUX, {LIBRARY: "fits", "bigkernel/_C.so": "x"}, "its libraries are"),
+        (MANYLINUX, {}, "its libraries are []"),
+        (MANYLINUX, {LIBRARY: "fits /home/us/csrc/x.h"}, f"{LIBRARY} mentions /home/us"),
+        (MANYLINUX, {LIBRARY: "fits /home/usual/csrc/x.h"}, ""),
+        (MANYLINUX.replace("py3-none", "cp311-cp311"), {LIBRARY: "fits"}, "its name does not"),
+        ("bigkernel-1-py3-none-linux_x86_64.whl", {LIBRARY: "fits"}, "its name does not end"),
+    ],
+)
+def test_a_wheel_that_is_not_right_is_named(name, more, fault, tmp_path, monkeypatch):
+    """The library is a text here, which says what the check of its names would find."""
+    found = lambda path: ["pow of GLIBC 2.29"] if "pow" in Path(path).read_text() else []  # noqa: E731
+    monkeypatch.setitem(WHEEL_INFO["OLD_GLIBC"], "too_new", found)
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        for file, text in (NATIVE | more).items():
+            archive.writestr(file, text)
+    faults = WHEEL_INFO["faults"](tmp_path / name, ["/home/us"])
+    assert [each.startswith(fault) for each in faults] == [True] * bool(fault), faults
+
+
+def test_a_wheel_without_licence_or_of_any_size_is_not_right(tmp_path, monkeypatch):
+    monkeypatch.setitem(WHEEL_INFO["faults"].__globals__, "LARGEST", 100)
+    wheel = tmp_path / "bigkernel-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("bigkernel/build_info.json", '{"native": false}' + 100 * " ")
+    no_licence, too_large = WHEEL_INFO["faults"](wheel, [])
+    assert no_licence == "it has no LICENSE"
+    assert "more than" in too_large
+    assert WHEEL_INFO["main"]([str(wheel)]) == 1
 
 
 @pytest.mark.slow
 def test_a_native_wheel_is_built_from_the_sdist(sdist, tmp_path):
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    run(
-        *[sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, sdist],
-        cwd=tmp_path,
-        BIGKERNEL_CUDA="0",
-        PYTHONPATH="",
-    )
-    (built,) = tmp_path.glob("bigkernel-*.whl")
+    """Twice, in two folders: the same bytes."""
+    wheels = []
+    for name in ("one", "another"):
+        sources = shutil.copytree(sdist, tmp_path / name / "sources")
+        wheels.append(build_wheel(sources, tmp_path / name, BIGKERNEL_CUDA="0"))
+    built, again = wheels
+    assert built.name == again.name
+    assert built.read_bytes() == again.read_bytes()
+    assert WHEEL_INFO["faults"](built, [str(tmp_path)]) == []
     said = run(sys.executable, "tools/wheel_info.py", built, cwd=ROOT)
     assert "holds CPU kernels; NO CUDA kernels" in said
     with zipfile.ZipFile(built) as archive:

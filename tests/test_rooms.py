@@ -46,13 +46,13 @@ def test_op_has_every_room(op):
 @each_op
 def test_native_kernels_are_where_the_op_says(op):
     if _library.native is None:
-        pytest.skip("the native module is not built")
-    levels = ["cpu"] if _library.native.build_info()["cuda"] is None else ["cpu", "cuda"]
+        pytest.skip("the native library is not built")
+    levels = ["cpu"] if _library.native.build_info().cuda is None else ["cpu", "cuda"]
     for level, function in itertools.product(levels, op.functions):
         built = _library.kernels[function.name, level]
         assert built == (level not in op.absent), (
             f"op {op.noun} says that it has {'no' if built else 'a'} {level} kernel, and the "
-            f"native module has {'one' if built else 'none'} of {function.name}. Is it built anew "
+            f"native library has {'one' if built else 'none'} of {function.name}. Is it built anew "
             f"(make build), and does csrc/{op.noun}/{level}.cpp name it in m.impl?"
         )
 

@@ -156,7 +156,7 @@ def test_gradient_in_every_form_of_images(form: str) -> None:
 
 def test_without_gradient_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if not bigkernel.cpu_isas():
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     monkeypatch.setenv("BIGKERNEL_STRICT", "1")
     x = images(torch.float32).requires_grad_()
     flip = bk.RandomHorizontalFlip(1.0)

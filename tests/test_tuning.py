@@ -28,7 +28,7 @@ from bigkernel.ops.attention.reference import Rule, attention_reference
 from bigkernel.testing.tolerance import assert_as_accurate
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(_library.native is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(_library.native is None, reason="the native library is not built")
 SLOWER, FASTER = tuning.Figures(2e-3, 1e-3, True), tuning.Figures(1e-3, 2e-3, False)
 ON_RECORD = tuning.ON_RECORD
 CLASS = ("attention", "fp32 D16 S<=32 causal forward")

@@ -24,7 +24,8 @@ RESULT = ROOT / "build" / "compile_commands.json"
 # What is for ninja, and what nobody but nvcc understands.
 LEFT_OUT = re.compile(
     r" -MM?D -MF \S+| -o \S+"
-    r"| --expt-relaxed-constexpr| --compiler-options \S+| --threads \S+| -lineinfo| -gencode=\S+"
+    r"| --expt-relaxed-constexpr| --compiler-options \S+| --threads \S+"
+    r"| -Xcompiler=\S+| -lineinfo| -gencode=\S+"
 )
 
 

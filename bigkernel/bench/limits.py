@@ -35,13 +35,12 @@ def adam_stream(
 
     With ``norm`` it reads the gradients once more before. float32, contiguous.
     """
-    native = _library.native
-    assert native is not None
+    assert _library.native is not None
     pointers = [
         [t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)
     ]
     sizes = [t.numel() for t in params]
-    return lambda: native.stream_adam(*pointers, sizes, norm)
+    return lambda: torch.ops.bigkernel_native.stream_adam(*pointers, sizes, norm)
 
 
 def copy(num_bytes: int) -> Callable[[], object]:

@@ -37,7 +37,7 @@ def facts() -> dict[str, Any]:
         "cores": cores(),
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
-        "isa": None if native is None else str(native.cpu_isa()),
+        "isa": None if native is None else native.cpu_isa(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
         "commit": commit(),

@@ -42,12 +42,12 @@ def _versions() -> list[tuple[str, str]]:
 def _native() -> list[tuple[str, str]]:
     native = _library.native
     if native is None:
-        return [("native module", f"none: {_library.native_error}")]
+        return [("native library", f"none: {_library.native_error}")]
     info = native.build_info()
-    lines = [("native module", str(native.__file__))]
-    lines += [(f"built with {name}", _shown(value)) for name, value in sorted(info.items())]
+    lines = [("native library", str(native.path))]
+    lines += [(f"built with {name}", _shown(value)) for name, value in info._asdict().items()]
     lines.append(("CPU instruction sets", ", ".join(bigkernel.cpu_isas()) or "none"))
-    lines.append(("CPU instruction set in use", str(native.cpu_isa())))
+    lines.append(("CPU instruction set in use", native.cpu_isa()))
     return lines
 
 

@@ -67,11 +67,4 @@ BK_DECLARE_PER_ISA(
     // The memory traffic of the norm: returns something that depends on all n elements.
     float adam_read(const float* g, int64_t n))
 
-// What `bigkernel bench adam` holds the step against: for each float32 array i of sizes[i] elements
-// reads grads, reads and writes params, exp_avgs and exp_avg_sqs, with the (finite) values that
-// they have. With `norm`, reads all of grads before. The addresses are taken as they are given.
-void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
-                 const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
-                 const std::vector<int64_t>& sizes, bool norm);
-
 }  // namespace bigkernel

@@ -194,10 +194,12 @@ Tensor adam_step_cpu(const AdamCall& call) {
   return result;
 }
 
-}  // namespace
-
-void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
-                 const std::vector<uintptr_t>& exp_avgs, const std::vector<uintptr_t>& exp_avg_sqs,
+// What `bigkernel bench adam` holds the step against: for each float32 array i of sizes[i] elements
+// reads grads, reads and writes params, exp_avgs and exp_avg_sqs, with the (finite) values that
+// they have. With `norm`, reads all of grads before. Arrays are given by their addresses, and taken
+// as they are.
+void stream_adam(const std::vector<int64_t>& params, const std::vector<int64_t>& grads,
+                 const std::vector<int64_t>& exp_avgs, const std::vector<int64_t>& exp_avg_sqs,
                  const std::vector<int64_t>& sizes, bool norm) {
   Row row(sizes.size());
   for (int64_t size : sizes) row.add(size);
@@ -209,7 +211,7 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
       });
     });
   };
-  auto at = [](uintptr_t array, int64_t first) { return reinterpret_cast<float*>(array) + first; };
+  auto at = [](int64_t array, int64_t first) { return reinterpret_cast<float*>(array) + first; };
   [[maybe_unused]] static volatile float sink;
   static volatile float zero = 0;
   if (norm)
@@ -222,9 +224,20 @@ void stream_adam(const std::vector<uintptr_t>& params, const std::vector<uintptr
   });
 }
 
+}  // namespace
 }  // namespace bigkernel
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
   m.impl("adam_norm", BK_BOX(bigkernel::adam_norm_cpu));
   m.impl("adam_step_", BK_BOX(bigkernel::adam_step_cpu));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel_native, m) {
+  m.def(
+      "stream_adam(int[] params, int[] grads, int[] exp_avgs, int[] exp_avg_sqs, int[] sizes, "
+      "bool norm) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernel_native, CompositeExplicitAutograd, m) {
+  m.impl("stream_adam", BK_BOX(bigkernel::stream_adam));
 }

@@ -100,7 +100,7 @@ struct Boxed<kFunction> {
                     " arguments, but the function takes ", expected);
     STD_TORCH_CHECK(results == kResults<R>, "the schema has ", results,
                     " results, but the function returns ", kResults<R>);
-    StableIValue* next = stack;
+    [[maybe_unused]] StableIValue* next = stack;  // of a function without arguments
     std::tuple<std::remove_cvref_t<P>...> values{take_argument<std::remove_cvref_t<P>>(next)...};
     if constexpr (std::is_void_v<R>)
       std::apply(kFunction, std::move(values));

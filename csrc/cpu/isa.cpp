@@ -97,7 +97,7 @@ Isa parse(const std::string& name, const char* where) {
                               "'");
 }
 
-// The environment is read by the module's initialisation, which can raise; see python/module.cpp.
+// BIGKERNEL_CPU_ISA is read by bigkernel/_native.py, which can raise.
 std::atomic<Isa> g_isa{best()};
 
 }  // namespace

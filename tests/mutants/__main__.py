@@ -47,6 +47,7 @@ ISA = "avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"
 # pytest: 1 tests failed; 2 the tests could not be imported, which a change to the code can cause.
 _NOTICED = (1, 2)
 _NATIVE = (".cpp", ".h")
+LIBRARY = "bigkernel/libbigkernel_ops.so"
 _ASIDE = "build/aside"  # in the copy
 _forks = Forks()
 
@@ -124,7 +125,7 @@ def copy_tree(root: Path, copy: Path) -> None:
         capture_output=True,
         check=True,
     )
-    extensions = [str(path.relative_to(root)) for path in root.glob("bigkernel/_C*.so")]
+    extensions = [str(path.relative_to(root)) for path in root.glob(LIBRARY)]
     known = {name for name in os.fsdecode(listed.stdout).split("\0") if name}
     for name in [*known, *extensions]:
         source, target = root / name, copy / name
@@ -175,7 +176,7 @@ class _BuiltFiles:
             included = [b for b in bindings if f'"{folder}/{file.name}"' in b.read_text()]
             names += [f"csrc/{binding.parent.name}/cpu" for binding in included]
         objects = [path for name in names for path in copy.glob(f"build/temp*/{name}.o")]
-        built = [*objects, *copy.glob("bigkernel/_C*.so")]
+        built = [*objects, *copy.glob(LIBRARY)]
         if len(built) < 2:
             raise MutantError(f"{file.relative_to(copy)}: no object of it was found in {copy}.")
         self.copy = copy
@@ -203,7 +204,7 @@ def put_back(copy: Path) -> None:
 def build_all(copy: Path) -> None:
     """The extension with all its objects, once: what is there and current is kept."""
     if not any(copy.glob("build/temp*/build/generated/*.o")):
-        for other in copy.glob("bigkernel/_C*.so"):
+        for other in copy.glob(LIBRARY):
             other.unlink()  # the tree's own, beside which setup.py would build nothing
     _build(copy)
 

@@ -385,7 +385,7 @@ def on_backend(name: str) -> Iterator[None]:
             yield
     elif kind == "cpu":
         if detail == "none":
-            pytest.skip("the native module is not built")
+            pytest.skip("the native library is not built")
         with bigkernel.use_cpu_isa(detail):
             yield
     elif kind == "ptx":  # "ptx" or "ptx-all"

@@ -334,7 +334,7 @@ print(peak() - before)
 def test_attention_memory_is_linear(kind):
     """Forward and backward at 4096 x 4096, one head: a score matrix alone would take 64 MiB."""
     if kind == "cpu" and not bigkernel.cpu_isas():
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     command = [sys.executable, "-c", MEMORY, kind, "4096"]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     grown = int(result.stdout)
@@ -357,7 +357,7 @@ print(run(16384))
 """
 
 
-@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+@pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native library is not built")
 def test_attention_long_sequences_fit():
     """Forward and backward at 16384 x 16384, 8 heads, whose scores would take 8 GiB in fp32."""
     command = [sys.executable, "-c", LONG]

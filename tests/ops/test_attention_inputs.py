@@ -15,7 +15,9 @@ from bigkernel import _library, ops
 from bigkernel import backend as backends
 
 backend = attention_cases.backend
-needs_native = pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+needs_native = pytest.mark.skipif(
+    not bigkernel.cpu_isas(), reason="the native library is not built"
+)
 
 
 @pytest.mark.parametrize("layout", ["bshd", "nan", "gap"])
@@ -412,7 +414,7 @@ def test_attention_fallback_is_an_error_when_strict():
         (tensors(v=(2, 2, 7, 300)), "head dim 300 is above"),
     ):
         if not _library.kernels["attention_fwd", "cpu"]:
-            reason = "native module"
+            reason = "native library"
         with pytest.raises(RuntimeError, match=f"{reason}.*BIGKERNEL_STRICT=1"):
             ops.attention(*inputs)
 

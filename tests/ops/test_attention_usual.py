@@ -21,7 +21,9 @@ from bigkernel import ops
 from bigkernel.expect import FLOATING
 from bigkernel.ops.attention import op, usual
 
-needs_native = pytest.mark.skipif(not bigkernel.cpu_isas(), reason="the native module is not built")
+needs_native = pytest.mark.skipif(
+    not bigkernel.cpu_isas(), reason="the native library is not built"
+)
 USUAL = (False, "top_left", (None, None), 0.0, 0.0, None)
 NAMES = ("causal", "align", "window", "softcap", "dropout_p", "scale")
 

@@ -79,7 +79,7 @@ def native(request: pytest.FixtureRequest):
             yield kind
     else:
         if isa == "none":
-            pytest.skip("the native module is not built")
+            pytest.skip("the native library is not built")
         with bigkernel.use_cpu_isa(isa):
             yield kind
 
@@ -957,7 +957,7 @@ def test_augment_rejects_unknown_colours(code, backend):
 def test_augment_native_op_checks_for_itself(changes, message):
     """Called below the public function: whatever memory safety rests on is checked again."""
     if not bigkernel.cpu_isas():
-        pytest.skip("the native module is not built")
+        pytest.skip("the native library is not built")
     arguments = {"images": [GOOD], "geometry": ROWS, "color": torch.zeros(2, 1, 2)} | changes
     first = [arguments.pop(name) for name in ("images", "geometry", "color")]
     with pytest.raises(RuntimeError, match=message):

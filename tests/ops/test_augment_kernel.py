@@ -123,7 +123,7 @@ def test_augment_kernel_means_are_exact(out):
     again, _ = emulate(*arguments, **options)
     assert torch.equal(actual, again)
     if not bigkernel.cpu_isas():
-        pytest.skip("the native module is not built: there is no CPU kernel to compare with")
+        pytest.skip("the native library is not built: there is no CPU kernel to compare with")
     assert torch.equal(actual, augment(*arguments, **options))
 
 

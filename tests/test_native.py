@@ -1,0 +1,162 @@
+"""Whether the native library fits this torch, driver and GPUs, and what is said where not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigkernel import _library, _native, backend
+from bigkernel.errors import FallbackWarning
+
+PACKAGE = Path(_native.__file__).parent
+ALL = "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, PTX for sm_120"
+BUILD = _native.BuildInfo(cuda="13.0", cuda_archs=ALL, compiler="g++", sanitizer=False)
+
+SCRIPT = """
+import bigkernel
+
+import torch
+q = torch.randn(1, 2, 8, 16, requires_grad=True)
+bigkernel.scaled_dot_product_attention(q, q, q).sum().backward()
+print(bigkernel.explain('attention'))
+"""
+
+
+def run_without_library(tmp_path, note: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The script with a copy of the package, as it is installed without the library."""
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "corpora")
+    shutil.copytree(PACKAGE, tmp_path / "bigkernel", ignore=left_out)
+    (tmp_path / "bigkernel" / "build_info.json").write_text(note)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), **env}
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_a_pure_python_package_says_once_that_it_has_no_native_part(tmp_path):
+    done = run_without_library(tmp_path, '{"native": false, "cuda": null, "cuda_archs": ""}')
+    assert done.returncode == 0, done.stderr
+    reason = "this is the pure-Python package, which has no native library"
+    assert f"attention: torch, because {reason}" in done.stdout
+    sentence = f"script.py:2: FallbackWarning: bigkernel: {reason}; every op runs in plain PyTorch."
+    assert done.stderr.splitlines() == [f"{tmp_path}/{sentence}", "  import bigkernel"]
+
+
+def test_a_library_for_a_later_torch_is_not_loaded(tmp_path, monkeypatch):
+    library = tmp_path / "libbigkernel_ops.so"
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert "was not built" in _native.why_not_loaded(library, "2.14.1")
+    library.write_text("not a library")
+    for version in ("2.10.0+cu126", "1.13.1"):
+        why = _native.why_not_loaded(library, version)
+        expected = f"the native library needs torch 2.11 or later, and this is torch {version}"
+        assert why == expected
+    assert loaded == []
+    for version in ("2.11.0a0+git1234", "2.11.0", "3.0"):
+        assert _native.why_not_loaded(library, version) is None
+    assert loaded == 3 * [library]
+
+
+def test_a_library_that_cannot_be_loaded_is_a_sentence(tmp_path):
+    library = tmp_path / "libbigkernel_ops.so"
+    library.write_text("not a library")
+    why = _native.why_not_loaded(library, str(torch.__version__))
+    assert why.startswith("the native library did not load: ")
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        (ALL, [80, 86, 87, 89, 90, 100, 103, 120, 121, 130], [70, 75, 110]),
+        ("sm_80, sm_90, PTX for sm_90", [80, 86, 90, 100, 120], [75]),
+        ("sm_86", [86, 89], [80, 75, 90]),
+        ("sm_90a", [], [80, 90]),
+    ],
+)
+def test_a_gpu_needs_code_of_its_generation_or_ptx(archs, runs, does_not):
+    assert [each for each in runs + does_not if _native.runs_on(archs, each)] == runs
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "capabilities", "reason"),
+    [
+        (BUILD, 13000, [80], None),
+        (BUILD, 13020, [], None),  # not known which GPUs there are
+        (BUILD, 14000, [75, 90], None),  # one of them will do
+        (BUILD, 0, [], None),  # no driver: no GPU to speak of
+        (BUILD._replace(cuda=None, cuda_archs=""), 12040, [90], None),
+        (BUILD, 12080, [90], "the CUDA kernels need a driver for CUDA 13.0, and this one is for "
+                             "CUDA 12.8"),
+        (BUILD, 13000, [75, 75, 70], f"there is no CUDA kernel for sm_70, sm_75, only for {ALL}"),
+    ],
+)  # fmt: skip
+def test_what_driver_and_gpus_the_cuda_kernels_need(build, driver, capabilities, reason):
+    assert _native.why_no_cuda(build, driver, capabilities) == reason
+
+
+FAKE_NVML = """
+int nvmlInit_v2(void) { return %d; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** gpu) {
+  *gpu = (void*)(long)(8 + index); return index == 1;
+}
+int nvmlDeviceGetCudaComputeCapability(void* gpu, int* major, int* minor) {
+  *major = (int)(long)gpu; *minor = 6; return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc on the path")
+@pytest.mark.parametrize(("state", "found"), [(0, [86, 106]), (9, [])])
+def test_gpus_are_those_that_the_drivers_library_tells(tmp_path, state, found):
+    """The second one cannot be asked; 9 is what NVML answers where no driver is loaded."""
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvml.so"
+    source.write_text(FAKE_NVML % state)
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
+    assert _native.capabilities(str(library)) == found
+    assert _native.capabilities(str(tmp_path / "none.so")) == []
+
+
+@pytest.fixture
+def old_driver(monkeypatch):
+    """A library with CUDA kernels, a torch with CUDA, and a driver too old for the first."""
+    monkeypatch.setattr(_native, "told", set())
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(_native, "capabilities", lambda: [90])
+    monkeypatch.setattr(_native.Native, "build_info", lambda _: BUILD)
+
+    class Ops:
+        cuda_driver = staticmethod(lambda: 12060)
+
+    monkeypatch.setattr(_native, "ops", Ops)
+
+
+def test_a_driver_that_is_too_old_is_said_once_and_pytorch_runs(old_driver, monkeypatch):
+    with pytest.warns(FallbackWarning, match=r"CUDA 12\.6; ops on a GPU run in plain PyTorch"):
+        reason = _native.check_cuda(_native.Native())
+    monkeypatch.setattr(_library, "native", _native.Native())
+    monkeypatch.setattr(_library, "cuda_error", reason)
+    monkeypatch.setitem(_library.kernels, ("attention_fwd", "cuda"), False)
+    assert backend.decide("attention_fwd", "cuda") == ("torch", reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been said
+        backend.select("attention_fwd", torch.device("cuda"))
+    monkeypatch.setenv("BIGKERNEL_STRICT", "1")
+    with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT=1 makes this an error"):
+        backend.select("attention_fwd", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="need a driver"), backend.use_backend("cuda"):
+        backend.decide("attention_fwd", "cuda")
+
+
+def test_nothing_is_said_where_torch_uses_no_gpu(old_driver, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _native.check_cuda(_native.Native()) is None
