@@ -2,7 +2,7 @@
 
 Feature -> test: timing -> test_interleave_*, test_timing_*; ratios, shares, bars ->
 test_result_*; every case at a small size: results agree, our row is native ->
-test_case_is_checked_and_native, test_case_of_overhead_*; a fallback fails -> test_a_fallback_*; a
+test_case_is_checked_and_native, test_cases_of_overhead_*; a fallback fails -> test_a_fallback_*; a
 wrong result fails -> test_a_wrong_result_*; absent peers -> test_absent_peers_*; the yardstick ->
 test_yardstick_*; slow peers -> test_a_slow_peer_*; table, JSON, chart -> test_command_*;
 bad usage -> test_bad_usage.
@@ -204,16 +204,22 @@ def test_case_is_checked_and_native(op, case):
 
 
 @needs_native
-@pytest.mark.parametrize("case", cases_of("overhead", small=True), ids=lambda case: case.name)
-def test_case_of_overhead_is_checked_and_native(case):
-    threads = torch.get_num_threads()
-    got = run_case(case, ONCE)
-    assert torch.get_num_threads() == threads
-    assert set(got.timings) | set(got.skipped) == set(case.competitors)
-    assert got.compared
-    assert "1 threads" in got.backend
-    (bar,) = case.bars
-    assert bar.reached(got) is not None or got.skipped
+def test_cases_of_overhead_are_checked_and_native():
+    for case in cases_of("overhead", small=True):
+        with case_module.strict():
+            ready = case.build()
+            assert set(ready.runs) | set(ready.skipped) == set(case.competitors)
+            assert ready.check(ready.runs), case.name
+            assert case_module.native_backend(case, ready).startswith(f"{ready.op}: cpu")
+        assert [bar.over for bar in case.bars] == list(case.competitors[1:])
+
+
+@needs_native
+def test_a_case_of_one_thread_is_measured_with_one():
+    before = torch.get_num_threads()
+    got = run_case(cases_of("overhead", small=True)[0], ONCE)
+    assert ", 1 threads" in got.backend
+    assert torch.get_num_threads() == before
 
 
 def test_a_bar_of_time_is_held_by_the_times():
