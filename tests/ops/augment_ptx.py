@@ -134,12 +134,16 @@ class Call:
 
 
 class _Emulator:
+    name = "emulator"
+
     @staticmethod
     def augment(*arguments: Any) -> Tensor:
         return Call(*arguments).run()
 
 
 class _Gpu:
+    name = "gpu"
+
     @staticmethod
     def augment(images: list[Tensor], *rest: Any) -> Tensor:
         return torch.ops.bigkernel.augment([image.cuda() for image in images], *rest).cpu()
