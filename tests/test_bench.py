@@ -444,7 +444,7 @@ def test_losses_are_printed(capsys):
         (
             ["bench", "atention"],
             "There are: adam, attention, augment, bias_act, cross_entropy, glu, linear, "
-            "linear_cross_entropy, norm, rope, train",
+            "linear_cross_entropy, norm, rope, overhead, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
         (["bench", "adam", "--profile"], "--profile takes the steps of train apart"),
@@ -458,7 +458,10 @@ def test_bad_usage(arguments, expected, capsys):
 
 
 def test_our_own_pytorch_backend_comes_first():
+    """But for what a call costs, which only peers are compared in."""
     for table in TABLES:
+        if table == "overhead":
+            continue
         absent = {op.noun: op.absent for op in registry.every()}.get(table, {})
         first = (OURS,) if "cpu" in absent else (OURS, REFERENCE)  # composed, it is its own
         assert all(case.competitors[: len(first)] == first for case in cases_of(table))

@@ -43,7 +43,7 @@ def environment(command: str | Path, torch: str, wheel: Path, folder: Path) -> P
     python = folder / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
     install += ["--disable-pip-version-check"]
-    tests = ("numpy>=2", "torchvision", "pytest>=8", "pytest-xdist>=3.6", "hypothesis")
+    tests = ("numpy>=2", "torchvision", "pytest>=8,<9.2", "pytest-xdist>=3.6", "hypothesis")
     subprocess.run([*install, f"torch=={torch}", *tests], check=True)
     subprocess.run([*install, "--no-deps", wheel], check=True)
     return python
