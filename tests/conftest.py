@@ -47,6 +47,7 @@ def _runs_what_another_does(item: pytest.Item) -> bool:
     return "attention" not in item.path.name or given.get("dtype") in ("f32", "f16")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     twice = [item for item in items if _runs_what_another_does(item)]
     if twice:
