@@ -90,6 +90,19 @@ class Decoder:
     def parameters(self) -> int:
         return sum(unit.numel() for unit in self.units())
 
+    def config(self) -> Any:
+        """transformers' own of this model."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.groups,
+        )
+
     def flops(self, tokens: int, length: int) -> float:
         """Of a step on so many tokens in documents of ``length``, as bigkernel.utilization counts.
 
@@ -304,7 +317,7 @@ def measure_rank(steps: int = 6, tokens: int = 512) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from bigkernel.optim import AdamW
 
@@ -319,16 +332,7 @@ def measure_rank(steps: int = 6, tokens: int = 512) -> None:
         rate = 2 * probe.nbytes * (ranks - 1) / ranks / (time.perf_counter() - began)
     for kind in ("alone", *KINDS):
         torch.manual_seed(0)
-        m: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=SMALL.vocab,
-                hidden_size=SMALL.width,
-                intermediate_size=SMALL.inner,
-                num_hidden_layers=SMALL.layers,
-                num_attention_heads=SMALL.heads,
-                num_key_value_heads=SMALL.groups,
-            )
-        )
+        m: Any = LlamaForCausalLM(SMALL.config())
         if kind == "ddp":
             m = DistributedDataParallel(m, find_unused_parameters=True)
         elif kind == "fsdp2":

@@ -237,16 +237,8 @@ def test_bytes_of_a_step_are_those_of_the_cost_model(request, world):
 
 @pytest.mark.parametrize("model", scaling.MODELS, ids=lambda model: model.name)
 def test_models_on_paper_are_transformers_own(model):
-    config = transformers.LlamaConfig(
-        vocab_size=model.vocab,
-        hidden_size=model.width,
-        intermediate_size=model.inner,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.groups,
-    )
     with torch.device("meta"):
-        there = transformers.LlamaForCausalLM(config)
+        there = transformers.LlamaForCausalLM(model.config())
     assert model.parameters() == sum(p.numel() for p in there.parameters())
     shapes = [shape for unit in model.units() for shape in unit.shapes]
     own = [(len(p), p[0].numel()) for p in there.parameters()]
