@@ -20,6 +20,8 @@ PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n logical --maxprocesses 4
 BIN := $(VENV)/bin
 BIGKERNEL := $(BIN)/bigkernel
 # --no-compile: byte code is made when a module is first imported, not for all of PyTorch at once.
+# It has to be kept then: each process would otherwise compile PyTorch's sources again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 # The demo builds the CUDA kernels only for a GPU that is there.
