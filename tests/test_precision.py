@@ -18,7 +18,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(precision, "speedup", lambda device, dtype: 3.0)
 
 
-def wide_model(hidden=256, **options):
+def wide_model(hidden=128, **options):
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
     config = transformers.LlamaConfig(
@@ -115,7 +115,7 @@ class Plain(nn.Module):
     ("model", "cls", "options"),
     [
         pytest.param(wide_model, bigkernel.Trainer, {"bf16": False}, id="said"),
-        pytest.param(lambda: wide_model(128), bigkernel.Trainer, {}, id="narrow"),
+        pytest.param(lambda: wide_model(96), bigkernel.Trainer, {}, id="narrow"),
         pytest.param(wide_model, OwnLoss, {}, id="loss of one's own"),
         pytest.param(Plain, bigkernel.Trainer, {}, id="a plain module"),
     ],
