@@ -3,7 +3,8 @@
 Each operator is defined twice with one schema: ``torch.ops.bigkernel.<name>``, to which the
 native library adds its CPU and CUDA kernels, and ``torch.ops.bigkernel_torch.<name>``, which is
 always plain PyTorch. Choosing a backend is choosing a namespace (see ``backend.py``), so a forced
-PyTorch run goes through the same schema, checks and autograd formula as a native one.
+PyTorch run goes through the same schema, checks and autograd formula as a native one. The
+namespaces have the name of the package, which is not "bigkernel" everywhere (``bigkernel.hub``).
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +23,9 @@ from bigkernel import _native
 from bigkernel._eager import eager
 from bigkernel.errors import has_tangent
 
-NAMESPACES = ("bigkernel", "bigkernel_torch")
+NAMESPACE = _native.NAMESPACE
+NAMESPACES = (NAMESPACE, f"{NAMESPACE}_torch")
+OPS, TORCH_OPS = (getattr(torch.ops, name) for name in NAMESPACES)
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
 # (function, device type) -> whether the native library has a kernel. Filled at definition, so that
 # torch.compile traces a look-up and not a call into the dispatcher.
@@ -105,7 +108,7 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
     # A native kernel is called past the look for tangents: nothing is followed. In plain PyTorch
     # that key stays, since it also counts the versions of what is changed in place.
     guard: Any = torch._C._AutoDispatchBelowAutograd
-    if operator.namespace == "bigkernel":
+    if operator.namespace == NAMESPACE:
         guard = torch._C._AutoDispatchBelowADInplaceOrView
 
     def below(*arguments: Any) -> Any:
@@ -117,7 +120,7 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
 
 def _make_eager(operator: Any, autograd: tuple[Any, Any] | None) -> Callable[..., Any]:
     if autograd is None:
-        return _unlooked(operator) if operator.namespace == "bigkernel" else operator
+        return _unlooked(operator) if operator.namespace == NAMESPACE else operator
     formula, setup_context = autograd
     below = _below_autograd(operator)
 
@@ -211,7 +214,7 @@ def define(
             native is not None
             and (device_type != "cuda" or cuda_error is None)
             and torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"bigkernel::{name}", device_type.upper()
+                f"{NAMESPACE}::{name}", device_type.upper()
             )
         )
 

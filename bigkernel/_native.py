@@ -3,6 +3,9 @@
 ``libbigkernel_ops.so`` lies beside this file. It adds kernels to the ops of ``_library.py``, and
 has ops of its own in ``torch.ops.bigkernel_native``. Nothing in it was compiled against a Python.
 
+It is told the name of this package, and registers everything under that: as a kernel of Hugging
+Face's hub (``bigkernel.hub``) the package has another name than its own, and its own ops.
+
 Where it does not fit this torch, this driver or these GPUs, one sentence says so when the package
 is imported, and PyTorch's own code runs instead.
 """
@@ -22,7 +25,8 @@ from bigkernel.errors import FallbackWarning, level_of_caller
 
 PATH = Path(__file__).with_name("libbigkernel_ops.so")
 OLDEST_TORCH = (2, 11)
-ops = torch.ops.bigkernel_native
+NAMESPACE = __name__.partition(".")[0]
+ops = getattr(torch.ops, f"{NAMESPACE}_native")
 # Reasons that were told when the package was imported: no call says them again.
 told: set[str] = set()
 
@@ -97,10 +101,14 @@ def why_not_loaded(path: Path, version: str) -> str | None:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"the native library needs torch {oldest} or later, and this is torch {version}"
     try:
-        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native library did not load: {error}"
-    return None
+    if not hasattr(library, "bigkernel_register"):
+        return "the native library is older than this package; `make build` builds it anew"
+    library.bigkernel_register.restype = ctypes.c_char_p
+    wrong = library.bigkernel_register(NAMESPACE.encode())
+    return None if wrong is None else f"the native library did not load: {wrong.decode()}"
 
 
 def runs_on(archs: str, capability: int) -> bool:

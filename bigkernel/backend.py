@@ -130,13 +130,13 @@ def select(op: str, device: torch.device, reason: str | None = None) -> Any:
     """
     # What is true of nearly all calls, first.
     if reason is None and _forced is None and _library.kernels.get((op, device.type), False):
-        return torch.ops.bigkernel
+        return _library.OPS
     backend, why = decide(op, device.type, reason)
     if backend != "torch" or device.type == "meta":  # there, shapes are all that is asked for
-        return torch.ops.bigkernel
+        return _library.OPS
     if _forced is None and why is not None and not torch.compiler.is_compiling():
         _fall_back(op, why)
-    return torch.ops.bigkernel_torch
+    return _library.TORCH_OPS
 
 
 def _fall_back(op: str, why: str) -> None:

@@ -243,7 +243,7 @@ def test_editors_are_told_the_flags_of_every_file(compile_commands):
 
 @needs_ninja
 def test_no_folder_of_this_machine_is_compiled_in(compile_commands, tmp_path):
-    """`STABLE_TORCH_LIBRARY_IMPL` keeps the name of the file that it stands in."""
+    """A registration keeps the name of the file that it stands in."""
     command = compile_commands["csrc/cpu/facts.cpp"]["arguments"]
     subprocess.run([*command, "-o", tmp_path / "facts.o"], cwd=ROOT, check=True)
     compiled = (tmp_path / "facts.o").read_bytes()

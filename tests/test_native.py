@@ -1,9 +1,11 @@
 """Whether the native library fits this torch, driver and GPUs, and what is said where not."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -50,7 +52,12 @@ def test_a_pure_python_package_says_once_that_it_has_no_native_part(tmp_path):
 def test_a_library_for_a_later_torch_is_not_loaded(tmp_path, monkeypatch):
     library = tmp_path / "libbigkernel_ops.so"
     loaded = []
-    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+
+    def load(path):
+        loaded.append(path)
+        return types.SimpleNamespace(bigkernel_register=registers(None))
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
     assert "was not built" in _native.why_not_loaded(library, "2.14.1")
     library.write_text("not a library")
     for version in ("2.10.0+cu126", "1.13.1"):
@@ -60,14 +67,34 @@ def test_a_library_for_a_later_torch_is_not_loaded(tmp_path, monkeypatch):
     assert loaded == []
     for version in ("2.11.0a0+git1234", "2.11.0", "3.0"):
         assert _native.why_not_loaded(library, version) is None
-    assert loaded == 3 * [library]
+    assert loaded == 3 * [str(library)]
 
 
-def test_a_library_that_cannot_be_loaded_is_a_sentence(tmp_path):
+def registers(answer):
+    """What a library has to register its kernels by, which is told the name of the package."""
+
+    def bigkernel_register(name):
+        assert name == b"bigkernel"
+        return answer
+
+    return bigkernel_register
+
+
+def test_a_library_that_cannot_be_loaded_is_a_sentence(tmp_path, monkeypatch):
     library = tmp_path / "libbigkernel_ops.so"
     library.write_text("not a library")
     why = _native.why_not_loaded(library, str(torch.__version__))
     assert why.startswith("the native library did not load: ")
+    older = types.SimpleNamespace()
+    for loaded, reason in (
+        (older, "the native library is older than this package; `make build` builds it anew"),
+        (
+            types.SimpleNamespace(bigkernel_register=registers(b"no such op")),
+            "the native library did not load: no such op",
+        ),
+    ):
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, loaded=loaded: loaded)
+        assert _native.why_not_loaded(library, str(torch.__version__)) == reason
 
 
 @pytest.mark.parametrize(

@@ -227,17 +227,15 @@ void stream_adam(const std::vector<int64_t>& params, const std::vector<int64_t>&
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("adam_norm", BK_BOX(bigkernel::adam_norm_cpu));
   m.impl("adam_step_", BK_BOX(bigkernel::adam_step_cpu));
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel_native, m) {
+BK_OWN_OPS(m) {
   m.def(
       "stream_adam(int[] params, int[] grads, int[] exp_avgs, int[] exp_avg_sqs, int[] sizes, "
       "bool norm) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel_native, CompositeExplicitAutograd, m) {
-  m.impl("stream_adam", BK_BOX(bigkernel::stream_adam));
-}
+BK_OWN_KERNELS(m) { m.impl("stream_adam", BK_BOX(bigkernel::stream_adam)); }

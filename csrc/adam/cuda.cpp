@@ -121,7 +121,7 @@ Tensor adam_step_cuda(const AdamCall& lists) {
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
+BK_KERNELS(CUDA, m) {
   m.impl("adam_norm", BK_BOX(bigkernel::adam_norm_cuda));
   m.impl("adam_step_", BK_BOX(bigkernel::adam_step_cuda));
 }

@@ -367,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("attention_fwd", BK_BOX(bigkernel::attention_fwd_cpu));
   m.impl("attention_bwd", BK_BOX(bigkernel::attention_bwd_cpu));
 }

@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
+BK_KERNELS(CUDA, m) {
   m.impl("attention_fwd", BK_BOX(bigkernel::attention_fwd_cuda));
   m.impl("attention_bwd", BK_BOX(bigkernel::attention_bwd_cuda));
 }

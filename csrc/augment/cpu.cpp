@@ -144,4 +144,4 @@ Tensor augment_cpu(std::vector<Tensor> images, Tensor geometry, Tensor color, Te
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) { m.impl("augment", BK_BOX(bigkernel::augment_cpu)); }
+BK_KERNELS(CPU, m) { m.impl("augment", BK_BOX(bigkernel::augment_cpu)); }

@@ -48,6 +48,4 @@ Tensor augment_cuda(std::vector<Tensor> images, Tensor geometry, Tensor color, T
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
-  m.impl("augment", BK_BOX(bigkernel::augment_cuda));
-}
+BK_KERNELS(CUDA, m) { m.impl("augment", BK_BOX(bigkernel::augment_cuda)); }

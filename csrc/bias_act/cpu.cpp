@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> bias_act_bwd_cpu(const Tensor& dy, const Tensor& x,
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("bias_act_fwd", BK_BOX(bigkernel::bias_act_fwd_cpu));
   m.impl("bias_act_bwd", BK_BOX(bigkernel::bias_act_bwd_cpu));
 }

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> bias_act_bwd_cuda(const Tensor& dy, const Tensor& x,
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CUDA, m) {
+BK_KERNELS(CUDA, m) {
   m.impl("bias_act_fwd", BK_BOX(bigkernel::bias_act_fwd_cuda));
   m.impl("bias_act_bwd", BK_BOX(bigkernel::bias_act_bwd_cuda));
 }

@@ -15,7 +15,7 @@
 //
 // Binding code only.
 #pragma once
-#include <torch/csrc/stable/library.h>
+#include "common/library.h"
 
 #include <concepts>
 #include <optional>

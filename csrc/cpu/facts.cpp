@@ -26,14 +26,14 @@ std::string cpu_isa() { return isa_name(current_isa()); }
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel_native, m) {
+BK_OWN_OPS(m) {
   m.def("build_info() -> (str, str, str, bool)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
   m.def("set_cpu_isa(str name) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel_native, CompositeExplicitAutograd, m) {
+BK_OWN_KERNELS(m) {
   m.impl("build_info", BK_BOX(bigkernel::build_info));
   m.impl("cpu_isa", BK_BOX(bigkernel::cpu_isa));
   m.impl("cpu_isas", BK_BOX(bigkernel::available_isas));

@@ -148,7 +148,7 @@ void cross_entropy_bwd_inplace_cpu(const Tensor& scale, Tensor logits, const Ten
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("cross_entropy_fwd", BK_BOX(bigkernel::cross_entropy_fwd_cpu));
   m.impl("cross_entropy_bwd", BK_BOX(bigkernel::cross_entropy_bwd_cpu));
   m.impl("cross_entropy_bwd_", BK_BOX(bigkernel::cross_entropy_bwd_inplace_cpu));

@@ -23,12 +23,12 @@ std::tuple<int64_t, int64_t, int64_t> traits_of(int64_t device) {
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bigkernel_native, m) {
+BK_OWN_OPS(m) {
   m.def("cuda_driver() -> int");
   m.def("device_traits(int device) -> (int, int, int)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel_native, CompositeExplicitAutograd, m) {
+BK_OWN_KERNELS(m) {
   m.impl("cuda_driver", BK_BOX(bigkernel::cuda_driver));
   m.impl("device_traits", BK_BOX(bigkernel::traits_of));
 }

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> glu_bwd_cpu(const Tensor& dy, const Tensor& gate,
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("glu_fwd", BK_BOX(bigkernel::glu_fwd_cpu));
   m.impl("glu_bwd", BK_BOX(bigkernel::glu_bwd_cpu));
 }

@@ -438,7 +438,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd_cpu(
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("linear_cross_entropy_fwd", BK_BOX(bigkernel::linear_cross_entropy_fwd_cpu));
   m.impl("linear_cross_entropy_bwd", BK_BOX(bigkernel::linear_cross_entropy_bwd_cpu));
 }

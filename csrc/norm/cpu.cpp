@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd_cpu(const Tensor& dy, const Optional
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("norm_fwd", BK_BOX(bigkernel::norm_fwd_cpu));
   m.impl("norm_bwd", BK_BOX(bigkernel::norm_bwd_cpu));
 }

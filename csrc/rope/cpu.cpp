@@ -111,7 +111,7 @@ void rope_inplace_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, boo
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
+BK_KERNELS(CPU, m) {
   m.impl("rope_fwd", BK_BOX(bigkernel::rope_fwd_cpu));
   m.impl("rope_", BK_BOX(bigkernel::rope_inplace_cpu));
 }

@@ -26,6 +26,4 @@ Tensor scale_add_cpu(const Tensor& x, const Tensor& y, double scale) {
 }  // namespace
 }  // namespace bigkernel
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernel, CPU, m) {
-  m.impl("scale_add", BK_BOX(bigkernel::scale_add_cpu));
-}
+BK_KERNELS(CPU, m) { m.impl("scale_add", BK_BOX(bigkernel::scale_add_cpu)); }
