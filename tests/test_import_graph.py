@@ -21,7 +21,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("bigkernel.bench",),
     ("bigkernel.recipes",),
     ("bigkernel",),
-    ("bigkernel.trainer",),
+    ("bigkernel.trainer", "bigkernel.hub"),
     (
         "bigkernel.integrations",
         "bigkernel.optim",
@@ -35,6 +35,7 @@ ROOMS: list[tuple[str, ...]] = [
         "bigkernel._library",
         "bigkernel._native",
         "bigkernel._eager",
+        "bigkernel.documents",
         "bigkernel.errors",
         "bigkernel.expect",
         "bigkernel.precision",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkernel.data.text import IGNORED, document_starts, offsets_of_documents
+from bigkernel.data.text import IGNORED
+from bigkernel.documents import document_starts, offsets_of_documents
 
 _DECODER = "decoder_"  # begins the names of what a decoder reads, beside the labels
 # What says where the documents are; it is made anew.

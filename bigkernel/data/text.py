@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from bigkernel.data.errors import DataError
+from bigkernel.documents import document_starts, offsets_of_documents
 
 IGNORED = -100  # the label that torch's cross entropy and transformers leave out
 
@@ -161,33 +162,6 @@ def cu_seqlens(position_ids: Tensor) -> Tensor:
         position_ids: integers [B, S]; the B rows count as laid end to end.
     """
     return offsets_of_documents(document_starts(position_ids).cumsum(-1))
-
-
-def document_starts(position_ids: Tensor) -> Tensor:
-    """bool [B, S]: where the documents of each row begin, as its positions tell.
-
-    A document starts at the row's first token and where the position returns to 0; gaps, strides
-    and repeated positions belong to one document. A 0 after a 0 ends a document of one token,
-    unless the row repeats other positions too (as ``arange // 4`` does) or holds nothing but zeros.
-    A row whose positions step back to anything but 0 is no row of documents, but one sequence.
-    """
-    before, here = position_ids[..., :-1], position_ids[..., 1:]
-    steps_back = ((here < before) & (here != 0)).any(-1, keepdim=True)
-    repeats = ((here == before) & (here != 0)).any(-1, keepdim=True)
-    zeros_only = (position_ids == 0).all(-1, keepdim=True)
-    after_one_token = (before == 0) & ~(repeats | zeros_only)
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[..., 1:] = (here == 0) & ((before > 0) | after_one_token) & ~steps_back
-    return starts
-
-
-def offsets_of_documents(document: Tensor) -> Tensor:
-    """The same from [B, S] numbers that change wherever a new document starts."""
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document.diff(dim=-1) != 0
-    offsets = starts.flatten().nonzero().flatten()
-    total = offsets.new_tensor([document.numel()])
-    return torch.cat([offsets, total]).to(torch.int32)
 
 
 def unpack(tokens: Tensor, offsets: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from bigkernel.integrations import native
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import names_in
 from bigkernel.integrations.subclass import original_class
-from bigkernel.ops.cross_entropy import cross_entropy
+from bigkernel.integrations.token_loss import token_loss
 from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
 
 _SETTING = "_loss_function"
@@ -41,7 +41,7 @@ def causal_lm_loss(
     """
     if shift_labels is None and native.takes("cross_entropy", logits):
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = _loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
+    loss = token_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
     if loss is not None:
         return loss
     theirs: Tensor = loss_utils.ForCausalLMLoss(
@@ -59,33 +59,13 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForMaskedLMLoss: as `causal_lm_loss`, with the labels where they stand."""
-    loss = _loss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+    loss = token_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
     if loss is not None:
         return loss
     theirs: Tensor = loss_utils.ForMaskedLMLoss(
         logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs
     )
     return theirs
-
-
-def _loss(
-    logits: Tensor, labels: Any, vocab_size: int, items: Any, ignore_index: int
-) -> Tensor | None:
-    """The loss, or None where transformers' function is to compute it."""
-    if (
-        not native.takes("cross_entropy", logits)
-        or type(labels) is not Tensor
-        or labels.dtype != torch.int64
-    ):
-        return None
-    reduction: Any = "mean" if items is None else "sum"
-    labels = labels.reshape(-1).to(logits.device)
-    loss = cross_entropy(
-        logits.view(-1, vocab_size), labels, ignore_index=ignore_index, reduction=reduction
-    )
-    if items is None:
-        return loss
-    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
 def of_linear(

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from bigkernel.data.text import document_starts, offsets_of_documents
+from bigkernel.documents import document_starts, offsets_of_documents
 from bigkernel.integrations import contract
 
 contract.check("attention")

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
-import bigkernel.ops  # noqa: F401 - which fills the registry
-from bigkernel import _library, backend, registry, tuning
+from bigkernel import (
+    _library,
+    backend,
+    ops,  # noqa: F401  which fill the registry
+    registry,
+    tuning,
+)
 
 # By public function, as its op's registration says (`registry.InModels`).
 _FUNCTIONS = {name: op.functions[0].name for op in registry.every() for name in op.in_models}

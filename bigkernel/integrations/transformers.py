@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from bigkernel.data.text import document_starts
+from bigkernel import _library
+from bigkernel.documents import document_starts
 from bigkernel.integrations.eager import asks_for_weights, eager_function, eager_mask
 from bigkernel.integrations.masks import (
     compact_mask,
@@ -27,8 +28,9 @@ from bigkernel.ops.attention import attention, attention_varlen
 
 logger: Any = logging.get_logger(__name__)
 
-NAME = "bigkernel"
-COMPACT_NAME = "bigkernel_compact"
+# The name of the package, which is another one where it is a kernel of the hub (bigkernel.hub).
+NAME = _library.NAMESPACE
+COMPACT_NAME = f"{NAME}_compact"
 
 # Arguments that some models pass on and that change the result in a way not supported here.
 _UNSUPPORTED = {
