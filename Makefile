@@ -1,6 +1,6 @@
 # make demo     set up, train a language model and a vision transformer, show what they learned
 # make test     set up, build everything, run the tests
-# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel wheel-check sdist clean
+# The rest: setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers test-hub hub bench cuda-report gpu-check wheel wheel-check sdist clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ BUILD_EXT := $(BIN)/python setup.py --quiet build_ext --inplace
 DEMO_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 || echo BIGKERNEL_CUDA=0)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers bench cuda-report gpu-check wheel wheel-check sdist clean
+.PHONY: demo test setup build compile-commands lint format docs test-sanitize test-avx2 test-abi test-transformers test-hub hub bench cuda-report gpu-check wheel wheel-check sdist clean
 
 demo: $(VENV)/.demo
 	@$(BIGKERNEL) env
@@ -122,6 +122,16 @@ $(ABI_VENV)/.torch:
 # TRANSFORMERS_ARGS=--all for all of it.
 test-transformers: build
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/check_transformers.py $(TRANSFORMERS_ARGS) $(TRANSFORMERS)
+
+# A kernel of Hugging Face's hub, in build/hub, which transformers loads.
+hub: build
+	@PYTHONPATH=. $(BIN)/python tools/hub.py
+
+# With the package that loads it, beside the environment: most of what that needs is for signatures.
+KERNELS ?= kernels>=0.17.2,<0.19
+test-hub: build
+	@$(PIP_INSTALL) --upgrade --no-deps --target build/kernels "$(KERNELS)" tomlkit
+	PYTHONPATH=$(CURDIR)/build/kernels $(PYTEST) tests/test_hub.py $(PYTEST_ARGS)
 
 bench: build
 	BIGKERNEL_NATIVE=0 $(PIP_INSTALL) --no-build-isolation "$(TORCH)" "$(TORCHVISION)" -e '.[bench]'
