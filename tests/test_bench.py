@@ -343,7 +343,7 @@ def test_absent_peers_are_skipped_aloud(monkeypatch, capsys):
         raise ImportError(f"No module named {name!r}")
 
     case = cases_of("augment", small=True)[1]
-    monkeypatch.setattr(augment_bench.importlib, "import_module", absent)
+    monkeypatch.setattr(case_module.importlib, "import_module", absent)
     got = run_case(case, ONCE)
     assert set(got.skipped) == set(augment_bench.PEERS)
     report.show([got], report.console())

@@ -4,14 +4,13 @@ Lists: 1,000 tensors of 1,000 elements; the 148 tensors of GPT-2 small, 124M par
 implementations of a case work on the same tensors, moments included.
 """
 
-import importlib
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, Case, Ready, on_torch
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, Case, Ready, on_torch, peer
 from bigkernel.bench.limits import adam_stream
 from bigkernel.measure import Run
 from bigkernel.ops.adam import reference
@@ -37,7 +36,7 @@ def gpt2(width: int = 768, layers: int = 12, vocabulary: int = 50257, context: i
     return [(vocabulary, width), (context, width), *block * layers, vector, vector]
 
 
-def cases(small: bool = False) -> list[Case]:
+def cases(small: bool = False, device: str = "cpu") -> list[Case]:
     """The table; ``small`` has the same cases at sizes for a test."""
     many = [(1000,)] * (20 if small else 1000)
     model = gpt2(16, 1, 50, 10) if small else gpt2()
@@ -52,7 +51,7 @@ def cases(small: bool = False) -> list[Case]:
             "adam",
             f"fp32 {'clip + step' if clip else 'step'}, {name}",
             (OURS, REFERENCE, FUSED, FOREACH, DEEPSPEED),
-            partial(build, shapes, clip),
+            partial(build, shapes, clip, device),
             bars.get((name, clip), ()),
         )
         for name, shapes in names.items()
@@ -62,7 +61,7 @@ def cases(small: bool = False) -> list[Case]:
         "adam",
         "bf16, fp32 masters, step, GPT-2, 124M parameters",
         (OURS, REFERENCE, FUSED, FOREACH),
-        partial(build_masters, model),
+        partial(build_masters, model, device),
         (Bar(1.5, FUSED),),
     )
     return [*table, masters]
@@ -71,11 +70,11 @@ def cases(small: bool = False) -> list[Case]:
 class Problem:
     """Parameters with gradients and moments that all optimizers of a case share."""
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: list[tuple[int, ...]], device: str) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(scale: float) -> list[Tensor]:
-            return [torch.randn(s, generator=generator).mul_(scale) for s in shapes]
+            return [torch.randn(s, generator=generator).mul_(scale).to(device) for s in shapes]
 
         self.params = [torch.nn.Parameter(x) for x in normal(1.0)]
         self.exp_avgs = normal(0.1)
@@ -96,7 +95,7 @@ class Problem:
         """The optimizer, at step STEPS with our moments."""
         for i, p in enumerate(params):
             optimizer.state[p] = {
-                "step": torch.tensor(STEPS),
+                "step": torch.tensor(STEPS, device=p.device),
                 "exp_avg": self.exp_avgs[i],
                 "exp_avg_sq": self.exp_avg_sqs[i],
                 **{key: tensors[i] for key, tensors in extra.items()},
@@ -108,9 +107,9 @@ def _options() -> dict[str, Any]:
     return {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
 
 
-def build(shapes: list[tuple[int, ...]], clip: bool) -> Ready:
+def build(shapes: list[tuple[int, ...]], clip: bool, device: str = "cpu") -> Ready:
     """A step in fp32, with or without clipping by the global norm first."""
-    problem = Problem(shapes)
+    problem = Problem(shapes, device)
     params = problem.params
     grads = [p.grad for p in params if p.grad is not None]
     ours, plain = (
@@ -127,17 +126,20 @@ def build(shapes: list[tuple[int, ...]], clip: bool) -> Ready:
         optimizers[name] = theirs
         runs[name] = partial(_clip_and_step, params, theirs) if clip else theirs.step
     try:
-        deepspeed = importlib.import_module("deepspeed.ops.adam")
+        deepspeed = peer("deepspeed.ops.adam")
         theirs = deepspeed.DeepSpeedCPUAdam(params, adamw_mode=True, **_options())
         runs[DEEPSPEED] = partial(_clip_and_step, params, theirs) if clip else theirs.step
     except Exception as error:  # it compiles itself when it is made, which may fail in many ways
         skipped[DEEPSPEED] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    limit = None
+    if device == "cpu":
+        limit = adam_stream(params, grads, problem.exp_avgs, problem.exp_avg_sqs, norm=clip)
     return Ready(
         runs=runs,
         check=lambda runs: _check(problem, runs, optimizers, problem.params, clip),
         op="adam",
         tensors=params,
-        limit=adam_stream(params, grads, problem.exp_avgs, problem.exp_avg_sqs, norm=clip),
+        limit=limit,
         skipped=skipped,
     )
 
@@ -147,12 +149,12 @@ def _clip_and_step(params: list[Any], optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def build_masters(shapes: list[tuple[int, ...]]) -> Ready:
+def build_masters(shapes: list[tuple[int, ...]], device: str = "cpu") -> Ready:
     """A step of bf16 parameters by way of fp32 masters.
 
     torch's way: copy the gradients to fp32, step on the masters, copy them to the parameters.
     """
-    problem = Problem(shapes)
+    problem = Problem(shapes, device)
     masters = problem.params
     narrow = [torch.nn.Parameter(p.detach().bfloat16()) for p in masters]
     wide_grads = [p.grad for p in masters if p.grad is not None]
@@ -218,7 +220,7 @@ def _check(
         exact["exp_avg_sqs"],
         [],
         [],
-        [torch.tensor(STEPS) for _ in some],
+        [torch.tensor(STEPS, device=norm.device) for _ in some],
         [len(some)],
         [reference.DECOUPLED],
         [LR],

@@ -34,7 +34,7 @@ class Spec:
 
     window: keys that a query sees, its own included. padding: of each sequence's keys, the last
     ones are padding, sequence b of B keeps the first (B - b) / B. documents: lengths of packed
-    documents, in place of batch and length.
+    documents, in place of batch and length. device: where the tensors are.
     """
 
     batch: int
@@ -48,6 +48,7 @@ class Spec:
     window: int = 0
     padding: bool = False
     documents: tuple[int, ...] = ()
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ def _pairs(length: int, causal: bool, window: int) -> int:
     return length * (length + 1) // 2 if causal else length**2
 
 
-def cases(small: bool = False) -> list[Case]:
+def cases(small: bool = False, device: str = "cpu") -> list[Case]:
     """The table; ``small`` has the same cases at sizes for a test."""
     bf16, fp32 = torch.bfloat16, torch.float32
     base = Spec(1, 8, 2048, 64)
@@ -129,6 +130,7 @@ def cases(small: bool = False) -> list[Case]:
         table.append((packed, (3.0, 0)))
     if small:
         table = [(_small(spec), bars) for spec, bars in table]
+    table = [(dataclasses.replace(spec, device=device), bars) for spec, bars in table]
     return [_case(spec, *bars, side=SMALL_SIDE if small else SIDE) for spec, bars in table]
 
 
@@ -158,11 +160,11 @@ def build(spec: Spec, side: int = SIDE) -> Ready:
 
     def draw(heads: int) -> Tensor:
         shape = (batch, length, heads, spec.dim)
-        x = torch.randn(shape, generator=generator).to(spec.dtype).transpose(1, 2)
+        x = torch.randn(shape, generator=generator).to(spec.device, spec.dtype).transpose(1, 2)
         return x.requires_grad_(spec.backward)
 
     q, k, v = draw(spec.heads), *(draw(spec.kv_heads or spec.heads) for _ in range(2))
-    dout = torch.randn(q.shape, generator=generator).to(spec.dtype)
+    dout = torch.randn(q.shape, generator=generator).to(q)
     functions = {OURS: _ours(spec), SDPA: _sdpa(spec)}
     functions[REFERENCE] = on_torch(functions[OURS])
     if spec.documents:
@@ -193,7 +195,7 @@ def build(spec: Spec, side: int = SIDE) -> Ready:
 def _ours(spec: Spec) -> Callable[..., Tensor]:
     if spec.documents:
         offsets = [0, *itertools.accumulate(spec.documents)]
-        cu = torch.tensor(offsets, dtype=torch.int32)
+        cu = torch.tensor(offsets, dtype=torch.int32, device=spec.device)
         longest = max(spec.documents)
 
         def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -221,16 +223,17 @@ def _sdpa(spec: Spec) -> Callable[..., Tensor]:
 
 def _mask(spec: Spec) -> Tensor | None:
     """The boolean mask that SDPA needs, broadcastable to [B, H, S, S]; None if a flag says it."""
+    mask = None
     if spec.documents:
         owner = torch.repeat_interleave(torch.tensor(spec.documents))
         same = owner[:, None] == owner[None, :]
-        return (same.tril() if spec.causal else same)[None, None]
-    if spec.window:
+        mask = (same.tril() if spec.causal else same)[None, None]
+    elif spec.window:
         ones = torch.ones(spec.length, spec.length, dtype=torch.bool)
-        return (ones.tril() & ones.triu(1 - spec.window))[None, None]
-    if spec.padding:
-        return (torch.arange(spec.length) < torch.tensor(spec.kept)[:, None])[:, None, None]
-    return None
+        mask = (ones.tril() & ones.triu(1 - spec.window))[None, None]
+    elif spec.padding:
+        mask = (torch.arange(spec.length) < torch.tensor(spec.kept)[:, None])[:, None, None]
+    return None if mask is None else mask.to(spec.device)
 
 
 def _one_by_one(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ def _check(
     mask = mask[-1:] if mask is not None else None
     scores = wide[0] @ per_query_head(wide[1]).transpose(-1, -2) / math.sqrt(spec.dim)
     if mask is None and spec.causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     exact = [scores.softmax(-1) @ per_query_head(wide[2])]

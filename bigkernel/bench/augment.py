@@ -7,10 +7,9 @@ image is made small it takes means over areas (INTER_AREA). The limit is a copy 
 bytes as source and result have together.
 """
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bigkernel import transforms as T
-from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch
+from bigkernel.bench.case import OURS, REFERENCE, Bar, Case, Ready, on_torch, peer
 from bigkernel.bench.limits import copy
 from bigkernel.measure import Run
+from bigkernel.testing.tolerance import assert_as_accurate
 
 TORCHVISION, ALBUMENTATIONS, KORNIA = "torchvision v2", "albumentations", "Kornia"
 PEERS = (TORCHVISION, ALBUMENTATIONS, KORNIA)
@@ -37,7 +37,7 @@ class Spec:
 
     ragged: sizes from that down to half of it.
     full: rotation and colour jitter besides crop, flip and normalisation. crop: a random resized
-    crop; without it the whole image is resized.
+    crop; without it the whole image is resized. device: where the images are.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Spec:
     ragged: bool = False
     interleaved: bool = False
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def sizes(self) -> list[tuple[int, int]]:
         height, width = self.size
@@ -59,7 +60,7 @@ class Spec:
         return [(int(height * y), int(width * x)) for y, x in part.tolist()]
 
 
-def cases(small: bool = False) -> list[Case]:
+def cases(small: bool = False, device: str = "cpu") -> list[Case]:
     """The table; ``small`` has the same cases at sizes for a test."""
     simple, full = "crop + flip + normalise", "crop + flip + rotate + jitter + normalise"
     few = "64 of 256x256 to 224"
@@ -76,12 +77,13 @@ def cases(small: bool = False) -> list[Case]:
         (Spec(f"{simple}, 1,000 of 250..500 a side to 224", ragged=True, **ragged), None),
         (Spec("resize + normalise, 4 of 3000x2000 to 224", crop=False, **large), None),
     ]
-    return [*(_case(spec, bars) for spec, bars in table), _cost_case(few, shape)]
+    rows = [_case(replace(spec, device=device), bars) for spec, bars in table]
+    six = Spec(f"six transforms in a chain, {few}", **shape, device=device)
+    return [*rows, _cost_case(six)]
 
 
-def _cost_case(few: str, shape: dict[str, Any]) -> Case:
+def _cost_case(spec: Spec) -> Case:
     """The cost grows with the pixels of the result, not with the number of transforms."""
-    spec = Spec(f"six transforms in a chain, {few}", **shape)
     bars = (Bar(0.8, SHORT), Bar(1 / 3, QUARTER))
     return Case(
         "augment", spec.name, (OURS, REFERENCE, SHORT, QUARTER), partial(build_cost, spec), bars
@@ -106,20 +108,22 @@ def build(spec: Spec) -> Ready:
     for name, make in ((TORCHVISION, Torchvision), (ALBUMENTATIONS, Albumentations),
                        (KORNIA, Kornia)):  # fmt: skip
         try:
-            peer = make(spec)
+            theirs = make(spec)
         except ImportError as error:
             skipped[name] = str(error)
             continue
         if name == KORNIA and spec.ragged:
             skipped[name] = "takes images of one size only"
             continue
-        runs[name] = peer.run(images)
-        peers[name] = peer
+        runs[name] = theirs.run(images)
+        peers[name] = theirs
     source = sum(image.numel() for image in images)
     result = spec.count * 3 * spec.output**2 * spec.dtype.itemsize
     return Ready(
         runs=runs,
-        check=lambda runs: _check(spec, images, given, layout, peers),
+        check=lambda runs: _check(
+            spec, images, given, layout, {name: peers[name] for name in runs if name in peers}
+        ),
         op="augment",
         tensors=(images[0],),
         limit=copy(source + result),
@@ -173,7 +177,7 @@ def photographs(spec: Spec) -> list[Tensor]:
         coarse = torch.rand(1, 3, 12, 12, generator=generator) * 240
         smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
         noise = torch.randn(3, height, width, generator=generator) * 4
-        return (smooth + noise).clamp(0, 255).to(torch.uint8)
+        return (smooth + noise).clamp(0, 255).to(spec.device, torch.uint8)
 
     return [image(*size) for size in spec.sizes()]
 
@@ -244,8 +248,8 @@ class Torchvision:
     compared = "all of it"
 
     def __init__(self, spec: Spec) -> None:
-        self.v2 = importlib.import_module("torchvision.transforms.v2")
-        self.F = importlib.import_module("torchvision.transforms.v2.functional")
+        self.v2 = peer("torchvision.transforms.v2")
+        self.F = peer("torchvision.transforms.v2.functional")
         self.spec = spec
 
     @property
@@ -299,9 +303,9 @@ class Albumentations:
 
     def __init__(self, spec: Spec) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network
-        self.A = importlib.import_module("albumentations")
-        self.to_tensor = importlib.import_module("albumentations.pytorch").ToTensorV2()
-        self.cv2 = importlib.import_module("cv2")
+        self.A = peer("albumentations")
+        self.to_tensor = peer("albumentations.pytorch").ToTensorV2()
+        self.cv2 = peer("cv2")
         # Its own way of shrinking without aliasing is the mean over an area.
         self.filter = self.cv2.INTER_LINEAR if spec.crop else self.cv2.INTER_AREA
         self.spec = spec
@@ -347,8 +351,8 @@ class Kornia:
     compared = "without rotation and colours; not antialiased"
 
     def __init__(self, spec: Spec) -> None:
-        self.K = importlib.import_module("kornia.augmentation")
-        self.geometry = importlib.import_module("kornia.geometry.transform")
+        self.K = peer("kornia.augmentation")
+        self.geometry = peer("kornia.geometry.transform")
         self.spec = spec
 
     def run(self, images: list[Tensor]) -> Run:
@@ -419,21 +423,35 @@ def _check(
     layout: str,
     peers: dict[str, Any],
 ) -> str:
-    """Ours against its own PyTorch backend and against each peer, on the first images."""
+    """Ours against float64, its own PyTorch backend and each peer, on the first images."""
     count = min(4, spec.count)
     parameters = drawn(spec, count)
+    given = given[:count]
 
-    def call(chain: T.Compose) -> Tensor:
+    def call(chain: T.Compose, images: Any = given) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        out: Tensor = chain(given[:count], generator, list(range(count)), layout)
+        out: Tensor = chain(images, generator, list(range(count)), layout)
         return out.permute(0, 3, 1, 2) if spec.interleaved else out
 
-    ours = our_chain(spec)
-    _from_pytorch(lambda: call(ours))
-    said = []
-    for name, peer in peers.items():
-        theirs = [peer.apply(image, d) for image, d in zip(images, parameters, strict=False)]
-        distance = apart(call(peer.alike()), torch.stack(theirs))
+    ours, wide = our_chain(spec), our_chain(replace(spec, dtype=torch.float64))
+    # Of bytes colours are rounded to whole ones on the way, which float64 shows nothing of.
+    exact = on_torch(call)(wide, _floats(given, torch.float64))
+    source = _floats(given, torch.float32) if spec.full else given
+    assert_as_accurate(call(ours, source), exact, on_torch(call)(ours, source))
+    said = [f"{_from_pytorch(lambda: call(ours)):.2f} from PyTorch"]
+    for name, made in peers.items():
+        theirs = [made.apply(image, d) for image, d in zip(images, parameters, strict=False)]
+        distance = apart(call(made.alike()), torch.stack(theirs))
         assert distance < 2, f"{name} is {distance:.2f} levels of 255 away on average"
-        said.append(f"{distance:.2f} from {name} ({peer.compared})")
-    return f"{spec.name}: mean distance in levels of 255: {', '.join(said)}"
+        said.append(f"{distance:.2f} from {name} ({made.compared})")
+    return (
+        f"{spec.name}: to twice PyTorch's error against float64; mean distance in levels of 255: "
+        f"{', '.join(said)}"
+    )
+
+
+def _floats(images: Any, dtype: torch.dtype) -> Any:
+    """Images of bytes as floats from 0 to 1."""
+    if isinstance(images, list):
+        return [_floats(image, dtype) for image in images]
+    return images.to(dtype) / 255

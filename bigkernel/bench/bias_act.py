@@ -15,7 +15,7 @@ APART = "act_fn(x + bias)"
 SIZE = 2048, 3072
 
 
-def cases(small: bool = False) -> list[Case]:
+def cases(small: bool = False, device: str = "cpu") -> list[Case]:
     """The table; ``small`` has the same cases at a size for a test."""
     rows, width = (12, 96) if small else SIZE
     return [
@@ -24,7 +24,7 @@ def cases(small: bool = False) -> list[Case]:
             f"{activation} {fused.NAMES[dtype]} {rows} x {width}",
             partial(ours, activation),
             {APART: partial(apart, activation)},
-            partial(make, rows, width, dtype),
+            partial(make, rows, width, dtype, device=device),
             backward,
             saved=2,
             bars=[Bar(1.2, APART), Bar(0.7, LIMIT)],
@@ -35,10 +35,12 @@ def cases(small: bool = False) -> list[Case]:
     ]
 
 
-def make(rows: int, width: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+def make(
+    rows: int, width: int, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu"
+) -> list[Tensor]:
     """x and bias."""
     shapes = (rows, width), (width,)
-    return [fused.draw(generator, *shape, dtype=dtype) for shape in shapes]
+    return [fused.draw(generator, *shape, dtype=dtype).to(device) for shape in shapes]
 
 
 def ours(activation: str, x: Tensor, bias: Tensor) -> Tensor:

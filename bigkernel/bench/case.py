@@ -1,6 +1,7 @@
 """What a benchmark case is, and how one is run."""
 
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from bigkernel.measure import Plan, Run, Timing, interleave
 OURS = "bigkernel"
 REFERENCE = "bigkernel-torch"  # our own pure-PyTorch backend
 LIMIT = "limit"
+_with_peers = True
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,30 @@ class Result:
         return None if value is None else bar.holds(value)
 
 
+def peer(module: str) -> Any:
+    """Import a peer's package. ImportError where it is not there, or not to be asked."""
+    if not _with_peers:
+        raise ImportError("not asked for")
+    return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def without_peers() -> Iterator[None]:
+    """Inside, cases are built as if nothing were installed but torch, which they are held to."""
+    global _with_peers
+    before, _with_peers = _with_peers, False
+    try:
+        yield
+    finally:
+        _with_peers = before
+
+
+def judged(case: Case, ready: Ready) -> dict[str, Run]:
+    """Our run and the one to whose error it is held, the first competitor that is not ours."""
+    theirs = [name for name in case.competitors if name not in (OURS, REFERENCE)][:1]
+    return {name: ready.runs[name] for name in (OURS, *theirs) if name in ready.runs}
+
+
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
     """Inside, a fallback of an op to PyTorch is an error, and no call is left to torch by choice.
@@ -205,7 +231,8 @@ def native_backend(case: Case, ready: Ready) -> str:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def with_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch and the kernels take so many threads; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:
@@ -232,7 +259,7 @@ def _noting(runs: dict[str, Run], seconds: dict[str, float]) -> dict[str, Run]:
 
 def run_case(case: Case, plan: Plan) -> Result:
     """Build, check and time a case. RuntimeError if our row is not native, or is wrong."""
-    with strict(), _threads(case.threads):
+    with strict(), with_threads(case.threads):
         ready = case.build()
         runs = dict(ready.runs)
         sentence = native_backend(case, ready)

@@ -33,6 +33,7 @@ def case(
 ) -> Case:
     """A case whose functions take what ``make`` draws; the first peer is what accuracy is held to.
 
+    make: draws from a generator of the CPU's, and may put on another device what it has drawn.
     saved: how many of the inputs (the first ones) the backward pass reads again.
     """
     words = f"{name}, forward{' + backward' if backward else ''}"
@@ -63,7 +64,7 @@ def _build(
     first = functions[next(iter(peers))]
     with torch.no_grad():
         out = _tuple(first(*inputs))
-    gradients = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in out]
+    gradients = [torch.randn(t.shape, generator=generator).to(t) for t in out]
 
     def run(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
         results = _tuple(function(*inputs))

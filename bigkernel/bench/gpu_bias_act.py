@@ -21,8 +21,8 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
 
     def row(name: str, activation: str) -> Row:
         generator = torch.Generator().manual_seed(0)
-        made = table.make(rows, width, torch.bfloat16, generator)
-        inputs = [t.to(device).requires_grad_() for t in made]
+        made = table.make(rows, width, torch.bfloat16, generator, device)
+        inputs = [t.requires_grad_() for t in made]
         dy = torch.ones_like(inputs[0])
         ours = partial(table.ours, activation)
         runs: dict[str, Callable[[], object]] = {
@@ -45,8 +45,8 @@ def repeated(device: str) -> Callable[[], list[Tensor]]:
 
     def called() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        made = table.make(500, 200, torch.bfloat16, generator)
-        leaves = [t.to(device).requires_grad_() for t in made]
+        made = table.make(500, 200, torch.bfloat16, generator, device)
+        leaves = [t.requires_grad_() for t in made]
         y = table.ours("gelu", *leaves)
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 
