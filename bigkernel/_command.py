@@ -43,7 +43,7 @@ def ready() -> None:
 
 
 # Those that take a while, and need torch for it.
-_SLOW = ("train", "generate", "evaluate", "bench", "tune-kernels")
+_SLOW = ("train", "generate", "evaluate", "bench", "tune-kernels", "doctor")
 
 if _is_command():
     first = os.environ.get("RANK", "0") == "0"  # of several processes

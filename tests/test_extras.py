@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import bigkernel
 from bigkernel import data, extras
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,20 +84,42 @@ def without(code: str, *modules: str) -> subprocess.CompletedProcess[str]:
     return python(code, f"name.partition('.')[0] in {modules}")
 
 
-def test_core_needs_torch_and_numpy_alone():
-    """Nothing else can be imported, but what these two need themselves."""
+def torch_and_numpy_alone() -> str:
+    """A condition of `python`: nothing but these two can be imported, and what they need."""
     tops = {top.partition(".")[0] for d in closure("torch", "numpy") for top in top_level(d)}
     allowed = sorted({"bigkernel", *tops} - {"setuptools", "pkg_resources", "_distutils_hack"})
-    condition = (
+    return (
         f"name.partition('.')[0] not in {allowed} + sorted(sys.stdlib_module_names)"
         " and not name.startswith('_sysconfigdata')"  # its name has the platform's in it
         # torch asks where some are, by importlib.util.find_spec, which imports nothing.
         " and sys._getframe(2).f_code.co_name != 'find_spec'"
     )
+
+
+def test_core_needs_torch_and_numpy_alone():
+    condition = torch_and_numpy_alone()
     ran = python(CORE, condition)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("attention: ")
     assert python("import packaging", condition).returncode != 0
+
+
+# The first case of each table, and no times.
+DOCTOR = """
+from bigkernel.bench import doctor
+
+checks, cases_of = doctor.checks, doctor.cases_of
+doctor.checks = lambda: [check for check in checks() if not check.name.startswith("speed")]
+doctor.cases_of = lambda *given: cases_of(*given)[:1]
+sys.exit(doctor.main())
+"""
+
+
+def test_the_doctor_needs_torch_and_numpy_alone():
+    ran = python(DOCTOR, torch_and_numpy_alone())
+    assert ran.returncode == int(bigkernel._library.native is None), ran.stdout + ran.stderr
+    assert ran.stdout.startswith("native library ")
+    assert not ran.stderr or "every op runs in plain PyTorch" in ran.stderr
 
 
 @pytest.mark.slow

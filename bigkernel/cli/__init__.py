@@ -1,4 +1,4 @@
-"""The ``bigkernel`` command: train, generate, evaluate, bench, tune-kernels, env."""
+"""The ``bigkernel`` command: train, generate, evaluate, bench, tune-kernels, doctor, env."""
 
 import io
 import os

@@ -11,7 +11,7 @@ import bigkernel
 from bigkernel.cli.errors import guarded, one_process
 from bigkernel.escape import printable
 from bigkernel.recipes import presets, settings
-from bigkernel.recipes.errors import UsageError
+from bigkernel.recipes.errors import Failure, UsageError
 
 # Plain messages and Python's own traceback if BIGKERNEL_TRACEBACK=1 asks for one.
 _PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -305,6 +305,18 @@ def tune_kernels(
 
     one_process("tune-kernels")
     tune(ops or [], quick, clear, device or "auto", threads)
+
+
+@app.command()
+@guarded
+def doctor() -> None:
+    """Check this installation: the library, every op's numbers, the speed; half a minute."""
+    from bigkernel.bench import doctor
+
+    one_process("doctor")
+    wrong = doctor.examine()
+    if wrong is not None:
+        raise Failure(wrong)
 
 
 @app.command()
