@@ -161,7 +161,8 @@ gpu-check:
 # One for every Python 3 and every torch from 2.11 on. What an earlier one left is not packed again.
 wheel: $(VENV)/.torch
 	@rm -rf build/lib* build/bdist*
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(BIN)/python tools/build_cost.py \
+	  $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@$(BIN)/python tools/wheel_info.py "$$(ls -t dist/bigkernel-*.whl | head -1)"
 
 # The newest wheel in fresh environments, for each Python that is here with each torch:

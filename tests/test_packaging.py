@@ -3,6 +3,7 @@
 import email
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,7 +18,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WHEEL_INFO = runpy.run_path(str(ROOT / "tools" / "wheel_info.py"))
+WHEEL_INFO, WHEEL_CHECK, BUILD_COST = (
+    runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+    for name in ("wheel_info", "wheel_check", "build_cost")
+)
 # What a developer needs beside the package; .ci and .github go along.
 FOLDERS = ("csrc", "tests", "docs", "examples", "benchmarks", "tools", "bigkernel")
 
@@ -211,6 +215,84 @@ def test_make_wheel_ends_with_what_is_in_it():
     makefile = (ROOT / "Makefile").read_text()
     recipe = makefile.split("\nwheel: ")[1].split("\n\n")[0]
     assert "tools/wheel_info.py" in recipe.splitlines()[-1]
+
+
+# What `auditwheel show --json` says of a wheel of ours, and what is wrong with others.
+AUDITED = {
+    "sym_tag": "manylinux_2_27_x86_64",
+    "external_libs": {"libtorch.so": None, "libtorch_cpu.so": None},
+    "pyfpe": False,
+    "ucs2": False,
+    "unsupported_isa": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"sym_tag": "manylinux_2_28_x86_64"}, None),
+        ({"sym_tag": "manylinux_2_34_x86_64"}, "its symbols are those of manylinux_2_34_x86_64"),
+        ({"sym_tag": "linux_x86_64"}, "its symbols are those of linux_x86_64"),
+        ({"external_libs": {"libtorch.so": None, "libcudart.so.13": None}}, "needs libcudart.so"),
+        ({"unsupported_isa": True}, "it has unsupported_isa"),
+    ],
+)
+def test_a_wheel_that_an_auditor_finds_unlike_its_tag_is_named(change, fault):
+    found = WHEEL_CHECK["unlike_its_tag"](AUDITED | change)
+    assert found is None if fault is None else fault in found
+
+
+def test_wheel_check_ends_with_a_line_for_the_wheel_and_each_cell(monkeypatch, capsys, tmp_path):
+    """And goes on after one that fails, for whatever reason."""
+
+    def cell(python, torch, wheel, more):
+        assert more == ["-n", "0"]
+        if python == "3.12":
+            subprocess.run(["false", torch], check=True)
+        if python == "3.13":
+            WHEEL_CHECK["ABI"]["audit"](sys.executable, tmp_path / "missing")
+
+    scope = WHEEL_CHECK["main"].__globals__
+    monkeypatch.setitem(scope, "cell", cell)
+    monkeypatch.setitem(scope, "audit", lambda wheel: None)
+    monkeypatch.setitem(scope, "command_of", lambda python: python if python < "3.14" else None)
+    monkeypatch.setattr(sys, "argv", ["wheel_check.py", "x.whl", "--pytest=-n 0"])
+    assert WHEEL_CHECK["main"]() == 1
+    said = [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()]
+    first, *torches = WHEEL_CHECK["TORCHES"]
+    assert said[0] == "bigkernel: wheel-check x.whl: passed"
+    assert said[1] == f"bigkernel: wheel-check 3.11:{first}: passed"
+    assert said[4] == f"bigkernel: wheel-check 3.12:{first}: false {first} .. ended with 1"
+    assert "torch-abi-audit refuses" in said[7]
+    assert len(said) == 1 + 3 * (1 + len(torches))
+    monkeypatch.setattr(sys, "argv", ["wheel_check.py", "x.whl", "3.11:2.13.0", "--pytest=-n 0"])
+    assert WHEEL_CHECK["main"]() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_what_each_architecture_costs_is_told(tmp_path, monkeypatch, capsys):
+    """A shell that counts, under the name of a compiler, and one under another name."""
+    for name in ("ptxas", "cicc", "cc1plus", "other"):
+        shutil.copy(shutil.which("bash"), tmp_path / name)
+    count = "i=0; while ((i < 300000)); do ((i++)); done"
+    script = "\n".join(
+        f"{tmp_path / name} -c '{count}' {options}"
+        for name, options in (
+            ("ptxas", "-arch=sm_90a"),
+            ("cicc", "x -arch compute_90a"),
+            ("cc1plus", "-E -D__CUDA_ARCH__=1200 -D__CUDA_ARCH_LIST__=800,900,1200"),
+            ("cc1plus", "-D__CUDA_ARCH__=1200"),
+            ("other", "-arch=sm_80"),
+        )
+    )
+    monkeypatch.setitem(BUILD_COST["main"].__globals__, "INTERVAL", 0.02)
+    assert BUILD_COST["main"](["bash", "-c", f"{script}\nexit 3"]) == 3
+    told = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
+    assert [what for _, what, _ in told] == [
+        f"compiling for {what}" for what in ("the host", "sm_90", "sm_120")
+    ]
+    assert all(re.match(r"\d+ s of processor, at most [1-9]\d* MiB", cost) for *_, cost in told)
 
 
 def test_version_is_told_once_in_every_place():
