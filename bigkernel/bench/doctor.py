@@ -39,6 +39,17 @@ RATIOS: dict[Kind, dict[tuple[str, str], float]] = {
         ("cross_entropy", "fp32 n<=2^20 forward"): 1.61,
         ("rope", "fp32 n<=2^16 forward"): 3.23,
     },
+    ("avx512_bf16", "AVX512"): {
+        ("attention", "fp32 D64 S<=512 causal training"): 2.0,
+        ("attention", "bf16 D64 S<=512 causal forward"): 3.8,
+        ("rms_norm", "fp32 n<=2^16 forward"): 1.26,
+        ("layer_norm", "fp32 n<=2^20 forward"): 0.97,
+        ("glu", "fp32 n<=2^20 forward"): 2.08,
+        ("bias_act", "bf16 n<=2^20 forward"): 0.96,
+        ("cross_entropy", "fp32 n<=2^20 forward"): 1.35,
+        ("linear_cross_entropy", "fp32 n>2^20 forward"): 1.13,
+        ("rope", "fp32 n<=2^16 forward"): 3.17,
+    },
     ("portable", "AVX512"): {
         ("attention", "fp32 D64 S<=512 causal training"): 0.68,
         ("attention", "bf16 D64 S<=512 causal forward"): 0.83,
