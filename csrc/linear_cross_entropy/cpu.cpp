@@ -30,7 +30,7 @@ constexpr int64_t kShare = 16, kSmallChunk = int64_t{2} << 20;
 // Fewer rows would leave the products waiting for the weight.
 constexpr int64_t kFewestRows = 64;
 // Products of fewer rows may add up one by one what those of more rows add up in parts, which is
-// more exact: as many as the products of the logits of all rows would have, no fewer than these.
+// more exact, and a row's bits would depend on how many stand beside it: never fewer than these.
 constexpr int64_t kExactRows = 16;
 constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of the weight, in a copy
 
@@ -171,10 +171,10 @@ class Job {
     }
     if (kept() == 0) return;
     // No chunk is left with few rows; where few count at all, rows of zeros stand beside them.
-    const int64_t chunks = count_chunks(), fewest = std::min(rows_, kExactRows);
-    const int64_t rows = std::max((kept() + chunks - 1) / chunks, fewest);
+    const int64_t chunks = count_chunks();
+    const int64_t rows = std::max((kept() + chunks - 1) / chunks, kExactRows);
     const bool widen = work_ != type_;
-    const bool gather = !index_.empty();
+    const bool gather = !index_.empty() || kept() < kExactRows;
     block_ = std::min(classes_, std::max<int64_t>(64, kBlockBytes / (dim_ * dtype_size(work_))));
     Scratch logits(like_, rows * classes_, work_);
     Scratch hidden(like_, widen || gather ? rows * dim_ : 0, work_);
@@ -190,8 +190,8 @@ class Job {
     Scratch dw(like_, partial ? block_ * dim_ : 0, work_);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = kept() * chunk / chunks;
-      const int64_t n = kept() * (chunk + 1) / chunks - first, m = std::max(n, fewest);
-      const int64_t* index = gather ? index_.data() + first : nullptr;
+      const int64_t n = kept() * (chunk + 1) / chunks - first, m = std::max(n, kExactRows);
+      const int64_t* index = index_.empty() ? nullptr : index_.data() + first;
       Tensor h;
       if (widen || gather) {
         const int64_t skip = gather ? 0 : first;

@@ -12,7 +12,8 @@ autocast                                    autocast
 num_items                                   num_items
 NaN, infinity                               non_finite, an_ignored_row_may_hold_anything
 nothing counted, no rows                    all_ignored, no_rows
-bits: again, threads, other rows            repeats_its_bits
+bits: again, threads                        repeats_its_bits
+bits: other rows, padding                   a_row_depends_on_nothing_else
 memory                                      memory
 opcheck, compile, gradcheck, torch.func     opcheck, compile, gradcheck, torch_func
 float64, bad input                          float64, rejects_bad_input
@@ -22,10 +23,13 @@ import os
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 import torch
 import torch._dynamo.testing
 from fused_cases import BF16, DTYPES, F16, F32, F64, assert_fused, normal, threads
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import bigkernel
@@ -426,6 +430,58 @@ def test_linear_cross_entropy_no_rows(backend, soft):
             assert dx.shape == (0, 8)
             assert not dw.any()
         assert ops.linear_cross_entropy(x, w, target).isnan()
+
+
+@hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    rows=st.sampled_from([2, 9, 16, 17, 63, 100, 300]),
+    first=st.floats(0, 1),
+    count=st.sampled_from([1, 2, 3, 7, 15, 16, 31, 64]),
+    classes=st.sampled_from([16, 50, 777, 4200]),
+    width=st.sampled_from([1, 8, 64, 100, 1030]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    name=st.sampled_from(["plain", "everything", "everything soft"]),
+    padding=st.booleans(),
+)
+def test_linear_cross_entropy_a_row_depends_on_nothing_else(
+    rows, first, count, classes, width, dtype, name, padding
+):
+    """Alone or among others, padded or not; of fewer than 16 classes torch's products change."""
+    options = dict(OPTIONS[name])
+    soft = options.pop("soft", False)
+    target = torch.arange(rows) * 7 % classes
+    if soft:
+        target = normal((rows, classes), F32, 4).softmax(1)
+    if "weight" in options:
+        options["weight"] = normal((classes,), F32, 3).abs() + 0.1
+    w = normal((classes, width), DTYPES[dtype], 1)
+    bias = normal((classes,), DTYPES[dtype], 2) if options.pop("bias", False) else None
+    x = normal((rows, width), DTYPES[dtype], 0)
+
+    def run(some, padding=False):
+        leaf, labels = x[some].clone().requires_grad_(), target[some]
+        given = leaf
+        if padding and not soft:
+            given = torch.cat([leaf, torch.ones_like(leaf)])
+            labels = torch.cat([labels, torch.full_like(labels, -100)])
+        losses = ops.linear_cross_entropy(
+            given, w, labels, linear_bias=bias, reduction="none", **options
+        )
+        losses.sum().backward()
+        return losses.detach()[: len(leaf)], leaf.grad
+
+    begin = round(first * max(rows - count, 0))
+    some = slice(begin, min(begin + count, rows))
+    for number in (1, 2):
+        with threads(number):
+            for a, b in zip(run(some, padding), run(slice(None)), strict=True):
+                assert torch.equal(a, b[some]), number
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
