@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -393,6 +394,93 @@ def test_muon_is_an_argument_like_others(tmp_path):
     assert arguments(tmp_path).optim == arguments(tmp_path, transformers.TrainingArguments).optim
     with pytest.raises(ValueError, match="moun is not a valid OptimizerNames"):
         arguments(tmp_path, optim="moun")
+
+
+def test_the_command_line_takes_all_that_theirs_takes(tmp_path):
+    """By HfArgumentParser, as transformers' example scripts read theirs."""
+    pairs = (
+        (transformers.TrainingArguments, TrainingArguments),
+        (transformers.Seq2SeqTrainingArguments, bigkernel.Seq2SeqTrainingArguments),
+    )
+    for kinds in pairs:
+        parsers = [transformers.HfArgumentParser(kind) for kind in kinds]
+        theirs, ours = ({a.dest: a for a in parser._actions} for parser in parsers)
+        assert "use_bigkernel_attention" in parsers[1].format_help()
+        for name, action in theirs.items():
+            for what in ("option_strings", "nargs", "const", "required", "default", "choices"):
+                if (name, what) not in (("bf16", "default"), ("optim", "choices")):
+                    values = getattr(ours[name], what), getattr(action, what)
+                    assert values[0] == values[1], (name, what)
+        for name in ours.keys() - theirs.keys():  # and may be switched on and off in both ways
+            expected = not ours[name].default
+            words = (f"--no_{name}",) if ours[name].default else (f"--{name}",)
+            for given in (words, (f"--{name}", str(expected))):
+                (args,) = parsers[1].parse_args_into_dataclasses(
+                    ["--output_dir", str(tmp_path), *given]
+                )
+                assert getattr(args, name) is expected
+    args = arguments(tmp_path, packing=True, bf16=None, announce=False)
+    file = tmp_path / "arguments.json"
+    file.write_text(args.to_json_string())
+    (again,) = parsers[1].parse_json_file(str(file))
+    assert (again.packing, again.bf16, again.announce) == (True, None, False)
+
+
+def test_a_script_in_the_form_of_transformers_examples(tmp_path):
+    """Train, save, evaluate, with metrics of predictions, and go on from a checkpoint."""
+    rows = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    words = ["--do_train", "--do_eval", "--max_steps", "4", "--use_cpu", "--learning_rate", "0.01"]
+    words += ["--save_steps", "2", "--gradient_accumulation_steps", "2", "--report_to", "none"]
+    words += ["--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "1"]
+
+    def keep_best(logits, labels):
+        return logits.argmax(-1)
+
+    def accuracy(both):
+        return {"accuracy": float((both[0][:, :-1] == both[1][:, 1:]).mean())}
+
+    def run(cls, kind, *further):
+        (args,) = transformers.HfArgumentParser(kind).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path / kind.__module__), *words, *further]
+        )
+        assert args.do_train
+        assert args.do_eval
+        transformers.set_seed(args.seed)
+        trainer = cls(
+            model=text_model(0.0),
+            args=args,
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=transformers.default_data_collator,
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=keep_best,
+        )
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        trainer.create_model_card(tasks="text-generation")
+        return trainer
+
+    theirs = run(transformers.Trainer, transformers.TrainingArguments)
+    ours = run(Trainer, TrainingArguments)
+    names = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
+    for mine, other in zip(losses(ours, names), losses(theirs, names), strict=True):
+        assert mine[:2] == other[:2]
+        assert mine[2] == pytest.approx(other[2], rel=1e-4)
+    outs = [Path(trainer.args.output_dir) for trainer in (theirs, ours)]
+    files = [{path.name for path in out.iterdir()} for out in outs]
+    assert files[0] <= files[1]
+    results = [json.loads((out / "all_results.json").read_text()) for out in outs]
+    assert results[0].keys() <= results[1].keys()
+    checkpoint = str(outs[1] / "checkpoint-2")
+    again = run(Trainer, TrainingArguments, "--resume_from_checkpoint", checkpoint)
+    assert_equal_runs(ours, again, names)
 
 
 @pytest.mark.parametrize(

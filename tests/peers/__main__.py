@@ -26,6 +26,7 @@ SUITES = {
     "flash": "flash-attention's tests/test_flash_attn.py, on the CPU without dropout",
     "transforms": "torchvision's test/test_transforms_v2.py: the classes that we have",
     "trainer": "transformers' tests/trainer: Trainer, Seq2SeqTrainer and their arguments",
+    "examples": "transformers' examples/pytorch: run_clm, run_mlm, run_image_classification",
 }
 
 
@@ -44,6 +45,7 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
     """The outcome of each test, by its id without the file: passed, failed or skipped."""
     path = path.resolve()
     folder = path if path.is_dir() else path.parent
+    tests = HERE / "examples.py" if suite == "examples" else path  # scripts have no tests
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "outcomes.json")
         repository = HERE.parent.parent
@@ -53,7 +55,7 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
             [
                 *(sys.executable, "-m", "pytest", "-p", "swap"),
                 *("-p", "no:cacheprovider", "-p", "no:benchmark"),
-                *("-q", "--tb=line", f"--rootdir={folder}", *arguments, str(path)),
+                *("-q", "--tb=line", f"--rootdir={folder}", *arguments, str(tests)),
             ],
             cwd=folder,
             env={
@@ -61,6 +63,7 @@ def run(suite: str, path: Path, side: str, arguments: list[str]) -> dict[str, st
                 "PYTHONPATH": os.pathsep.join(places),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "BIGKERNEL_PEER": f"{suite}:{side}",
+                "BIGKERNEL_PEER_PATH": str(path),
                 "BIGKERNEL_PEER_RESULT": str(result),
             },
             check=False,
