@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
+TUNED = RECORDS / "tuning.json"
 TARGET = 1.53  # nats per byte
 SEEDS = 3
 BASELINE = "transformers"
@@ -96,8 +97,6 @@ def table(ledger: list[Entry]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for entry in ledger:
         facts, share = entry.facts, ratio(entry, ledger)
-        trainer = facts["side"].split("-")[0]
-        name = {"adamw": "AdamW", "muon": "Muon"}[facts["optimizer"]]
         bar = BARS.get(facts["isa"]) if entry.side != BASELINE else None
         against = "" if bar is None else f" (bar: {bar:g})"
         seconds = (
@@ -105,6 +104,25 @@ def table(ledger: list[Entry]) -> str:
         )
         steps = ", ".join(map(str, entry.steps))
         machine = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
-        cells = [f"{entry.number}", f"{trainer}, {name}, lr {facts['lr']:g}", steps, seconds]
+        cells = [f"{entry.number}", f"{_shown(entry.side)}, lr {facts['lr']:g}", steps, seconds]
         lines.append("| " + " | ".join([*cells, f"{share:.2f}x{against}", machine]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def tuning_table() -> str:
+    """Markdown: a line a side, with what it reached by learning rate."""
+    if not TUNED.exists():
+        return "Nothing has been tuned yet.\n"
+    heads, lines = [], []
+    for side, tuned in json.loads(TUNED.read_text()).items():
+        (name,) = (name for name in tuned if name.endswith("_lr"))
+        heads = [f"lr {float(lr):g}" for lr in tuned[name]]
+        lines.append([_shown(side), *(f"{mean(reached):.3f}" for reached in tuned[name].values())])
+    rows = [["trainer, optimizer", *heads], ["---"] * (len(heads) + 1), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _shown(side: str) -> str:
+    """Trainer and optimizer of a side."""
+    trainer, _, optimizer = side.partition("-")
+    return f"{trainer}, {'Muon' if optimizer == 'muon' else 'AdamW'}"

@@ -56,7 +56,6 @@ from bigkernel.trainer import Trainer, TrainingArguments, same_random_numbers_af
 SIDES = {ledger.BASELINE: None, "bigkernel-adamw": "adamw", "bigkernel-muon": "muon"}
 LENGTHS = [240, 280, 330, 380, 440, 510]
 EVERY = 10  # steps between two looks at the held-back text
-TUNED = ledger.RECORDS / "tuning.json"
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def estimate(sides: list[str], part: int) -> None:
     usual = gather("train text", {})
     assert isinstance(usual, TextSettings)
     assert usual.max_steps is not None
-    steps = {"tune": len(RATES["text"]) * usual.max_steps + sum(LENGTHS)}
+    steps = {"tune": len(RATES) * usual.max_steps + sum(LENGTHS)}
     steps["run"] = ledger.SEEDS * usual.max_steps
     minutes = dict.fromkeys(steps, 0.0)
     for side in sides:
@@ -261,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["tune", "run", "table"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--lrs", nargs="+", type=float, default=RATES["text"])
+    parser.add_argument("--lrs", nargs="+", type=float, default=RATES)
     parser.add_argument("--lengths", nargs="+", type=float, default=LENGTHS)
     parser.add_argument("--tuning-seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -269,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, default=ledger.RECORDS)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    tuned = json.loads(ledger.TUNED.read_text()) if ledger.TUNED.exists() else {}
     again = given.sides if given.what == "tune" else [n for n in given.sides if n not in tuned]
     if given.what == "table":
         print(ledger.table(ledger.entries(given.records)), end="")
@@ -278,8 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         if again:
             tuned |= tune(again, given.lrs, given.lengths, given.tuning_seeds)
-            TUNED.parent.mkdir(exist_ok=True)
-            TUNED.write_text(json.dumps(tuned, indent=1) + "\n")
+            ledger.TUNED.parent.mkdir(exist_ok=True)
+            ledger.TUNED.write_text(json.dumps(tuned, indent=1) + "\n")
         if given.what == "run":
             run(tuned, given.sides, given.records)
     return 0

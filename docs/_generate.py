@@ -160,6 +160,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "scaling-bytes": scaling.bytes_table,
     "scaling-steps": scaling.steps_table,
     "records": lambda: ledger.table(ledger.entries()),
+    "tuning": ledger.tuning_table,
     **{f"results-{op}": (lambda op=op: results_page(op)) for op in _record.OPS},  # type: ignore[misc]
 }
 

@@ -60,9 +60,9 @@ def test_entries_are_numbered_and_none_is_there_twice():
     assert len({(entry.side, entry.session) for entry in ENTRIES}) == len(ENTRIES)
 
 
-@pytest.mark.skipif(not speedrun.TUNED.exists(), reason="nothing has been tuned for a record yet")
+@pytest.mark.skipif(not ledger.TUNED.exists(), reason="nothing has been tuned for a record yet")
 def test_what_was_tuned_has_one_budget():
-    tuned = json.loads(speedrun.TUNED.read_text())
+    tuned = json.loads(ledger.TUNED.read_text())
     assert set(tuned) == set(speedrun.SIDES)
     budgets = []
     for side in tuned.values():
@@ -103,7 +103,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(text, "load_corpus", lambda source: few)
     monkeypatch.setattr(ledger, "TARGET", 5.45)
     monkeypatch.setattr(ledger, "SEEDS", 2)
-    monkeypatch.setattr(speedrun, "TUNED", tmp_path / "tuning.json")
+    monkeypatch.setattr(ledger, "TUNED", tmp_path / "tuning.json")
 
     def here(run):
         return speedrun.train(speedrun.Run(**{**vars(run), "every": 2, "target": ledger.TARGET}))
@@ -117,7 +117,7 @@ def small(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_small_run_writes_an_entry_for_each_side(small, capsys):
     tuned = {"lr": 3e-3, "steps": 8, "seeds": [0]}
-    speedrun.TUNED.write_text(json.dumps(dict.fromkeys(speedrun.SIDES, tuned)))
+    ledger.TUNED.write_text(json.dumps(dict.fromkeys(speedrun.SIDES, tuned)))
     arguments = ["run", "--threads", "1", "--records", str(small)]
     assert speedrun.main([*arguments, "--part", "2"]) == 0
     assert "minutes of training at most" in capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_a_small_run_writes_an_entry_for_each_side(small, capsys):
 def test_a_side_that_misses_the_target_has_no_entry(small, capsys, monkeypatch):
     monkeypatch.setattr(ledger, "TARGET", 0.5)
     tuned = {"lr": 3e-3, "steps": 2, "seeds": [0]}
-    speedrun.TUNED.write_text(json.dumps(dict.fromkeys(speedrun.SIDES, tuned)))
+    ledger.TUNED.write_text(json.dumps(dict.fromkeys(speedrun.SIDES, tuned)))
     speedrun.main(["run", "--sides", "bigkernel-muon", "--threads", "1", "--records", str(small)])
     assert "no entry, seeds [1, 2] did not reach 0.5" in capsys.readouterr().out
     assert ledger.entries(small) == []
@@ -160,7 +160,7 @@ def test_tuning_takes_the_rate_and_then_the_length(small, monkeypatch):
     monkeypatch.setattr(ledger, "TARGET", between)
     assert speedrun.main(["tune", "--sides", "bigkernel-adamw", "--lrs", "1e-4", "3e-3",
                           "--lengths", "2", "6", "--threads", "1"]) == 0  # fmt: skip
-    tuned = json.loads(speedrun.TUNED.read_text())["bigkernel-adamw"]
+    tuned = json.loads(ledger.TUNED.read_text())["bigkernel-adamw"]
     assert tuned["lr"] == 3e-3
     assert tuned["nats_per_byte_after_4_steps_by_lr"].keys() == {"0.0001", "0.003"}
     assert tuned["steps_to_target_by_length"]["2.0"] == [None]
