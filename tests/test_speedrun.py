@@ -66,12 +66,16 @@ def test_what_was_tuned_has_one_budget():
     assert set(tuned) == set(speedrun.SIDES)
     budgets = []
     for side in tuned.values():
-        by_rate, by_length = (v for name, v in side.items() if name.endswith(("_lr", "_length")))
+        by_rate, by_length = (
+            {float(point): tried for point, tried in of.items()}
+            for name, of in side.items()
+            if name.endswith(("_lr", "_length"))
+        )
         budgets.append((list(by_rate), list(by_length), side["seeds"]))
-        assert side["lr"] == min(map(float, by_rate), key=lambda lr: mean(by_rate[str(lr)]))
-        assert None not in by_length[f"{side['steps']:.1f}"]
+        assert side["lr"] == min(by_rate, key=lambda lr: mean(by_rate[lr]))
+        assert None not in by_length[side["steps"]]
         reached = [mean(tried) for tried in by_length.values() if None not in tried]
-        assert mean(by_length[f"{side['steps']:.1f}"]) == min(reached)
+        assert mean(by_length[side["steps"]]) == min(reached)
         assert all(len(tried) == len(side["seeds"]) for tried in by_rate.values())
     assert all(budget == budgets[0] for budget in budgets)
 
