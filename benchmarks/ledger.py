@@ -111,8 +111,6 @@ def table(ledger: list[Entry]) -> str:
 
 def tuning_table() -> str:
     """Markdown: a line a side, with what it reached by learning rate."""
-    if not TUNED.exists():
-        return "Nothing has been tuned yet.\n"
     heads, lines = [], []
     for side, tuned in json.loads(TUNED.read_text()).items():
         (name,) = (name for name in tuned if name.endswith("_lr"))

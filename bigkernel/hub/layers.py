@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigkernel.integrations import native
-from bigkernel.integrations.token_loss import token_loss
+from bigkernel.integrations.token_loss import is_served, shifted, token_loss
+from bigkernel.ops.cross_entropy import cross_entropy
 from bigkernel.ops.glu import glu
 from bigkernel.ops.norm import reference as norm_reference
 from bigkernel.ops.norm import rms_norm
@@ -154,14 +155,10 @@ class ForCausalLMLoss(nn.Module):
             kwargs: more of the model's arguments, which transformers' loss does not read either.
         """
         if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = token_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
-        if loss is not None:
-            return loss
-        rows = logits.float().view(-1, vocab_size)
-        labels = shift_labels.reshape(-1).to(rows.device)
-        items, reduction = num_items_in_batch, "mean" if num_items_in_batch is None else "sum"
-        loss = F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction=reduction)
-        if isinstance(items, Tensor):
-            items = items.to(loss.device)
-        return loss if items is None else loss / items
+            shift_labels = shifted(labels, ignore_index)
+        function: Any = cross_entropy
+        if not is_served(logits, shift_labels):
+            function, logits = F.cross_entropy, logits.float()
+        return token_loss(
+            function, logits, shift_labels, vocab_size, num_items_in_batch, ignore_index
+        )

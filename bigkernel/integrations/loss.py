@@ -20,7 +20,8 @@ from bigkernel.integrations import native
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import names_in
 from bigkernel.integrations.subclass import original_class
-from bigkernel.integrations.token_loss import token_loss
+from bigkernel.integrations.token_loss import is_served, shifted, token_loss
+from bigkernel.ops.cross_entropy import cross_entropy
 from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
 
 _SETTING = "_loss_function"
@@ -40,10 +41,12 @@ def causal_lm_loss(
     num_items_in_batch: divides the sum of the losses; None: their mean.
     """
     if shift_labels is None and native.takes("cross_entropy", logits):
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = token_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
-    if loss is not None:
-        return loss
+        shift_labels = shifted(labels, ignore_index)
+    if is_served(logits, shift_labels):
+        assert shift_labels is not None
+        return token_loss(
+            cross_entropy, logits, shift_labels, vocab_size, num_items_in_batch, ignore_index
+        )
     theirs: Tensor = loss_utils.ForCausalLMLoss(
         logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
     )
@@ -59,9 +62,10 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForMaskedLMLoss: as `causal_lm_loss`, with the labels where they stand."""
-    loss = token_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
-    if loss is not None:
-        return loss
+    if is_served(logits, labels):
+        return token_loss(
+            cross_entropy, logits, labels, vocab_size, num_items_in_batch, ignore_index
+        )
     theirs: Tensor = loss_utils.ForMaskedLMLoss(
         logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs
     )
@@ -120,7 +124,7 @@ def _shifted(
     **kwargs: Any,
 ) -> tuple[Any, int | None, Any, int]:
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shifted(labels, ignore_index)
     return shift_labels, vocab_size, num_items_in_batch, ignore_index
 
 

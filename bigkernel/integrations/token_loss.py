@@ -1,33 +1,48 @@
-"""The loss of language models by the op, whose logits stay in their own dtype."""
+"""The loss of language models by the op, whose logits stay in their own dtype, or by torch's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bigkernel.integrations import native
-from bigkernel.ops.cross_entropy import cross_entropy
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels [B, S] of the inputs as those of what comes after each."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def is_served(logits: Tensor, labels: Any) -> bool:
+    """Whether the op computes the loss of these, and not torch."""
+    return (
+        native.takes("cross_entropy", logits)
+        and type(labels) is Tensor
+        and labels.dtype == torch.int64
+    )
 
 
 def token_loss(
-    logits: Tensor, labels: Any, vocab_size: int, items: Any, ignore_index: int
-) -> Tensor | None:
-    """The loss of each row's label, or None where torch is to compute it.
+    cross_entropy: Callable[..., Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    items: Any,
+    ignore_index: int,
+) -> Tensor:
+    """The loss of each row's label.
 
     Args:
-        logits: [.., vocab_size], in their own dtype.
+        cross_entropy: the op, or torch's function.
+        logits: [.., vocab_size], in the dtype that it is given.
         labels: int64, one a row of the logits.
         vocab_size: classes.
         items: what the sum of the losses is divided by; None: their mean.
         ignore_index: the label that does not count.
     """
-    if (
-        not native.takes("cross_entropy", logits)
-        or type(labels) is not Tensor
-        or labels.dtype != torch.int64
-    ):
-        return None
-    reduction: Any = "mean" if items is None else "sum"
+    reduction = "mean" if items is None else "sum"
     labels = labels.reshape(-1).to(logits.device)
     loss = cross_entropy(
         logits.view(-1, vocab_size), labels, ignore_index=ignore_index, reduction=reduction
