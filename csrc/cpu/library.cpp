@@ -3,7 +3,7 @@
 
 #include <exception>
 #include <list>
-#include <set>
+#include <map>
 #include <string>
 
 namespace bigkernel {
@@ -16,21 +16,22 @@ std::vector<Registration>& registrations() {
 }  // namespace bigkernel
 
 // Registers the kernels for the ops torch.ops.<package>, and the ops of torch.ops.<package>_native;
-// a second time does nothing. Null, or what went wrong.
+// a second time does nothing but answer as the first did. Null, or what went wrong.
 extern "C" __attribute__((visibility("default"))) const char* bigkernel_register(
     const char* package) {
-  static std::set<std::string> done;
+  static std::map<std::string, std::string> errors;
   static std::list<bigkernel::Registration::Library> kept;
-  static std::string error;
-  if (!done.insert(package).second) return nullptr;
-  try {
-    for (const auto& one : bigkernel::registrations()) {
-      const std::string name = std::string(package) + one.suffix;
-      one.fill(kept.emplace_back(one.kind, name.c_str(), one.key, one.file, one.line));
+  const auto [found, is_new] = errors.try_emplace(package);
+  std::string& error = found->second;
+  if (is_new) {
+    try {
+      for (const auto& one : bigkernel::registrations()) {
+        const std::string name = std::string(package) + one.suffix;
+        one.fill(kept.emplace_back(one.kind, name.c_str(), one.key, one.file, one.line));
+      }
+    } catch (const std::exception& thrown) {
+      error = thrown.what();
     }
-  } catch (const std::exception& thrown) {
-    error = thrown.what();
-    return error.c_str();
   }
-  return nullptr;
+  return error.empty() ? nullptr : error.c_str();
 }
