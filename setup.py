@@ -96,6 +96,11 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def multiplies(folder: Path) -> bool:
+    """Whether an op has products of matrices, which AMX computes: its body asks for the header."""
+    return any('"cpu/amx.h"' in path.read_text() for path in folder.glob("cpu_*.h"))
+
+
 def isa_sources() -> list[str]:
     """One generated file per op and instruction set: flags, then the op's only vector body."""
     folder = ROOT / "build" / "generated"
@@ -108,7 +113,7 @@ def isa_sources() -> list[str]:
                 continue
             if isa == "avx512" and flag("BIGKERNEL_SANITIZE"):  # BK_AVX512_COPY in csrc/cpu/isa.h
                 continue
-            if isa == "amx" and not (body.parent / "cpu_amx.h").exists():  # products of matrices
+            if isa == "amx" and not multiplies(body.parent):
                 continue
             text = (
                 f"#define BK_ISA {isa}\n#define BK_LANES {lanes}\n"

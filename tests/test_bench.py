@@ -444,7 +444,7 @@ def test_losses_are_printed(capsys):
         (
             ["bench", "atention"],
             "There are: adam, attention, augment, bias_act, cross_entropy, glu, linear, "
-            "linear_cross_entropy, norm, rope, overhead, train",
+            "linear_cross_entropy, newton_schulz, norm, rope, overhead, train",
         ),
         (["bench", "adam", "train", "--only", "GPT-5"], "no case has 'GPT-5' in its name"),
         (["bench", "adam", "--profile"], "--profile takes the steps of train apart"),

@@ -238,7 +238,7 @@ def test_editors_are_told_the_flags_of_every_file(compile_commands):
     kernels = {name for name in native if re.search(r"/cuda/|/cuda|/sm\d+_|\.cu$", name)}
     assert {n for n in native - kernels if n.endswith((".h", ".cpp"))} <= set(compile_commands)
     assert "-ffp-contract=fast" in compile_commands["csrc/norm/cpu.cpp"]["arguments"]
-    assert "-DBK_ISA=amx" in compile_commands["csrc/attention/cpu_amx.h"]["arguments"]
+    assert "-DBK_ISA=amx" in compile_commands["csrc/cpu/amx.h"]["arguments"]
 
 
 @needs_ninja
@@ -253,7 +253,7 @@ def test_no_folder_of_this_machine_is_compiled_in(compile_commands, tmp_path):
 
 
 # A body, what it includes in the middle of others, the words of all, and the one for AMX.
-FEW = ["norm/cpu_body.h", "attention/cpu_scores.h", "cpu/vec.h", "attention/cpu_amx.h"]
+FEW = ["norm/cpu_body.h", "attention/cpu_scores.h", "cpu/vec.h", "cpu/amx.h"]
 HEADERS = [f"csrc/{path.parent.name}/{path.name}" for path in sorted(ROOT.glob("csrc/*/*.h"))]
 HEADERS = [name for name in HEADERS if not re.search(r"/cuda/|/cuda|/sm\d+_", name)]
 

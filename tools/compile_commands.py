@@ -4,7 +4,7 @@
 
 setup.py runs as in a build, but nothing is compiled: what it asks ninja for is written down. A
 header is listed too, with the flags of the C++ files, as if it were compiled alone, and as the body
-of one instruction set: portable, unless another is named (cpu_amx.h: amx).
+of one instruction set: portable, unless another is named (cpu/amx.h: amx).
 """
 
 import json
@@ -71,7 +71,7 @@ def header_entries(
         if path.parent.name == "cuda" or re.match(r"cuda|sm\d", path.name):
             continue
         flags = [word for word in example["arguments"] if word not in ("-c", example["file"])]
-        body = body_flags(isas, "amx" if path.name == "cpu_amx.h" else isa)
+        body = body_flags(isas, "amx" if path.name == "amx.h" else isa)
         arguments = [*flags, *body, "-fsyntax-only", "-x", "c++", str(path)]
         entries.append({"directory": str(ROOT), "file": str(path), "arguments": arguments})
     return entries

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what the loop below brings, for readers of types
     from bigkernel.ops.glu import glu
     from bigkernel.ops.linear import linear
     from bigkernel.ops.linear_cross_entropy import linear_cross_entropy
+    from bigkernel.ops.newton_schulz import newton_schulz
     from bigkernel.ops.norm import layer_norm, rms_norm
     from bigkernel.ops.rope import rope, rope_
 
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "newton_schulz",
     "rms_norm",
     "rope",
     "rope_",

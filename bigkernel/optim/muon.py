@@ -13,13 +13,14 @@ from bigkernel import precision
 from bigkernel._eager import eager
 from bigkernel.expect import FLOATING, FLOATING_NAMES, Expect, shape_of
 from bigkernel.ops.adam.reference import NARROW
+from bigkernel.ops.newton_schulz import op as newton_schulz
+from bigkernel.ops.newton_schulz.op import COEFFICIENTS
 from bigkernel.optim.adam import MASTER, Adam, _check_flag, _number, _on, _shown, _Work
 
-__all__ = ["Muon", "newton_schulz"]
+__all__ = ["Muon"]
 
 BUFFER = "momentum_buffer"
 SCALINGS = ("original", "match_rms_adamw", "spectral_unclamped")
-_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _MUON = (
     *("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
     *("adjust_lr_fn", "ns_dtype", "transposed", "use_muon"),
@@ -37,9 +38,8 @@ _ADAMW = {
     "decoupled_weight_decay": True,
 }
 _SHARED = ("lr", "weight_decay", "use_muon")
-# Matrices of one shape are multiplied together up to so many elements. On a GPU that bounds what a
-# step holds beside the state; on the CPU batches that leave the caches gain nothing.
-_MOST_ELEMENTS, _MOST_ON_CPU = 1 << 25, 1 << 18
+# Elements of the parameters that are stepped together: what a step holds beside the state.
+_MOST_ELEMENTS = 1 << 25
 
 
 class Muon(Adam):
@@ -106,7 +106,7 @@ class Muon(Adam):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
@@ -206,9 +206,9 @@ class Muon(Adam):
         return work
 
     def _add_matrices(self, work: _Work, group: dict[str, Any]) -> None:
-        """A group's parameters that have a gradient, in batches of one shape."""
+        """A group's parameters that have a gradient, in batches."""
         options: _Options | None = None
-        batches: dict[Any, list[_Matrix]] = {}
+        alike: dict[Any, list[_Matrix]] = {}  # on one device, of one dtype
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -232,11 +232,10 @@ class Muon(Adam):
             if p.numel() > 0:
                 part, grad, momentum, target = *tensors[:3], tensors[3 if mastered else 0]
                 matrix = _Matrix(p, part, grad, momentum, target)
-                key = p.device, *p.shape[-2:], p.dtype, momentum.dtype
-                batches.setdefault(key, []).append(matrix)
-        for alike in batches.values():
+                alike.setdefault((p.device, momentum.dtype), []).append(matrix)
+        for matrices in alike.values():
             assert options is not None
-            work.beside += [(options, batch) for batch in _split(alike)]
+            work.beside += [(options, batch) for batch in _split(matrices)]
 
     def _update(
         self,
@@ -321,28 +320,29 @@ class _Matrix:
     momentum: Tensor
     target: Tensor  # what is updated: the master copy, or the parameter
 
-    def gather(self, update: Tensor) -> Tensor:
-        """The matrices that this rank makes orthogonal, [n, rows, columns]: whole ones."""
+    def gather(self, update: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrices that this rank makes orthogonal: whole ones, sent between ranks as dtype."""
         if self.is_cut():
             from torch.distributed.tensor import DTensor
 
             whole: Any = self.whole
             where = whole.device_mesh, whole.placements
+            narrow = update.to(dtype)
             update = DTensor.from_local(
-                update, *where, run_check=False, shape=whole.shape, stride=whole.stride()
+                narrow, *where, run_check=False, shape=whole.shape, stride=whole.stride()
             ).full_tensor()
-        return update.reshape(-1, *update.shape[-2:])
+        return update
 
     def my_part(self, update: Tensor) -> Tensor:
         """What this rank updates of what `gather` gave."""
         if not self.is_cut():
-            return update.reshape(self.param.shape)
+            return update
         from torch.distributed.tensor import distribute_tensor
 
         whole: Any = self.whole
         # Every rank has all of it: nothing is sent.
         return distribute_tensor(
-            update.reshape(whole.shape), whole.device_mesh, whole.placements, src_data_rank=None
+            update, whole.device_mesh, whole.placements, src_data_rank=None
         ).to_local()
 
     def is_cut(self) -> bool:
@@ -351,43 +351,15 @@ class _Matrix:
         return any(self.whole.ndim == 2 or not where.is_shard(0) for where in cut)
 
 
-def newton_schulz(
-    x: Tensor,
-    coefficients: tuple[float, float, float] = _COEFFICIENTS,
-    steps: int = 5,
-    eps: float = 1e-7,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """A matrix, or each of a batch, with its singular values brought near 1.
-
-    ``x`` is [..., rows, columns]; the result is of ``dtype``. The iteration is the quintic one of
-    K. Jordan's Muon: with its coefficients singular values end between about 0.7 and 1.2.
-    """
-    x = x.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # the products are then of the shorter side
-        x = x.mT
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / norm.clamp(min=eps)
-    a, b, c = coefficients
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, polynomial, x, beta=a)
-    return x.mT if tall else x
-
-
-def _split(alike: list[_Matrix]) -> list[list[_Matrix]]:
+def _split(matrices: list[_Matrix]) -> list[list[_Matrix]]:
     """Batches of one parameter, or of several that are small enough together."""
-    most = _MOST_ON_CPU if alike[0].whole.device.type == "cpu" else _MOST_ELEMENTS
     batches: list[list[_Matrix]] = []
     room = 0
-    for matrix in alike:
+    for matrix in matrices:
         size = matrix.whole.numel()
         if size > room:
             batches.append([])
-            room = most
+            room = _MOST_ELEMENTS
         batches[-1].append(matrix)
         room -= size
     return batches
@@ -413,7 +385,7 @@ def _factor_and_apply(
 def _step_batch(
     options: _Options, batch: list[_Matrix], factor: Tensor | None, apply: Tensor | None
 ) -> None:
-    """One step of parameters whose matrices have one shape."""
+    """One step of some parameters."""
     written = [t for m in batch for t in (m.momentum, m.target)]
     before = [t.clone() for t in written] if apply is not None else []
     updates = []
@@ -424,10 +396,9 @@ def _step_batch(
             grad = grad * factor
         m.momentum.lerp_(grad, 1 - options.momentum)
         updates.append(grad.lerp(m.momentum, options.momentum) if options.nesterov else m.momentum)
-    scale = options.scale(batch[0].whole.shape)
     for m, update in zip(batch, _orthogonal(options, batch, updates), strict=True):
         m.target.mul_(1 - options.lr * options.weight_decay)
-        m.target.add_(update, alpha=-options.lr * scale)
+        m.target.add_(update, alpha=-options.lr * options.scale(m.whole.shape))
     if apply is not None:
         for tensor, old in zip(written, before, strict=True):
             tensor.copy_(torch.where(apply, tensor, old))
@@ -437,20 +408,12 @@ def _step_batch(
 
 
 def _orthogonal(options: _Options, batch: list[_Matrix], updates: list[Tensor]) -> list[Tensor]:
-    """`newton_schulz` of the updates, all of them in one batch of products."""
-    parts = [m.gather(u.to(options.dtype)) for m, u in zip(batch, updates, strict=True)]
-    counts = [part.shape[0] for part in parts]
-    stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-    single = stacked.shape[0] == 1
-    done = newton_schulz(
-        stacked[0] if single else stacked,
-        options.coefficients,
-        options.steps,
-        options.eps,
-        options.dtype,
+    """The updates, made nearly orthogonal."""
+    parts = [m.gather(u, options.dtype) for m, u in zip(batch, updates, strict=True)]
+    done = newton_schulz.launch(
+        parts, options.coefficients, options.steps, options.eps, options.dtype
     )
-    pieces = (done.unsqueeze(0) if single else done).split(counts)
-    return [m.my_part(piece) for m, piece in zip(batch, pieces, strict=True)]
+    return [m.my_part(piece) for m, piece in zip(batch, done, strict=True)]
 
 
 def _check_dims(expect: Expect, what: str, p: Tensor) -> None:

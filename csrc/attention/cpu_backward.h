@@ -13,6 +13,10 @@
 
 namespace bigkernel::BK_ISA {
 
+#if defined(BK_ISA_AMX)
+static_assert(kBlockQBackward / Bf16Words::kPack <= kMostTransposed);
+#endif
+
 struct BackwardScratch {
   float *keys, *keys_t, *values_t, *p, *ds, *paired_p, *paired_ds, *dk, *dv, *mask, *drop, *slopes;
 };

@@ -1,10 +1,10 @@
 // The attention kernels of the CPU, written once and compiled for each instruction set.
 //
 // Sums are fp32. What is multiplied is fp32 too, bf16 and fp16 converted when a tile is packed;
-// with AVX-512 BF16 and AMX, bf16 pairs (cpu_words.h). A score tile is a product of two small
+// with AVX-512 BF16 and AMX, bf16 pairs (cpu/words.h). A score tile is a product of two small
 // matrices that fit the L1 and L2 caches (cpu_tiling.h), computed by register-blocked kernels
-// (cpu_gemm.h). Tiles that causality, window or mask close are skipped; of those they cut, only the
-// vectors that some row sees are computed.
+// (cpu/products.h). Tiles that causality, window or mask close are skipped; of those they cut, only
+// the vectors that some row sees are computed.
 #pragma once
 
 #include "attention/attention.h"

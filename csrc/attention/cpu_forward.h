@@ -3,11 +3,11 @@
 // in FlashAttention, Dao et al., 2022). Scores never leave a worker's scratch.
 #pragma once
 
-#include "attention/cpu_gemm.h"
 #include "attention/cpu_scores.h"
 #include "attention/cpu_tiling.h"
+#include "cpu/products.h"
 #if defined(BK_ISA_AMX)
-#include "attention/cpu_amx.h"
+#include "cpu/amx.h"
 #endif
 
 namespace bigkernel::BK_ISA {

@@ -1,20 +1,13 @@
-// Rows of any dtype to words (cpu_words.h) and fp32 rows back, and tiles of them in the order in
+// Rows of any dtype to words (cpu/words.h) and fp32 rows back, and tiles of them in the order in
 // which the products read them.
 #pragma once
 
 #include "attention/attention.h"
-#include "attention/cpu_words.h"
+#include "cpu/words.h"
 
 namespace bigkernel::BK_ISA {
 
 constexpr int64_t kMostDim = 256;  // the binding checks it
-
-// A row length in floats that is an odd number of cache lines: the rows of a tile then spread over
-// all sets of the L1 cache, whatever the head dimension.
-constexpr int64_t odd_lines(int64_t n) {
-  const int64_t lines = round_up(n, 16) / 16;
-  return 16 * (lines | 1);
-}
 
 template <class T>
 BK_INLINE void unpack_row_as(float* dst, const T* src, int64_t n, int64_t padded) {
@@ -76,41 +69,6 @@ BK_INLINE void prefetch_row(const AttentionTensor& t, DType dtype, int64_t b, in
   for (int64_t at = 0; at < dim * dtype_size(dtype); at += 64) __builtin_prefetch(row + at);
 }
 
-// The lower and upper half of a0 b0 a1 b1 ...
-BK_INLINE void interleave(VecF a, VecF b, VecF& low, VecF& high) {
-#if BK_LANES == 4
-  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#elif BK_LANES == 8
-  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high =
-      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#endif
-}
-
-// kLanes words as they lie in memory.
-BK_INLINE VecF load_words(const void* p) {
-  VecF v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// dst[c][r] = src[r][c] for kLanes x kLanes words: log2(kLanes) perfect shuffles of the rows, which
-// are `bytes` apart.
-BK_INLINE void transpose_square(float* dst, int64_t ld_dst, const void* src, int64_t bytes) {
-  VecF rows[kLanes], next[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load_words(static_cast<const char*>(src) + i * bytes);
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    for (int i = 0; i < kLanes / 2; ++i)
-      interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-  for (int i = 0; i < kLanes; ++i) store(dst + i * ld_dst, rows[i]);
-}
-
 // dst[0, padded) = the words of src[0, n), then zeros; padded is a multiple of kLanes.
 template <class Words>
 BK_INLINE void row_words(float* dst, const void* src, DType dtype, int64_t n, int64_t padded) {
@@ -150,25 +108,8 @@ void column_tile(float* dst, int64_t ld, const AttentionTensor& t, DType dtype, 
     for (int64_t i = 0; i < n; i += 2) {
       for (int64_t r = i + kRowsAhead; r < i + kRowsAhead + 2 && r < n; ++r)
         prefetch_row(t, dtype, b, h, first + r, dim);
-      const auto* low = static_cast<const uint16_t*>(row_of(t, dtype, b, h, first + i));
-      const bool both = i + 1 < n;
-      const auto* high =
-          both ? static_cast<const uint16_t*>(row_of(t, dtype, b, h, first + i + 1)) : low;
-      const uint32_t keep = both ? 0xffff0000u : 0;
-      float* to = dst + i / 2 * ld;
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        VecH l{}, u{};
-        const size_t bytes = size_t(2 * (dim - d < kLanes ? dim - d : int64_t{kLanes}));
-        if (bytes == sizeof l) {
-          __builtin_memcpy(&l, low + d, sizeof l);
-          __builtin_memcpy(&u, high + d, sizeof u);
-        } else {
-          __builtin_memcpy(&l, low + d, bytes);
-          __builtin_memcpy(&u, high + d, bytes);
-        }
-        store(to + d, (VecF)(__builtin_convertvector(l, VecU) |
-                             ((__builtin_convertvector(u, VecU) << 16) & keep)));
-      }
+      pair_rows(dst + i / 2 * ld, row_of(t, dtype, b, h, first + i),
+                i + 1 < n ? row_of(t, dtype, b, h, first + i + 1) : nullptr, dim);
     }
   }
 }

@@ -1,20 +1,19 @@
-// `multiply` (cpu_gemm.h) by Intel's AMX, for words of bf16 pairs: an instruction multiplies a tile
-// of 16 rows of A, 16 words each, with one of 16 rows of B, 16 words each, into 16 x 16 sums in
-// fp32. Words lie as the other instruction sets have them: a row of 16 words of A is a row of its
-// tile, and a row of B, whose words hold pairs along the sum, one of the other's.
+// `multiply` (cpu/products.h) by Intel's AMX, for words of bf16 pairs: an instruction multiplies a
+// tile of 16 rows of A, 16 words each, with one of 16 rows of B, 16 words each, into 16 x 16 sums
+// in fp32. Words lie as the other instruction sets have them: a row of 16 words of A is a row of
+// its tile, and a row of B, whose words hold pairs along the sum, one of the other's.
 //
 // At most 16 rows, and any length of the sum: the shapes of the tiles say what is read, so that
 // what lies beyond never counts. The instruction adds up the 32 products of a tile apart, in two
 // sums, before they join C.
 #pragma once
 
-#include "attention/cpu_gemm.h"
-#include "attention/cpu_tiling.h"
+#include "cpu/products.h"
 
 namespace bigkernel::BK_ISA {
 
-constexpr int kTile = 16;                                 // rows of a tile, and words of a row
-constexpr int64_t kMostTransposed = kBlockQBackward / 2;  // the longest sum of a transposed A
+constexpr int kTile = 16;                // rows of a tile, and words of a row
+constexpr int64_t kMostTransposed = 48;  // the longest sum of a transposed A
 static_assert(kMr == kTile && kLanes == kTile);
 
 // The tiles of this thread: 0 to 3 are C, 4 is A, 5 to 7 are B. What the shapes are is known inside
@@ -32,7 +31,7 @@ class Tiles {
   }
 
  private:
-  static thread_local int shape_;
+  static inline thread_local int shape_ = 0;
 
   static __attribute__((noinline)) void reshape(int rows, int words, int wanted) {
     struct alignas(64) {
@@ -49,7 +48,6 @@ class Tiles {
     shape_ = wanted;
   }
 };
-thread_local int Tiles::shape_ = 0;
 
 // C[rows, N * kLanes] from A and B, in `chunks` chunks of `step` words.
 template <int N>

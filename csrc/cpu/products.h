@@ -1,4 +1,4 @@
-// Register-blocked products of small tiles of words (cpu_words.h) into fp32:
+// Register-blocked products of small tiles of words (cpu/words.h) into fp32:
 //   C[m, n] (+)= sum_k A[m, k] * B[k, n]
 //
 // kMr rows of A are broadcast against kNr vectors of B; the kMr x kNr accumulators, one row of B
@@ -6,7 +6,7 @@
 // padded to whole vectors. A is row-major, or read transposed (A[m, k] at a[k * lda + m]).
 #pragma once
 
-#include "attention/cpu_words.h"
+#include "cpu/words.h"
 
 namespace bigkernel::BK_ISA {
 
