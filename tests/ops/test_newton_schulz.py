@@ -30,8 +30,8 @@ SHAPES = [
 ]
 
 
-def assert_accurate(x, dtype, steps=5, eps=1e-7):
-    """A matrix that is computed in these dtypes, beside torch and float64 from the same numbers."""
+def compared(x, dtype, steps=5, eps=1e-7):
+    """What is computed in ``dtype``, by us and by torch, and in float64 from the same numbers."""
     mine = ops.newton_schulz(x, steps=steps, eps=eps, dtype=dtype)
     with use_backend("torch"):
         theirs = ops.newton_schulz(x, steps=steps, eps=eps, dtype=dtype)
@@ -39,7 +39,11 @@ def assert_accurate(x, dtype, steps=5, eps=1e-7):
     exact = iterate(wide, *COEFFICIENTS, steps, eps).reshape(x.shape)
     assert mine.dtype == theirs.dtype == dtype
     assert mine.is_contiguous()
-    assert_as_accurate(mine, exact, theirs)
+    return mine, exact, theirs
+
+
+def assert_accurate(x, dtype, steps=5):
+    assert_as_accurate(*compared(x, dtype, steps))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
@@ -84,9 +88,11 @@ def test_newton_schulz_of_a_matrix_that_all_threads_share(cpu_isa):
     seed=st.integers(0, 1000),
 )
 def test_newton_schulz_any_shape(shape, dtype, seed):
-    # Of a small rank there are many: one alone has hardly an error that is not by chance.
+    # Of a small rank many, and all their errors: the largest is that of one nearly singular matrix.
     count = 1 + 3000 // min(shape) ** 2
-    assert_accurate(normal((count, *shape), F32, seed), dtype)
+    mine, exact, theirs = compared(normal((count, *shape), F32, seed), dtype)
+    ours, torchs = ((y.double() - exact).abs().mean() for y in (mine, theirs))
+    assert ours <= 2 * torchs
 
 
 @pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 2)))
