@@ -86,7 +86,8 @@ class TrainingArguments(transformers.TrainingArguments):
     ("match_rms_adamw"), so that one ``learning_rate`` and ``weight_decay`` will do; ``optim_args``
     may have ``muon_lr``, ``momentum``, ``nesterov``, ``ns_steps``, ``ns_dtype`` and
     ``adjust_lr_fn``, as in ``"muon_lr=0.02,momentum=0.9"``; ``adam_beta1``, ``adam_beta2`` and
-    ``adam_epsilon`` are AdamW's.
+    ``adam_epsilon`` are AdamW's. A momentum that is not given rises from 0.85 to 0.95 over the
+    first 300 steps, as in the runs for which Muon was made (K. Jordan et al., 2024).
 
     ``tune_kernels=True`` times the kernels that the first training batch has called beside torch's
     own code, for one second at most, and takes the faster one of each class of calls from the
@@ -208,6 +209,18 @@ def _shares(optimizer: Adam) -> str:
     for group in optimizer.param_groups:
         counts[group["use_muon"]] += len(group["params"])
     return f" of {counts[True]} weights, with AdamW for {counts[False]} other parameters"
+
+
+class _MomentumWarmup(TrainerCallback):
+    """Muon's momentum by the step: early gradients change too fast for an average of twenty."""
+
+    first, last, steps = 0.85, 0.95, 300
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        share = min(state.global_step / self.steps, 1.0)
+        for group in given["optimizer"].param_groups:
+            if group.get("use_muon"):
+                group["momentum"] = self.first + share * (self.last - self.first)
 
 
 class Trainer(transformers.Trainer):
@@ -332,6 +345,9 @@ class Trainer(transformers.Trainer):
             muon={} if rate is None else {"lr": rate},
             adamw={"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
         )
+        self.remove_callback(_MomentumWarmup)  # of an optimizer before this one
+        if "momentum" not in kwargs:
+            self.add_callback(_MomentumWarmup)
         optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
         return optimizer
 

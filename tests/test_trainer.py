@@ -378,6 +378,28 @@ def test_muon_steps_as_in_a_loop_of_ones_own(tmp_path, capsys):
     }
 
 
+class MomentumSeen(transformers.TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **_):
+        self.seen += {g["momentum"] for g in optimizer.param_groups if g["use_muon"]}
+
+
+@pytest.mark.parametrize("given", [None, "momentum=0.7"])
+def test_muons_momentum_rises_unless_it_is_given(tmp_path, monkeypatch, given):
+    monkeypatch.setattr("bigkernel.trainer._MomentumWarmup.steps", 4)
+    expected = [0.85, 0.875, 0.9, 0.925, 0.95, 0.95] if given is None else [0.7] * 6
+    options = {"optim": "muon", "optim_args": given, "max_steps": 6}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    for resume, count in ((False, 6), (tmp_path / "checkpoint-3", 3)):
+        seen = MomentumSeen()
+        trainer = text_trainer(tmp_path, **options)
+        trainer.add_callback(seen)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        assert seen.seen == pytest.approx(expected[-count:])
+
+
 def test_muon_is_an_argument_like_others(tmp_path):
     (parsed,) = transformers.HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--optim", "muon", "--optim_args", "momentum=0.9"]
