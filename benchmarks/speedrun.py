@@ -54,7 +54,7 @@ from bigkernel.trainer import Trainer, TrainingArguments, same_random_numbers_af
 
 # By name, the optimizer; None is transformers' Trainer and its own AdamW.
 SIDES = {ledger.BASELINE: None, "bigkernel-adamw": "adamw", "bigkernel-muon": "muon"}
-LENGTHS = [280, 330, 380, 440, 510, 590, 690]
+LENGTHS = [200, 240, 280, 330, 380, 440, 510, 590, 690]
 EVERY = 10  # steps between two looks at the held-back text
 
 

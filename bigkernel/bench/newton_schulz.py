@@ -15,7 +15,7 @@ from bigkernel.backend import use_backend
 from bigkernel.bench import limits
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, Case, Ready
 from bigkernel.measure import Run
-from bigkernel.ops.newton_schulz.op import COEFFICIENTS, launch
+from bigkernel.ops.newton_schulz.op import COEFFICIENTS, orthogonalize
 from bigkernel.ops.newton_schulz.reference import iterate
 from bigkernel.testing import assert_as_accurate
 
@@ -52,7 +52,7 @@ def _build(sizes: tuple[int, int, int], dtype: torch.dtype) -> Ready:
     xs = [torch.randn(shape, generator=generator) for shape in shapes]
 
     def ours() -> list[Tensor]:
-        return launch(xs, COEFFICIENTS, STEPS, EPS, dtype)
+        return orthogonalize(xs, COEFFICIENTS, STEPS, EPS, dtype)
 
     def batches() -> list[Tensor]:
         with use_backend("torch"):

@@ -410,7 +410,7 @@ def _step_batch(
 def _orthogonal(options: _Options, batch: list[_Matrix], updates: list[Tensor]) -> list[Tensor]:
     """The updates, made nearly orthogonal."""
     parts = [m.gather(u, options.dtype) for m, u in zip(batch, updates, strict=True)]
-    done = newton_schulz.launch(
+    done = newton_schulz.orthogonalize(
         parts, options.coefficients, options.steps, options.eps, options.dtype
     )
     return [m.my_part(piece) for m, piece in zip(batch, done, strict=True)]

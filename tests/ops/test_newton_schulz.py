@@ -2,7 +2,7 @@
 
 dtypes, shapes, instruction sets     matches_torch, any_shape, rounds_every_product, vectors
 strides, batches, experts            noncontiguous, many_at_once
-bits: threads, batch                 thread_count, a_matrix_depends_on_nothing_else
+bits: threads, batch                 a_matrix_depends_on_nothing_else
 NaN, infinity, zero, scales          non_finite, singular_values
 opcheck, compile                     opcheck, compile
 bad input, nothing to do             rejects_bad_input, empty
@@ -17,9 +17,11 @@ from fused_cases import BF16, DTYPES, F32, layouts, normal, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bigkernel
 from bigkernel import ops
 from bigkernel.backend import use_backend
-from bigkernel.ops.newton_schulz.op import COEFFICIENTS, launch
+from bigkernel.ops.newton_schulz import op
+from bigkernel.ops.newton_schulz.op import COEFFICIENTS, orthogonalize
 from bigkernel.ops.newton_schulz.reference import iterate
 from bigkernel.testing import assert_as_accurate
 
@@ -117,8 +119,8 @@ def test_newton_schulz_a_matrix_depends_on_nothing_else(cpu_isa, dtype):
         first = ops.newton_schulz(xs[0][1], dtype=dtype)
     assert torch.equal(alone[0][1], first)
     for count in (1, 2, 3, 5):
-        with threads(count):
-            together = launch(xs, COEFFICIENTS, 5, 1e-7, dtype)
+        with threads(count), use_backend("cpu"):
+            together = orthogonalize(xs, COEFFICIENTS, 5, 1e-7, dtype)
             assert all(map(torch.equal, together, alone))
             assert torch.equal(ops.newton_schulz(xs[-1], dtype=dtype), alone[-1])
 
@@ -179,6 +181,22 @@ def test_newton_schulz_compile():
     compiled = torch.compile(ops.newton_schulz, fullgraph=True)
     x = normal((30, 20), F32, 0)
     assert torch.equal(compiled(x), ops.newton_schulz(x))
+
+
+def test_muon_leaves_to_torch_what_torch_multiplies_faster(monkeypatch):
+    """Portable code, and float64, without a warning; what is asked for by name is ours."""
+    called = []
+    monkeypatch.setattr(op._library, "call", lambda ops, *given: called.append(ops.name) or [])
+    x = normal((4, 6), F32, 0)
+    for isa in bigkernel.cpu_isas():
+        with bigkernel.use_cpu_isa(isa):
+            op.orthogonalize([x], COEFFICIENTS, 5, 1e-7, F32)
+            with use_backend("cpu"):
+                op.orthogonalize([x], COEFFICIENTS, 5, 1e-7, F32)
+        wanted = "bigkernel_torch" if isa == "portable" else "bigkernel"
+        assert called[-2:] == [wanted, "bigkernel"], isa
+    op.orthogonalize([x.double()], COEFFICIENTS, 5, 1e-7, F32)
+    assert called[-1] == "bigkernel_torch"
 
 
 def test_newton_schulz_is_no_function_of_autograd():
