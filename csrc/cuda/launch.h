@@ -53,8 +53,8 @@ inline const DeviceTraits& use_device(int device) {
   return device_traits(device);
 }
 
-// Lets a kernel take more shared memory than the 48 KB that every one may, once for each device: the
-// attribute belongs to the current device's copy of the kernel.
+// Lets a kernel take more shared memory than the 48 KB that every one may, once for each device:
+// the attribute belongs to the current device's copy of the kernel.
 inline void allow_shared(const char* name, const void* kernel, size_t shared) {
   if (shared <= 48 * 1024) return;
   static std::mutex mutex;
@@ -78,8 +78,8 @@ inline void allow_shared(const char* name, const void* kernel, size_t shared) {
 inline void launch_by_address(const char* name, const void* kernel, dim3 grid, dim3 block,
                               size_t shared, void* stream, void** arguments) {
   allow_shared(name, kernel, shared);
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, shared,
-                                             static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, grid, block, arguments, shared, static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return;
   const auto triple = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
