@@ -1,0 +1,169 @@
+"""Sections of `make gpu-check` in a process of their own, which gpu_check.py starts and watches.
+
+gpu_worker.py DEVICE facts NAME:BEGIN:SECONDS ..
+
+Each line for it begins with MARK and is JSON: what begins, a row of a table, a result. All else is
+what libraries print. DEVICE is "cuda", or "stub": the CPU at small sizes with the processor's clock,
+to see that the rest of the tool works. A table begins at its row number BEGIN.
+"""
+
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MARK = "@gpu-check "
+BROKEN = 3  # exit status: the device gives nothing but errors, a new process may do better
+STUB = "stub"
+PACKAGES = ("triton", "flash_attn", "apex", "torchvision", "kornia", "numpy", "pytest")
+
+
+def tell(**event: Any) -> None:
+    """A line for gpu_check.py."""
+    print(MARK + json.dumps(event), flush=True)
+
+
+def facts(kind: str) -> dict[str, Any]:
+    """GPU, driver, versions, and whether our kernels run here."""
+    import torch
+
+    from bigkernel import _library, _native
+
+    there = kind != STUB and torch.cuda.is_available()
+    native = _library.native
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if there else "stub" if kind == STUB else "none",
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if there else None,
+        "nvidia-smi": smi("name", "driver_version", "clocks.max.sm"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if there else None,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    if native is None:
+        found["library"], found["lacks"] = None, _library.native_error
+    else:
+        info = native.build_info()
+        found["library"] = f"CUDA {info.cuda} for {info.cuda_archs}" if info.cuda else "CPU only"
+        lacks = _library.cuda_error or (None if info.cuda else "this build has no CUDA kernels")
+        if there and lacks is None:
+            major, minor = torch.cuda.get_device_capability()
+            if not _native.runs_on(info.cuda_archs, 10 * major + minor):
+                lacks = _native.no_code_for(info, [10 * major + minor])
+        found["lacks"] = None if kind == STUB else lacks
+    return found
+
+
+def smi(*fields: str) -> str:
+    """What nvidia-smi says of the first GPU."""
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi does not run: {error}"
+    return (done.stdout or done.stderr).strip()
+
+
+def clocks() -> str:
+    """Of the multiprocessors and the memory; temperature, power."""
+    return smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
+
+def alive(device: str) -> bool:
+    """Whether the device still does what it is told: after some errors it never does again."""
+    import torch
+
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def table(noun: str, begin: int, seconds: float, device: str, clock: Any) -> bool:
+    """Rows of an op's table as long as there is time; False where the device is broken."""
+    from bigkernel.bench import gpu
+
+    end = time.monotonic() + seconds
+    tell(event="clocks", when="before", clocks=clocks())
+    cases = list(gpu.of_op(noun).cases(device, clock, device == "cpu"))
+    for number, (name, measure) in itertools.islice(enumerate(cases), begin, None):
+        if time.monotonic() > end:
+            tell(event="left", rows=len(cases) - number)
+            break
+        tell(event="case", number=number, name=name)
+        try:
+            row = measure().as_dict()
+        except Exception as error:
+            traceback.print_exc()
+            tell(event="failed", case=name, reason=reason_of(error))
+            if not alive(device):
+                return False
+        else:
+            tell(event="row", row=row)
+    tell(event="clocks", when="after", clocks=clocks())
+    return True
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def once(work: Callable[[], object], device: str) -> bool:
+    """A section with one result."""
+    try:
+        tell(event="result", data=work())
+    except Exception as error:
+        traceback.print_exc()
+        tell(event="failed", reason=reason_of(error))
+        return alive(device)
+    return True
+
+
+def main() -> int:
+    kind, *sections = sys.argv[1:]
+    device, clock = "cpu" if kind == STUB else kind, None
+    for section in sections:
+        name, begin, seconds = [*section.split(":"), "0", "0"][:3]
+        tell(event="section", name=name)
+        if name == "facts":
+            going = once(lambda: facts(kind), device)
+        else:
+            from bigkernel.bench import gpu
+
+            if kind == STUB:
+                gpu.PLAN = gpu.FEW
+            if name == "determinism":
+                going = once(lambda: gpu.deterministic(device, 3 if kind == STUB else 30), device)
+            elif name == "graph":
+                capture = (lambda run: run) if kind == STUB else gpu.captured
+                going = once(lambda: gpu.optimizer_in_graph(device, capture), device)
+            else:
+                clock = clock or (gpu.HostClock() if kind == STUB else gpu.CudaClock())
+                going = table(name, int(begin), float(seconds), device, clock)
+        if not going:
+            return BROKEN
+        tell(event="end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
