@@ -14,6 +14,7 @@ gpu_check_<GPU>.json and .md. The exit status is 1 if a section failed, 2 withou
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -33,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.gpu_worker import BROKEN, MARK, STUB  # noqa: E402
+from tools.gpu_worker import BROKEN, MARK, STUB
 
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARY = ROOT / "bigkernel" / "libbigkernel_ops.so"
@@ -191,10 +192,8 @@ class Process:
             try:
                 return self.process.wait(timeout=2)
             except subprocess.TimeoutExpired:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, number)
-                except ProcessLookupError:
-                    pass
         try:
             return self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -546,13 +545,12 @@ def event_of(line: str) -> dict[str, Any] | None:
 
 
 def outcome_of(line: str) -> tuple[str, str] | None:
-    """("passed", test) of a line of pytest -v, from a process of its own or from one of several."""
-    found = re.match(
-        r"(?:\[gw\d+\] )?(?:\[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED) (\S+::.*)", line
-    )
-    if found and line.startswith("["):
+    """("passed", test) of a line of pytest -v, alone or ahead of which one of several stands."""
+    words = "PASSED|FAILED|ERROR|SKIPPED"
+    found = re.match(rf"\[gw\d+\] \[ *\d+%\] ({words}) (\S+::.*)", line)
+    if found:
         return found[1].lower(), found[2].strip()
-    found = re.match(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+    found = re.match(rf"(\S+::.*?) ({words})\b", line)
     return (found[2].lower(), found[1]) if found else None
 
 
@@ -591,6 +589,12 @@ def bar_line(bar: dict[str, Any]) -> str:
         return f"{bar['bar']}: did not run"
     value = f"{bar['value']:.0%}" if "limit" in bar["bar"] else f"{bar['value']:.2f}x"
     return f"{bar['bar']}: {value}{'' if bar['held'] else ', NOT HELD'}"
+
+
+TOLD = """\
+Kernels: of the device alone, the L2 flushed before each call; median of the rounds, half the
+distance of the quartiles. Eager: a call of some in a row, with Python and launches. The limit is
+measured in the same rounds."""
 
 
 def markdown(report: Report) -> str:
@@ -632,7 +636,7 @@ def markdown(report: Report) -> str:
 
 def chosen(text: str) -> list[str]:
     """The sections that --only names, in the order in which they run."""
-    names = {name for name in text.replace(",", " ").split()}
+    names = {*text.replace(",", " ").split()}
     if wrong := sorted(names - {*NAMES[1:]}):
         raise argparse.ArgumentTypeError(
             f"must be of {', '.join(NAMES[1:])}, got {', '.join(wrong)}."
@@ -673,8 +677,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="the same on the CPU, at small sizes: whether the tool works, not how fast anything is.\n"
-        "Results go to build/gpu-check unless $OUT is set",
+        help="the same on the CPU, at small sizes: whether the tool works, and not how fast\n"
+        "anything is. Results go to build/gpu-check unless $OUT is set",
     )
     given = parser.parse_args(arguments)
     folder = os.environ.get("OUT") or (ROOT / "build" / "gpu-check" if given.dry_run else RESULTS)

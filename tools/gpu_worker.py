@@ -3,8 +3,8 @@
 gpu_worker.py DEVICE facts NAME:BEGIN:SECONDS ..
 
 Each line for it begins with MARK and is JSON: what begins, a row of a table, a result. All else is
-what libraries print. DEVICE is "cuda", or "stub": the CPU at small sizes with the processor's clock,
-to see that the rest of the tool works. A table begins at its row number BEGIN.
+what libraries print. DEVICE is "cuda", or "stub": the CPU at small sizes with the processor's
+clock, to see that the rest of the tool works. A table begins at its row number BEGIN.
 """
 
 import itertools
@@ -138,28 +138,32 @@ def once(work: Callable[[], object], device: str) -> bool:
     return True
 
 
-def main() -> int:
-    kind, *sections = sys.argv[1:]
-    device, clock = "cpu" if kind == STUB else kind, None
-    for section in sections:
-        name, begin, seconds = [*section.split(":"), "0", "0"][:3]
-        tell(event="section", name=name)
-        if name == "facts":
-            going = once(lambda: facts(kind), device)
-        else:
-            from bigkernel.bench import gpu
+def section(name: str, begin: int, seconds: float, kind: str, clocks_of: dict[str, Any]) -> bool:
+    """One section; False where the device does nothing more."""
+    device, stub = ("cpu", True) if kind == STUB else (kind, False)
+    if name == "facts":
+        return once(lambda: facts(kind), device)
+    from bigkernel.bench import gpu
 
-            if kind == STUB:
-                gpu.PLAN = gpu.FEW
-            if name == "determinism":
-                going = once(lambda: gpu.deterministic(device, 3 if kind == STUB else 30), device)
-            elif name == "graph":
-                capture = (lambda run: run) if kind == STUB else gpu.captured
-                going = once(lambda: gpu.optimizer_in_graph(device, capture), device)
-            else:
-                clock = clock or (gpu.HostClock() if kind == STUB else gpu.CudaClock())
-                going = table(name, int(begin), float(seconds), device, clock)
-        if not going:
+    if name == "determinism":
+        return once(lambda: gpu.deterministic(device, 3 if stub else 30), device)
+    if name == "graph":
+        through = (lambda run: run) if stub else gpu.captured
+        return once(lambda: gpu.optimizer_in_graph(device, through), device)
+    if stub:
+        gpu.PLAN = gpu.FEW
+    if kind not in clocks_of:  # which takes memory
+        clocks_of[kind] = gpu.HostClock() if stub else gpu.CudaClock()
+    return table(name, begin, seconds, device, clocks_of[kind])
+
+
+def main() -> int:
+    kind, *given = sys.argv[1:]
+    clocks_of: dict[str, Any] = {}
+    for words in given:
+        name, begin, seconds = [*words.split(":"), "0", "0"][:3]
+        tell(event="section", name=name)
+        if not section(name, int(begin), float(seconds), kind, clocks_of):
             return BROKEN
         tell(event="end")
     return 0

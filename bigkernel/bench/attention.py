@@ -247,6 +247,7 @@ def _mask(spec: Spec) -> Tensor | None:
 
 
 def one_by_one(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's call for each document."""
     parts = zip(*(x.split(spec.documents, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([sdpa(a, b, c, is_causal=spec.causal) for a, b, c in parts], dim=2)
 

@@ -211,13 +211,13 @@ def measure(
                 raise
             skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     slow = {name: run for name, run in able.items() if name in SLOW}
-    timings = interleave({name: run for name, run in able.items() if name not in slow}, plan or PLAN)
+    timings = interleave(
+        {name: run for name, run in able.items() if name not in slow}, plan or PLAN
+    )
     if slow:
         timings |= interleave(slow, FEW)
     timings = {name: timings[name] for name in able}
-    eager = {
-        name: eager_time(runs[name], clock, timing.median) for name, timing in timings.items()
-    }
+    eager = {name: eager_time(runs[name], clock, timing.median) for name, timing in timings.items()}
     return Row(case, timings, *work, skipped, eager, bars)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bigkernel import ops
 from bigkernel.bench import attention
 from bigkernel.bench.attention import APART, Spec
 from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, on_torch, strict
@@ -154,11 +155,11 @@ class Attention:
         Scores are dropped by the number of their sequence, which is its first and only one then.
         """
         q, k, v = (x[-1:].detach() for x in self.inputs)
-        options = {"causal": self.spec.causal, "dropout_p": self.spec.dropout, "seed": SEED}
+        causal, dropout = self.spec.causal, self.spec.dropout
 
         def run(dtype: torch.dtype) -> list[Tensor]:
             leaves = [x.to(dtype).requires_grad_(self.spec.backward) for x in (q, k, v)]
-            out = attention.attention(*leaves, **options)
+            out = ops.attention(*leaves, causal=causal, dropout_p=dropout, seed=SEED)
             if not self.spec.backward:
                 return [out]
             return [out, *torch.autograd.grad(out, leaves, self.dout[-1:].to(dtype))]
