@@ -74,7 +74,7 @@ def test_kernel_time_has_no_launches_in_it_and_eager_time_has_all(device):
     assert gpu.launch_time(run, device) == pytest.approx(200e-6)
     launches = gpu.launch_time(run, device)
     assert gpu.timed(run, device, launches)() == pytest.approx(50e-6, rel=1e-3)
-    assert gpu.timed(run, device, 0.0)() > 150e-6  # what the spin is for
+    assert gpu.timed(run, device, 0.0)() > 100e-6  # what the spin is for
     assert gpu.eager_time(run, device, 50e-6) == pytest.approx(200e-6, rel=0.02)
     row = gpu.measure("x", {OURS: run, LIMIT: run}, {}, device, ("B", 1.0, 1.0))
     assert row.timings[OURS].median == pytest.approx(50e-6, rel=1e-3)
@@ -218,7 +218,11 @@ def found(check) -> dict[str, tuple[str, str, list]]:
     """Status, reason and rows by section, as they were written."""
     written = json.loads(check.report.path.read_text())["sections"]
     return {
-        s["name"]: (s["status"], s["reason"], [row["case"] for row in s["data"] or []])
+        s["name"]: (
+            s["status"],
+            s["reason"],
+            [row["case"] for row in s["data"] or [] if isinstance(row, dict)],
+        )
         for s in written
     }
 
