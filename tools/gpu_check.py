@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -153,6 +153,8 @@ class Report:
 class Process:
     """A command whose lines are read as they come, and which can be ended with all it started."""
 
+    started: ClassVar[list["Process"]] = []
+
     def __init__(self, words: Sequence[str], **environment: str) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
@@ -169,6 +171,7 @@ class Process:
         self.queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.said: list[str] = []  # the last lines
         threading.Thread(target=self._read, daemon=True).start()
+        self.started.append(self)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -186,11 +189,11 @@ class Process:
             self.said = [*self.said[-199:], line]
         return line
 
-    def end(self) -> int | None:
+    def end(self, patience: float = 2.0) -> int | None:
         """Its exit status; ends it if it still runs. None if the system cannot end it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 2.0)):
             try:
-                return self.process.wait(timeout=2)
+                return self.process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, number)
@@ -354,7 +357,9 @@ class Check:
             try:
                 line = process.line(end if job is None else min(end, now + self.stall))
             except TimeoutError:
-                why = f"ended after {time.monotonic() - now:.0f} s without a word"
+                why = f"ended after {self.stall:.0f} s without a word"
+                if time.monotonic() >= end:
+                    why = "ended when its time was up"
                 break
             event = None if line is None else event_of(line)
             if line is None:
@@ -684,7 +689,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = os.environ.get("OUT") or (ROOT / "build" / "gpu-check" if given.dry_run else RESULTS)
     report = Report(Path(folder), part=given.only != list(NAMES[1:]))
     check = Check(report, given.only, given.budget, STUB if given.dry_run else "cuda")
-    status = check.all()
+    try:
+        status = check.all()
+    finally:  # in sessions of their own, they do not hear a Ctrl-C
+        for process in Process.started:
+            process.end(0.0)
+        Process.started.clear()
     if report.machine:
         print(markdown(report))
         print(f"gpu-check: {report.path}")
@@ -692,4 +702,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

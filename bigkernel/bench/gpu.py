@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bigkernel.ops  # noqa: F401 - registers the ops
 from bigkernel import registry
-from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, strict
 from bigkernel.measure import Plan, Run, Timing, interleave
 from bigkernel.optim import AdamW
 
@@ -28,7 +28,7 @@ FEW = Plan(share=0.05, rounds=5, least=3, warmups=1, sample=0.0, settle=0.0)
 MATH = "SDPA math"
 SLOW = (REFERENCE, MATH)
 FLUSH = 256 << 20  # bytes; more than any L2 cache
-SPIN_MOST = 20e-3  # seconds that a call's launches may take
+SPIN_MOST = 20e-3  # seconds; of calls of more launches than a queue holds the host's time is seen
 EAGER_CALLS = 10
 EAGER_SHARE = 0.1  # seconds of calls in a row, about
 
@@ -252,10 +252,11 @@ def deterministic(device: str, times: int = 30) -> list[str]:
     """Runs each op ``times`` times; AssertionError where two runs differ in a bit."""
     for name in OPS:
         run = of_op(name).repeated(device)
-        first = [x.detach().clone() for x in run()]
-        for k in range(1, times):
-            for a, b in zip(first, run(), strict=True):
-                assert torch.equal(a, b), f"{name}: run {k} differs from the first"
+        with strict():
+            first = [x.detach().clone() for x in run()]
+            for k in range(1, times):
+                for a, b in zip(first, run(), strict=True):
+                    assert torch.equal(a, b), f"{name}: run {k} differs from the first"
     return [f"{name}: {times} runs, the same bits" for name in OPS]
 
 
