@@ -443,6 +443,7 @@ def test_the_tests_are_counted_as_they_end(tmp_path, monkeypatch, text, status, 
         ("print('7 passed in 9 s')", "ok", "7 passed in 9 s"),
         ("print('========= Error: Device not supported. x'); sys.exit(1)", "skipped",
          "compute-sanitizer: Error: Device not supported. x"),
+        ("print('SKIPPED [7] x.py: no CUDA device'); print('7 skipped')", "ok", "7 skipped"),
         ("print('========= ERROR SUMMARY: 2 errors'); sys.exit(9)", "failed", "2 errors"),
     ],
 )  # fmt: skip
@@ -500,7 +501,7 @@ def test_without_a_gpu_it_says_so_and_exits_2(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu_check.main([]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
-    assert [*tmp_path.iterdir()] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu_check.log"]
 
 
 def test_a_dry_run_with_a_budget(tmp_path):
@@ -514,6 +515,7 @@ def test_a_dry_run_with_a_budget(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {
         "gpu_check_stub_part.json",
         "gpu_check_stub_part.md",
+        "gpu_check.log",
     }
     written = json.loads((tmp_path / "gpu_check_stub_part.json").read_text())
     assert written["machine"]["torch"] == torch.__version__

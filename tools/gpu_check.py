@@ -10,7 +10,8 @@ anything has changed; so is one that is missing. It takes nvcc and no GPU to bui
 docs/without-a-gpu.md says how.
 
 Results are written after every row, to $OUT if that is set, and else to benchmarks/results:
-gpu_check_<GPU>.json and .md. The exit status is 1 if a section failed, 2 without a GPU.
+gpu_check_<GPU>.json and .md. What the processes said: gpu_check.log in $OUT or build/gpu-check. The
+exit status is 1 if a section failed, 2 without a GPU.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -76,8 +77,8 @@ SANITIZED = (
 )
 # What compute-sanitizer says where it cannot look into the device, in its own words.
 REFUSALS = re.compile(
-    r"^.*(device not supported|insufficient privilege|not supported on (this|the)|"
-    r"no (cuda|supported) (device|gpu)|unable to (find|load) (the )?(injection|libcuda)).*$",
+    r"^=+ .*(insufficient privilege|not supported|no (cuda|supported) (device|gpu)|unable to ).*$"
+    r"|^.*device not supported.*$",
     re.I | re.M,
 )
 
@@ -154,6 +155,7 @@ class Process:
     """A command whose lines are read as they come, and which can be ended with all it started."""
 
     started: ClassVar[list["Process"]] = []
+    log: ClassVar[IO[str] | None] = None  # what all of them said
 
     def __init__(self, words: Sequence[str], **environment: str) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -177,6 +179,9 @@ class Process:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.queue.put(line.rstrip("\n"))
+            if self.log is not None:
+                self.log.write(line)
+                self.log.flush()
         self.queue.put(None)
 
     def line(self, until: float) -> str | None:
@@ -190,7 +195,7 @@ class Process:
         return line
 
     def end(self, patience: float = 2.0) -> int | None:
-        """Its exit status; ends it if it still runs. None if the system cannot end it."""
+        """Its exit status; it is ended if it still runs then. None if the system cannot do it."""
         for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 2.0)):
             try:
                 return self.process.wait(timeout=seconds)
@@ -230,7 +235,7 @@ def watch(process: Process, seconds: float, stall: float = STALL) -> Iterator[st
         try:
             line = process.line(min(end, silent))
         except TimeoutError:
-            process.end()
+            process.end(0.0)
             if time.monotonic() >= end:
                 raise Hung(f"ended when its {seconds:.0f} s were up") from None
             raise Hung(f"ended after {stall:.0f} s without a word") from None
@@ -360,6 +365,7 @@ class Check:
                 why = f"ended after {self.stall:.0f} s without a word"
                 if time.monotonic() >= end:
                     why = "ended when its time was up"
+                process.end(0.0)
                 break
             event = None if line is None else event_of(line)
             if line is None:
@@ -467,6 +473,8 @@ class Check:
         section, limit = self.report.begin("tests"), self.limit("tests")
         words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
         words += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={self.stall / 2}"]
+        if find_spec("pytest_timeout") is not None:  # ends a process of several, and goes on
+            words += ["--timeout", f"{self.stall * 2 / 3:.0f}", "--timeout-method", "thread"]
         if find_spec("xdist") is not None:
             words += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
         else:
@@ -686,15 +694,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "anything is. Results go to build/gpu-check unless $OUT is set",
     )
     given = parser.parse_args(arguments)
-    folder = os.environ.get("OUT") or (ROOT / "build" / "gpu-check" if given.dry_run else RESULTS)
-    report = Report(Path(folder), part=given.only != list(NAMES[1:]))
+    aside = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
+    folder = aside if given.dry_run or os.environ.get("OUT") else RESULTS
+    report = Report(folder, part=given.only != list(NAMES[1:]))
     check = Check(report, given.only, given.budget, STUB if given.dry_run else "cuda")
+    aside.mkdir(parents=True, exist_ok=True)
     try:
-        status = check.all()
+        with open(aside / "gpu_check.log", "w") as Process.log:
+            status = check.all()
     finally:  # in sessions of their own, they do not hear a Ctrl-C
         for process in Process.started:
             process.end(0.0)
         Process.started.clear()
+        Process.log = None
     if report.machine:
         print(markdown(report))
         print(f"gpu-check: {report.path}")

@@ -41,7 +41,7 @@ def specs() -> list[Spec]:
         for dtype in dtypes
         for causal, backward in itertools.product((True, False), (False, True))
     ]
-    packed = tuple(range(128, 2049, 128))
+    packed = tuple(range(64, 1025, 64))
     rest = [
         Spec(1, 32, 2048, 128, kv_heads=8, causal=True),
         Spec(4, 14, 1024, 64, kv_heads=2, causal=True),
