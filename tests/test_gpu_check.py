@@ -198,7 +198,7 @@ def stub(folder, *workers: str, **options):
     rest, given = list(workers), []
 
     def command(words, **environment):
-        given.append([word for word in words[3:] if not word.startswith("-")])
+        given.append([*words[4:]])
         return gpu_check.Process((*program(PRELUDE + textwrap.dedent(rest.pop(0))), *words[2:]))
 
     made = gpu_check.Check(report(folder), [], command=command, **options)
@@ -393,6 +393,24 @@ def test_one_that_does_not_fit_is_built_if_there_is_nvcc(tmp_path, monkeypatch):
         ("build", "failed"),
         ("library", "failed"),
     ]
+    fits = f"""
+    tell(event="section", name="facts")
+    tell(event="result", data={MACHINE!r})
+    tell(event="end")
+    tell(event="section", name="graph")
+    tell(event="result", data="the same bits")
+    tell(event="end")
+    """
+    for wanted in (False, True):
+        monkeypatch.setattr(gpu_check, "build_wanted", lambda wanted=wanted: wanted)
+        check, given = stub(tmp_path, unfit, 'print("bigkernel: built")', fits)
+        check.report.machine, check.names = {}, ["graph"]
+        assert check.all() == 0
+        sections = {s.name: (s.status, s.data) for s in check.report.sections}
+        assert sections == {"build": ("ok", "bigkernel: built"), "graph": ("ok", "the same bits")}
+        assert given[0] == (["facts"] if wanted else ["facts", "graph:0:15"])
+        assert given[2] == ["facts", "graph:0:15"]
+        assert check.report.machine == MACHINE
 
 
 # pytest and compute-sanitizer

@@ -288,16 +288,17 @@ class Check:
     def all(self) -> int:
         """The exit status."""
         try:
-            if self.device != STUB and build_wanted():
-                self.work([])
-                self.build()
+            work = [name for name in self.names if name in WORK]
             try:
-                self.work([name for name in self.names if name in WORK])
+                self.work([] if self.device != STUB and build_wanted() else work)
+                fits = self.device == STUB or not build_wanted()
             except Unfit:
                 if self.device == STUB or shutil.which("nvcc") is None:
                     raise
+                fits = False
+            if not fits:
                 self.build()
-                self.work([name for name in self.names if name in WORK])
+                self.work(work)
         except Unfit as unfit:
             self.report.end(self.report.begin("library"), "failed", str(unfit))
         except Stop as stop:
@@ -327,6 +328,7 @@ class Check:
             section.data = "\n".join(x for x in lines if x.startswith("bigkernel:"))
         section.seconds = round(time.monotonic() - begin, 1)
         self.report.end(section, "failed" if reason else "ok", reason)
+        self.report.machine = {}  # what the library has is asked again
         if reason:
             raise Unfit("the library could not be built")
 
@@ -351,8 +353,8 @@ class Check:
         """Start a worker and hear what it tells; jobs that are done with leave the list."""
         given = [f"{j.name}:{j.row}:{max(0.0, self.limit(j.name) - j.used):.0f}" for j in todo]
         process = self.command(
-            (sys.executable, str(WORKER), self.device, *([] if self.report.machine else ["facts"]),
-             *given)
+            (sys.executable, str(WORKER), self.device, f"{self.left:.0f}",
+             *([] if self.report.machine else ["facts"]), *given)
         )  # fmt: skip
         job, begin = None, time.monotonic()
         end = begin + START
@@ -438,9 +440,9 @@ class Check:
                 "build of torch. --dry-run shows what it does without one.",
                 2,
             )
+        self.report.machine = machine
         if machine["lacks"]:
             raise Unfit(machine["lacks"])
-        self.report.machine = machine
         print(f"gpu-check: {machine['gpu']}, torch {machine['torch']}, {machine['library']}")
 
     def hear(self, job: Job, event: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Sections of `make gpu-check` in a process of their own, which gpu_check.py starts and watches.
 
-gpu_worker.py DEVICE facts NAME:BEGIN:SECONDS ..
+gpu_worker.py DEVICE SECONDS facts NAME:BEGIN:SECONDS ..
 
 Each line for it begins with MARK and is JSON: what begins, a row of a table, a result. All else is
 what libraries print. DEVICE is "cuda", or "stub": the CPU at small sizes with the processor's
-clock, to see that the rest of the tool works. A table begins at its row number BEGIN.
+clock, to see that the rest of the tool works. A table begins at its row number BEGIN, and no row
+begins after its SECONDS or those of all.
 """
 
 import itertools
@@ -158,12 +159,13 @@ def section(name: str, begin: int, seconds: float, kind: str, clocks_of: dict[st
 
 
 def main() -> int:
-    kind, *given = sys.argv[1:]
-    clocks_of: dict[str, Any] = {}
+    kind, left, *given = sys.argv[1:]
+    end, clocks_of = time.monotonic() + float(left), dict[str, Any]()
     for words in given:
         name, begin, seconds = [*words.split(":"), "0", "0"][:3]
         tell(event="section", name=name)
-        if not section(name, int(begin), float(seconds), kind, clocks_of):
+        limit = min(float(seconds), end - time.monotonic())
+        if not section(name, int(begin), limit, kind, clocks_of):
             return BROKEN
         tell(event="end")
     return 0
