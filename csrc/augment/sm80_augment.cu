@@ -230,7 +230,7 @@ void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, cons
                     void* scratch, int device, void* stream) {
   const AugmentArgs& args = input.args;
   if (input.n * args.channels * args.out_h * args.out_w == 0) return;
-  check_device("augment", "augment_sample_kernel", use_device(device), kSm80);
+  use_device(device);
   const char* base = static_cast<const char*>(tables);
   DeviceCall call{};
   call.samples = reinterpret_cast<const AugmentSample*>(base + launch.samples_at);
