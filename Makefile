@@ -154,9 +154,11 @@ ARCH ?= sm_80
 cuda-report: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tools/cuda_report.py --arch $(ARCH)
 
-# For a machine with a GPU: builds for it, tests, sanitizes and measures, with what is installed there.
+# For a machine with a GPU: measures, tests and sanitizes in ten minutes, with what is installed there.
+# make gpu-check GPU_CHECK_ARGS="--budget 200 --only attention,tests"; --help says more.
+GPU_CHECK_ARGS ?=
 gpu-check:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 # One for every Python 3 and every torch from 2.11 on. What an earlier one left is not packed again.
 wheel: $(VENV)/.torch

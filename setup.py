@@ -29,6 +29,11 @@ ALL_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX for those to come
 # The stable ABI's version that the binary asks for; any torch from 2.11 on loads it.
 TORCH_TARGET = "0x020b000000000000"
 
+# libtorch.so has no function that we call, but needs libtorch_cuda.so in a torch with CUDA, whose
+# stream is looked up weakly (csrc/cuda/stream.h): a linker that drops what is not needed, as some
+# are told to, would leave every call on a GPU without its stream.
+KEEP_TORCH = ("-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state")
+
 # name -> (lanes of float, what GCC and Clang must be told)
 ISAS = {
     "portable": (4, ""),
@@ -179,6 +184,12 @@ def flags_of_generation(generation: int, flags: Sequence[str]) -> tuple[str, ...
     return (f"-gencode=arch=compute_{own},code=sm_{own}",) if wanted else ()
 
 
+def where_archs_come_from() -> str:
+    """Who named the architectures."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return f"TORCH_CUDA_ARCH_LIST={given}" if given else "what is in this machine"
+
+
 def choose_generations(files: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
     """The CUDA files that are compiled, and what says to the others which later ones are there.
 
@@ -186,11 +197,17 @@ def choose_generations(files: Sequence[str], flags: Sequence[str]) -> tuple[list
     may take those of sm90 asks ``#ifdef BIGKERNEL_SM90``.
     """
     there = {g for g in map(generation_of, files) if flags_of_generation(g, flags)}
+    older = [f for f in flags if f not in flags_of_generation(OLDEST, flags) and codes_of([f])]
     if OLDEST not in there:
         raise SystemExit(
-            f"TORCH_CUDA_ARCH_LIST must have compute capability {OLDEST / 10} or later, which the "
-            f"CUDA kernels need, got {os.environ.get('TORCH_CUDA_ARCH_LIST')!r}. "
+            f"The CUDA kernels need GPUs of compute capability {OLDEST / 10} or later, got "
+            f"{names_of_archs(older)} ({where_archs_come_from()}). "
             "BIGKERNEL_CUDA=0 builds for the CPU only."
+        )
+    if older:
+        print(
+            f"bigkernel: nothing is built for {names_of_archs(older)} ({where_archs_come_from()}): "
+            f"the CUDA kernels need compute capability {OLDEST / 10} or later"
         )
     defines = [f"-DBIGKERNEL_SM{generation}" for generation in sorted(there - {OLDEST})]
     return [file for file in files if generation_of(file) in there], defines
@@ -238,7 +255,7 @@ def extension() -> Extension:
         str(ROOT / "build" / "generated"),
         *cpp_extension.include_paths(),
     ]
-    libraries = ["torch", "torch_cpu"]
+    libraries = ["torch_cpu"]
     library_dirs = cpp_extension.library_paths()
     cxx = [
         "-O3",
@@ -252,7 +269,7 @@ def extension() -> Extension:
     ]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "--threads", "2"]
-    link = []
+    link = [*KEEP_TORCH]
     if flag("BIGKERNEL_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
         cxx = [

@@ -236,4 +236,5 @@ def derive(
 
 
 native, native_error = _native.load()
-cuda_error = None if native is None else _native.check_cuda(native)
+# Why no GPU runs the CUDA kernels, and whether some may not (`backend.why_not_on`).
+cuda_error, gpus_differ = (None, False) if native is None else _native.check_cuda(native)

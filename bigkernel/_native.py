@@ -137,9 +137,14 @@ def why_no_cuda(info: BuildInfo, driver: int, capabilities: Sequence[int]) -> st
             f"{driver // 1000}.{driver % 1000 // 10}"
         )
     if capabilities and not any(runs_on(info.cuda_archs, each) for each in capabilities):
-        names = ", ".join(f"sm_{each}" for each in sorted(set(capabilities)))
-        return f"there is no CUDA kernel for {names}, only for {info.cuda_archs}"
+        return no_code_for(info, capabilities)
     return None
+
+
+def no_code_for(info: BuildInfo, capabilities: Sequence[int]) -> str:
+    """The sentence about GPUs that a build has nothing for."""
+    names = ", ".join(f"sm_{each}" for each in sorted(set(capabilities)))
+    return f"there is no CUDA kernel for {names}, only for {info.cuda_archs}"
 
 
 def capabilities(library: str = "libnvidia-ml.so.1") -> list[int]:
@@ -170,13 +175,20 @@ def capabilities(library: str = "libnvidia-ml.so.1") -> list[int]:
     return found
 
 
-def check_cuda(native: Native) -> str | None:
-    """Why no CUDA kernel can run here although torch might use a GPU; said once if so."""
+def check_cuda(native: Native) -> tuple[str | None, bool]:
+    """Why no CUDA kernel can run here although torch might use a GPU; said once if so.
+
+    Also whether a call has to ask which GPU it is on: where one of them has no kernels, or no
+    library tells what they are.
+    """
     info = native.build_info()
     if info.cuda is None or torch.version.cuda is None:
-        return None
+        return None, False
     driver = int(ops.cuda_driver())
-    reason = why_no_cuda(info, driver, capabilities() if driver else [])
+    there = capabilities() if driver else []
+    reason = why_no_cuda(info, driver, there)
     if reason is not None:
         _tell(reason, "ops on a GPU run")
-    return reason
+        return reason, False
+    suited = there and all(runs_on(info.cuda_archs, each) for each in there)
+    return None, bool(driver) and not suited

@@ -100,6 +100,18 @@ def _why_no_kernel(op: str, device_type: str) -> str:
     return f"there is no native kernel of {op} for device type {device_type!r}"
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on this one of the machine's GPUs; None if they can."""
+    native = _library.native
+    if not _library.gpus_differ or device.type != "cuda" or native is None:
+        return None
+    traits = torch.cuda.get_device_properties(device)
+    info, capability = native.build_info(), 10 * traits.major + traits.minor
+    if _native.runs_on(info.cuda_archs, capability):
+        return None
+    return _native.no_code_for(info, [capability])
+
+
 def decide(op: str, device_type: str, reason: str | None = None) -> tuple[str, str | None]:
     """(backend, why no faster one) for a call of ``op``; raises if a forced backend cannot run."""
     why = (
@@ -129,9 +141,14 @@ def select(op: str, device: torch.device, reason: str | None = None) -> Any:
     ``reason`` says why the native kernel cannot take this particular call, None if it can.
     """
     # What is true of nearly all calls, first.
-    if reason is None and _forced is None and _library.kernels.get((op, device.type), False):
+    if (
+        reason is None
+        and _forced is None
+        and not _library.gpus_differ
+        and _library.kernels.get((op, device.type), False)
+    ):
         return _library.OPS
-    backend, why = decide(op, device.type, reason)
+    backend, why = decide(op, device.type, reason or why_not_on(device))
     if backend != "torch" or device.type == "meta":  # there, shapes are all that is asked for
         return _library.OPS
     if _forced is None and why is not None and not torch.compiler.is_compiling():
@@ -168,7 +185,10 @@ def explain(op: str, *tensors: Tensor) -> str:
                 f"{tensor.device.type}."
             )
     name = op if op != found.noun else found.functions[0].name
-    backend, why = decide(name, device_type, found.why_not_native(tensors))
+    reason = found.why_not_native(tensors)
+    if reason is None and tensors:
+        reason = why_not_on(tensors[0].device)
+    backend, why = decide(name, device_type, reason)
     detail = ""
     if backend == "cpu":
         assert _library.native is not None

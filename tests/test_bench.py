@@ -315,7 +315,7 @@ def test_a_fallback_fails(op, monkeypatch):
 @needs_native
 def test_a_fallback_of_a_part_fails(monkeypatch):
     """A backward pass without kernel, behind a forward pass that has one."""
-    monkeypatch.setattr(attention_bench, "_ours", lambda spec: _head_dim_too_large)
+    monkeypatch.setattr(attention_bench, "ours", lambda spec: _head_dim_too_large)
     case = attention_bench._case(attention_bench.Spec(1, 1, 8, 8), 1.0, 0)
     with pytest.raises(RuntimeError, match="BIGKERNEL_STRICT"):
         run_case(case, ONCE)
@@ -329,9 +329,7 @@ def _head_dim_too_large(q, k, v):
 @needs_native
 def test_a_wrong_result_fails(monkeypatch):
     right = attention_bench.sdpa
-    monkeypatch.setattr(
-        attention_bench, "_ours", lambda spec: lambda q, k, v: right(q, k, v) * 1.01
-    )
+    monkeypatch.setattr(attention_bench, "ours", lambda spec: lambda q, k, v: right(q, k, v) * 1.01)
     case = attention_bench._case(attention_bench.Spec(1, 1, 8, 8, dtype=torch.float32), 1.0, 0)
     with pytest.raises(RuntimeError, match="do not agree"):
         run_case(case, ONCE)

@@ -142,7 +142,7 @@ def test_kernels_of_a_generation_that_is_not_wanted_are_left_out(setup):
     choose = setup["choose_generations"]
     assert choose(files, archs("sm_80", "sm_90")) == (files, ["-DBIGKERNEL_SM90"])
     assert choose(files, archs("sm_80")) == (files[:2], [])
-    with pytest.raises(SystemExit, match=r"must have compute capability 8\.0 or later"):
+    with pytest.raises(SystemExit, match=r"compute capability 8\.0 or later, got sm_75 \("):
         choose(files, archs("sm_75"))
 
 
@@ -171,10 +171,19 @@ def test_the_compiler_is_told_the_architectures_of_each_file(setup):
 def test_architectures_that_no_kernel_takes_are_refused():
     done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5")
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST must have compute capability 8.0 or later" in done.stderr
-    assert "got '7.5'. BIGKERNEL_CUDA=0 builds for the CPU only." in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "The CUDA kernels need GPUs of compute capability 8.0 or later, got sm_75 "
+        "(TORCH_CUDA_ARCH_LIST=7.5). BIGKERNEL_CUDA=0 builds for the CPU only."
+    )
     done = setup_py("--name", BIGKERNEL_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5;8.0")
+    assert "nothing is built for sm_75 (TORCH_CUDA_ARCH_LIST=7.5;8.0)" in done.stdout
     assert "; sm_80)" in done.stdout
+
+
+def test_a_gpu_of_this_machine_that_is_too_old_is_named(setup, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    with pytest.raises(SystemExit, match=r"got sm_75 \(what is in this machine\)"):
+        setup["choose_generations"](["csrc/op/fwd.cu"], archs("sm_75"))
 
 
 def test_instruction_sets_are_those_of_the_table(monkeypatch):
@@ -322,11 +331,67 @@ def test_library_needs_torch_and_neither_cuda_nor_python():
         text=True,
     ).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
-    assert any(name.startswith("libtorch") for name in needed)
+    assert {"libtorch.so", "libtorch_cpu.so"} <= {*needed}  # the first for the CUDA stream
     assert not [n for n in needed if re.search("cuda|python|^libc10", n)], needed
     symbols = re.findall(r"^ *\d+: .* (\S+)$", dynamic, re.M)
     assert any(name.startswith("torch_library_impl") for name in symbols)
     assert not [name for name in symbols if re.match("_?Py", name)]
+
+
+FAKE_TORCH = """
+extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
+  *stream = reinterpret_cast<void*>(1000 + device);
+  return device == 9;
+}
+"""
+STREAM = """
+#include "cuda/stream.h"
+extern "C" const char* stream_of(int device, void** stream) {
+  static std::string said;
+  said.clear();
+  try {
+    *stream = bigkernel::current_cuda_stream(device);
+  } catch (const std::exception& error) {
+    said = error.what();
+  }
+  return said.c_str();
+}
+"""
+ASK = """
+import ctypes, sys
+stream_of, stream = ctypes.CDLL(sys.argv[1]).stream_of, ctypes.c_void_p()
+stream_of.restype = ctypes.c_char_p
+for device in (3, 9):
+    said = stream_of(device, ctypes.byref(stream)).decode().splitlines()
+    print(said[0] if said else stream.value)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the path")
+def test_the_current_stream_is_found_through_libtorch(setup, tmp_path):
+    """A torch with CUDA, as far as its names: libtorch.so needs libtorch_cuda.so, the function's.
+
+    The linker is told to drop what is not needed, as some distributions tell theirs; what setup.py
+    says to it has to win. In a process without torch, whose libtorch.so would be taken.
+    """
+
+    def build(name, source, *options):
+        (tmp_path / f"{name}.cpp").write_text(source)
+        include = [f"-I{ROOT}/csrc", *(f"-I{path}" for path in cpp_extension.include_paths())]
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-fvisibility=default", *include]
+        command += [f"{tmp_path}/{name}.cpp", "-o", f"{tmp_path}/{name}.so", f"-L{tmp_path}"]
+        subprocess.run([*command, "-Wl,-rpath,$ORIGIN", *options], check=True)
+
+    build("libtorch_cuda", FAKE_TORCH)
+    build("libtorch", "", "-Wl,--no-as-needed", "-ltorch_cuda")
+    said = {}
+    for name, link in (("kept", setup["KEEP_TORCH"]), ("dropped", ["-ltorch"])):
+        build(name, STREAM, "-Wl,--as-needed", *link)
+        command = [sys.executable, "-c", ASK, str(tmp_path / f"{name}.so")]
+        said[name] = subprocess.check_output(command, text=True).splitlines()
+    assert said["kept"][0] == "1003"
+    assert "torch could not name the current stream of CUDA device 9" in said["kept"][1]
+    assert all("this torch was built without CUDA" in line for line in said["dropped"])
 
 
 @needs_library

@@ -14,6 +14,7 @@ import torch
 
 from bigkernel import _library, _native, backend
 from bigkernel.errors import FallbackWarning
+from bigkernel.integrations import native
 
 PACKAGE = Path(_native.__file__).parent
 ALL = "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, PTX for sm_120"
@@ -167,7 +168,8 @@ def old_driver(monkeypatch):
 
 def test_a_driver_that_is_too_old_is_said_once_and_pytorch_runs(old_driver, monkeypatch):
     with pytest.warns(FallbackWarning, match=r"CUDA 12\.6; ops on a GPU run in plain PyTorch"):
-        reason = _native.check_cuda(_native.Native())
+        reason, differ = _native.check_cuda(_native.Native())
+    assert not differ
     monkeypatch.setattr(_library, "native", _native.Native())
     monkeypatch.setattr(_library, "cuda_error", reason)
     monkeypatch.setitem(_library.kernels, ("attention_fwd", "cuda"), False)
@@ -186,4 +188,56 @@ def test_nothing_is_said_where_torch_uses_no_gpu(old_driver, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _native.check_cuda(_native.Native()) is None
+        assert _native.check_cuda(_native.Native()) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("there", "differ"), [([80, 90], False), ([75, 90], True), ([], True)], ids=str
+)
+def test_a_call_asks_for_its_gpu_where_they_differ_or_are_not_known(
+    old_driver, monkeypatch, there, differ
+):
+    monkeypatch.setattr(_native, "capabilities", lambda: there)
+    monkeypatch.setattr(_native.ops, "cuda_driver", staticmethod(lambda: 13000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _native.check_cuda(_native.Native()) == (None, differ)
+
+
+def test_of_two_gpus_the_one_without_kernels_falls_back(old_driver, monkeypatch):
+    """A T4 beside an H100: each call goes by where its tensors are."""
+    gpus = [types.SimpleNamespace(major=7, minor=5), types.SimpleNamespace(major=9, minor=0)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus[device.index])
+    monkeypatch.setattr(_library, "native", _native.Native())
+    monkeypatch.setattr(_library, "gpus_differ", True)
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setitem(_library.kernels, ("attention_fwd", "cuda"), True)
+    monkeypatch.setitem(_library.kernels, ("attention_fwd", "cpu"), True)
+    old, new = (torch.device("cuda", index) for index in range(2))
+    with pytest.warns(FallbackWarning, match=f"no CUDA kernel for sm_75, only for {ALL}"):
+        assert backend.select("attention_fwd", old) is _library.TORCH_OPS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device in (new, torch.device("cpu")):
+            assert backend.select("attention_fwd", device) is _library.OPS
+            assert backend.why_not_on(device) is None
+        monkeypatch.setitem(_library.kernels, ("norm_fwd", "cuda"), True)
+        found = []
+        for device in (old, new):
+            held = types.SimpleNamespace(parameters=lambda device=device: iter([_On(device)]))
+            found.append(native.why_not("rms_norm", held))
+        assert found == [f"there is no CUDA kernel for sm_75, only for {ALL}", None]
+    with pytest.raises(RuntimeError, match="no CUDA kernel for sm_75"), backend.use_backend("cuda"):
+        backend.select("attention_fwd", old)
+
+
+class _On:
+    """What is asked of a parameter on a GPU."""
+
+    dtype = torch.float32
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def is_floating_point(self) -> bool:
+        return True

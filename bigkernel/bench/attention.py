@@ -34,7 +34,8 @@ class Spec:
 
     window: keys that a query sees, its own included. padding: of each sequence's keys, the last
     ones are padding, sequence b of B keeps the first (B - b) / B. documents: lengths of packed
-    documents, in place of batch and length. device: where the tensors are.
+    documents, in place of batch and length. queries: how many there are, where not as many as keys;
+    each sees every key, as in decoding. device: where the tensors are.
     """
 
     batch: int
@@ -48,13 +49,16 @@ class Spec:
     window: int = 0
     padding: bool = False
     documents: tuple[int, ...] = ()
+    queries: int = 0
+    dropout: float = 0.0
     device: str = "cpu"
 
     @property
     def name(self) -> str:
         dtype = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[self.dtype]
         heads = f"H{self.heads}" + (f":{self.kv_heads}" if self.kv_heads else "")
-        shape = f"B{self.batch} {heads} S{self.length} D{self.dim}"
+        length = f"Sq{self.queries} Sk{self.length}" if self.queries else f"S{self.length}"
+        shape = f"B{self.batch} {heads} {length} D{self.dim}"
         if self.documents:
             low, high = min(self.documents), max(self.documents)
             shape = f"{len(self.documents)} documents of {low}..{high} {heads} D{self.dim}"
@@ -62,6 +66,7 @@ class Spec:
         words += ["causal"] if self.causal else []
         words += [f"window {self.window}"] if self.window else []
         words += ["key padding"] if self.padding else []
+        words += [f"dropout {self.dropout:g}"] if self.dropout else []
         return " ".join([*words, shape])
 
     @property
@@ -76,6 +81,8 @@ class Spec:
             return sum(_pairs(s, self.causal, 0) for s in self.documents)
         if self.padding:
             return sum(self.length * kept for kept in self.kept)
+        if self.queries:
+            return self.batch * self.queries * self.length
         return self.batch * _pairs(self.length, self.causal, self.window)
 
     def flops(self) -> float:
@@ -165,10 +172,10 @@ def build(spec: Spec, side: int = SIDE) -> Ready:
 
     q, k, v = draw(spec.heads), *(draw(spec.kv_heads or spec.heads) for _ in range(2))
     dout = torch.randn(q.shape, generator=generator).to(q)
-    functions = {OURS: _ours(spec), SDPA: _sdpa(spec)}
+    functions = {OURS: ours(spec), SDPA: through_sdpa(spec)}
     functions[REFERENCE] = on_torch(functions[OURS])
     if spec.documents:
-        functions[APART] = partial(_one_by_one, spec)
+        functions[APART] = partial(one_by_one, spec)
 
     def run(name: str) -> list[Tensor]:
         out = functions[name](q, k, v)
@@ -180,7 +187,7 @@ def build(spec: Spec, side: int = SIDE) -> Ready:
     limit, limit_flops, limit_name = matrix_product(spec.dtype, side)
     return Ready(
         runs={name: partial(run, name) for name in names},
-        check=lambda runs: _check(
+        check=lambda runs: check(
             spec, {name: call() for name, call in runs.items()}, q, k, v, dout
         ),
         op="attention",
@@ -192,7 +199,8 @@ def build(spec: Spec, side: int = SIDE) -> Ready:
     )
 
 
-def _ours(spec: Spec) -> Callable[..., Tensor]:
+def ours(spec: Spec) -> Callable[..., Tensor]:
+    """Our call on q, k, v."""
     if spec.documents:
         offsets = [0, *itertools.accumulate(spec.documents)]
         cu = torch.tensor(offsets, dtype=torch.int32, device=spec.device)
@@ -209,16 +217,18 @@ def _ours(spec: Spec) -> Callable[..., Tensor]:
     if spec.window:
         return lambda q, k, v: attention(q, k, v, window=(spec.window - 1, 0))
     options: dict[str, Any] = {"is_causal": spec.causal, "enable_gqa": spec.kv_heads > 0}
+    options["dropout_p"] = spec.dropout
     if spec.padding:
         options["attn_mask"] = _mask(spec)
     return lambda q, k, v: bigkernel.scaled_dot_product_attention(q, k, v, **options)
 
 
-def _sdpa(spec: Spec) -> Callable[..., Tensor]:
+def through_sdpa(spec: Spec) -> Callable[..., Tensor]:
+    """torch's call, with a mask for what it has no flag for."""
     mask = _mask(spec)
-    causal = spec.causal and mask is None
-    gqa = spec.kv_heads > 0
-    return lambda q, k, v: sdpa(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+    options: dict[str, Any] = {"is_causal": spec.causal and mask is None, "attn_mask": mask}
+    options |= {"enable_gqa": spec.kv_heads > 0, "dropout_p": spec.dropout}
+    return lambda q, k, v: sdpa(q, k, v, **options)
 
 
 def _mask(spec: Spec) -> Tensor | None:
@@ -236,12 +246,13 @@ def _mask(spec: Spec) -> Tensor | None:
     return None if mask is None else mask.to(spec.device)
 
 
-def _one_by_one(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def one_by_one(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's call for each document."""
     parts = zip(*(x.split(spec.documents, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([sdpa(a, b, c, is_causal=spec.causal) for a, b, c in parts], dim=2)
 
 
-def _check(
+def check(
     spec: Spec,
     results: dict[str, Any],
     q: Tensor,

@@ -1,12 +1,15 @@
 """Measuring on a GPU: CUDA events around each call, L2 flushed before it, competitors by turns.
 
+Kernel time is the device's alone: it is kept busy until the host has queued the whole call. Eager
+time is a call's share of some in a row, Python and launches included.
+
 The same functions run on a CPU with another clock, which is how they are tested.
 """
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,22 +18,35 @@ from torch import Tensor
 
 import bigkernel.ops  # noqa: F401 - registers the ops
 from bigkernel import registry
-from bigkernel.bench.case import OURS, REFERENCE
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, strict
 from bigkernel.measure import Plan, Run, Timing, interleave
 from bigkernel.optim import AdamW
 
-LIMIT = "limit"
-PLAN = Plan(share=0.5, rounds=100, least=10, warmups=3, sample=0.0)
+PLAN = Plan(share=0.25, rounds=50, least=10, warmups=2, sample=0.0, settle=0.0)
+# Of what is many times slower than the rest and only there for the record.
+FEW = Plan(share=0.05, rounds=5, least=3, warmups=1, sample=0.0, settle=0.0)
+MATH = "SDPA math"
+SLOW = (REFERENCE, MATH)
 FLUSH = 256 << 20  # bytes; more than any L2 cache
+SPIN_MOST = 20e-3  # seconds; of calls of more launches than a queue holds the host's time is seen
+EAGER_CALLS = 10
+EAGER_SHARE = 0.1  # seconds of calls in a row, about
 
 
 class Clock(Protocol):
     """What takes the time of one call."""
 
-    def flush(self) -> None: ...
+    def prepare(self, seconds: float) -> None:
+        """Flush the L2 cache, and keep the device busy for so long; returns at once."""
+        ...
+
     def start(self) -> None: ...
     def stop(self) -> float:
         """Seconds since `start`, of the device's work."""
+        ...
+
+    def wait(self) -> None:
+        """Until the device has done all that was queued."""
         ...
 
 
@@ -40,9 +56,15 @@ class CudaClock:
     def __init__(self) -> None:
         self.room = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.cycles = 1e9  # of a spin, a second
+        for _ in range(2):  # the clock has risen at the second time
+            self.start()
+            torch.cuda._sleep(10_000_000)
+            self.cycles = 1e7 / self.stop()
 
-    def flush(self) -> None:
-        self.room.zero_()  # which also gives the host time to queue what is to be measured
+    def prepare(self, seconds: float) -> None:
+        self.room.zero_()
+        torch.cuda._sleep(int(seconds * self.cycles))
 
     def start(self) -> None:
         self.events[0].record()
@@ -52,11 +74,14 @@ class CudaClock:
         self.events[1].synchronize()
         return self.events[0].elapsed_time(self.events[1]) / 1e3
 
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
 
 class HostClock:
     """The processor's time, where there is no GPU."""
 
-    def flush(self) -> None:
+    def prepare(self, seconds: float) -> None:
         pass
 
     def start(self) -> None:
@@ -65,12 +90,31 @@ class HostClock:
     def stop(self) -> float:
         return time.perf_counter() - self.begin
 
+    def wait(self) -> None:
+        pass
 
-def timed(run: Callable[[], object], clock: Clock) -> Run:
-    """A run that returns its own time, as `interleave` takes it."""
+
+def launch_time(run: Callable[[], object], clock: Clock) -> float:
+    """Seconds that the host takes to queue a call, once all is loaded and allocated."""
+    for _ in range(2):
+        clock.wait()
+        begin = time.perf_counter()
+        run()
+        took = time.perf_counter() - begin
+    clock.wait()  # errors of the device come out here
+    return took
+
+
+def timed(run: Callable[[], object], clock: Clock, launches: float) -> Run:
+    """A run that returns its own time, as `interleave` takes it.
+
+    The device spins for twice the time that launching took, and then some: an event that it meets
+    before the call is queued would count the host's time.
+    """
+    spin = min(2 * launches + 50e-6, SPIN_MOST)
 
     def call() -> float:
-        clock.flush()
+        clock.prepare(spin)
         clock.start()
         run()
         return clock.stop()
@@ -78,11 +122,23 @@ def timed(run: Callable[[], object], clock: Clock) -> Run:
     return call
 
 
+def eager_time(run: Callable[[], object], clock: Clock, about: float) -> float:
+    """Seconds of a call among some in a row, launches included; it takes ``about`` so long."""
+    calls = max(1, min(EAGER_CALLS, int(EAGER_SHARE / max(about, 1e-9))))
+    clock.wait()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    clock.wait()
+    return (time.perf_counter() - begin) / calls
+
+
 @dataclass
 class Row:
     """One case: times by competitor, and the work of a call, in ``unit`` (of the limit: its own).
 
-    skipped: competitors that are not there or do not run this, with the reason.
+    skipped: competitors that are not there or do not run this, with the reason. eager: seconds of
+    a call with its launches. bars: what ours has to reach.
     """
 
     case: str
@@ -91,6 +147,8 @@ class Row:
     work: float
     limit_work: float
     skipped: dict[str, str]
+    eager: dict[str, float] = field(default_factory=dict)
+    bars: Sequence[Bar] = ()
 
     def rate(self, name: str) -> float:
         work = self.limit_work if name == LIMIT else self.work
@@ -100,16 +158,30 @@ class Row:
         """Of the limit's rate."""
         return self.rate(name) / self.rate(LIMIT) if LIMIT in self.timings else None
 
+    def reached(self, bar: Bar) -> float | None:
+        """What ours reached of a bar; None where what it is over did not run."""
+        if bar.over not in self.timings:
+            return None
+        if bar.over == LIMIT:
+            return self.share(OURS)
+        return self.timings[bar.over].median / self.timings[OURS].median
+
     def as_dict(self) -> dict[str, Any]:
+        reached = {bar: self.reached(bar) for bar in self.bars}
         return {
             "case": self.case,
             "unit": self.unit,
             "skipped": self.skipped,
+            "bars": [
+                {"bar": str(bar), "value": v, "held": None if v is None else bar.holds(v)}
+                for bar, v in reached.items()
+            ],
             "results": {
                 name: {
                     "median_s": timing.median,
                     "quartiles_s": timing.quartiles,
                     "rounds": len(timing.samples),
+                    "eager_s": self.eager.get(name),
                     "rate": self.rate(name),
                     "share_of_limit": self.share(name),
                 }
@@ -124,23 +196,29 @@ def measure(
     skipped: dict[str, str],
     clock: Clock,
     work: tuple[str, float, float],
-    plan: Plan = PLAN,
+    bars: Sequence[Bar] = (),
+    plan: Plan | None = None,
 ) -> Row:
     """Time the competitors that run at all; ours has to. Our own torch backend comes first."""
     order = [name for name in (REFERENCE, OURS) if name in runs]
     order += [name for name in runs if name not in order]
     able: dict[str, Run] = {}
     for name in order:
-        run = timed(runs[name], clock)  # which waits for the result: errors come out here
         try:
-            run()
+            able[name] = timed(runs[name], clock, launch_time(runs[name], clock))
         except Exception as error:
             if name == OURS:
                 raise
             skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        else:
-            able[name] = run
-    return Row(case, interleave(able, plan), *work, skipped)
+    slow = {name: run for name, run in able.items() if name in SLOW}
+    timings = interleave(
+        {name: run for name, run in able.items() if name not in slow}, plan or PLAN
+    )
+    if slow:
+        timings |= interleave(slow, FEW)
+    timings = {name: timings[name] for name in able}
+    eager = {name: eager_time(runs[name], clock, timing.median) for name, timing in timings.items()}
+    return Row(case, timings, *work, skipped, eager, bars)
 
 
 def installed(module: str, skipped: dict[str, str], name: str) -> Any | None:
@@ -174,10 +252,11 @@ def deterministic(device: str, times: int = 30) -> list[str]:
     """Runs each op ``times`` times; AssertionError where two runs differ in a bit."""
     for name in OPS:
         run = of_op(name).repeated(device)
-        first = [x.detach().clone() for x in run()]
-        for k in range(1, times):
-            for a, b in zip(first, run(), strict=True):
-                assert torch.equal(a, b), f"{name}: run {k} differs from the first"
+        with strict():
+            first = [x.detach().clone() for x in run()]
+            for k in range(1, times):
+                for a, b in zip(first, run(), strict=True):
+                    assert torch.equal(a, b), f"{name}: run {k} differs from the first"
     return [f"{name}: {times} runs, the same bits" for name in OPS]
 
 

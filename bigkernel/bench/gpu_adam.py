@@ -1,5 +1,6 @@
 """Adam on a GPU, against torch and Apex."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bigkernel.bench import adam
-from bigkernel.bench.case import OURS, REFERENCE, on_torch, strict
-from bigkernel.bench.gpu import LIMIT, Cases, Clock, Row, copy_of, installed, measure
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, on_torch, strict
+from bigkernel.bench.gpu import Cases, Clock, Row, copy_of, installed, measure
 from bigkernel.optim import AdamW
 
 
@@ -19,12 +20,11 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
     options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
     def params(dtype: torch.dtype) -> list[Any]:
-        generator = torch.Generator().manual_seed(0)
-        made = []
-        for shape in shapes:
-            p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-            p.grad = torch.randn(shape, generator=generator).to(device, dtype)
-            made.append(p)
+        generator = torch.Generator(device).manual_seed(0)
+        draw = partial(torch.randn, generator=generator, device=device, dtype=dtype)
+        made = [torch.nn.Parameter(draw(shape)) for shape in shapes]
+        for p in made:
+            p.grad = draw(p.shape)
         return made
 
     def row(name: str, dtype: torch.dtype, width: int) -> Row:
@@ -32,17 +32,18 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
         runs: dict[str, Callable[[], object]] = {
             REFERENCE: on_torch(AdamW(params(dtype), **options).step),
             OURS: ours.step,
-            "torch fused": torch.optim.AdamW(params(dtype), fused=True, **options).step,
-            "torch foreach": torch.optim.AdamW(params(dtype), foreach=True, **options).step,
+            adam.FUSED: torch.optim.AdamW(params(dtype), fused=True, **options).step,
+            adam.FOREACH: torch.optim.AdamW(params(dtype), foreach=True, **options).step,
         }
         apex = installed("apex.optimizers", skipped, "Apex")
         if apex is not None:
             runs["Apex"] = apex.FusedAdam(params(dtype), adam_w_mode=True, **options).step
-        work = width * sum(p.numel() for p in params(dtype))
+        work = width * sum(math.prod(shape) for shape in shapes)
         runs[LIMIT], moved = copy_of(work, device)
         with strict():
+            bars = (Bar(1.0, adam.FUSED), Bar(0.8, LIMIT))
             # torch keeps moments in the parameters' dtype: in bf16 it moves less, and rounds more.
-            return measure(name, runs, skipped, clock, ("B", work, moved))
+            return measure(name, runs, skipped, clock, ("B", work, moved), bars)
 
     for dtype, width in ((torch.float32, 28), (torch.bfloat16, 22)):  # bytes an element
         name = f"{'fp32' if dtype == torch.float32 else 'bf16, fp32 moments'}, GPT-2, 124M"

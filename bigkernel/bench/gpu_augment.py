@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bigkernel.bench import augment
-from bigkernel.bench.case import OURS, REFERENCE, on_torch, strict
-from bigkernel.bench.gpu import LIMIT, Cases, Clock, Row, copy_of, measure
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, on_torch, strict
+from bigkernel.bench.gpu import Cases, Clock, Row, copy_of, measure
 
 
 def cases(device: str, clock: Clock, small: bool = False) -> Cases:
@@ -35,7 +35,9 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
                 skipped[name] = f"{type(error).__name__}: {error}"
         runs[LIMIT], _ = copy_of(batch.numel() + 4 * 3 * spec.count * spec.output**2, device)
         with strict():
-            return measure(spec.name, runs, skipped, clock, ("images", spec.count, spec.count))
+            bars = (Bar(10.0, augment.TORCHVISION), Bar(2.0, augment.KORNIA))
+            work = ("images", spec.count, spec.count)
+            return measure(spec.name, runs, skipped, clock, work, bars)
 
     simple = "crop + flip + normalise"
     full = "crop + flip + rotate + jitter + normalise"

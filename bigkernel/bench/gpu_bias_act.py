@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bigkernel.bench import bias_act as table
-from bigkernel.bench.case import OURS, REFERENCE, on_torch, strict
-from bigkernel.bench.gpu import LIMIT, Cases, Clock, Row, copy_of, measure
+from bigkernel.bench.case import LIMIT, OURS, REFERENCE, Bar, on_torch, strict
+from bigkernel.bench.gpu import Cases, Clock, Row, copy_of, measure
 from bigkernel.ops.bias_act.contest import apart
 
 
@@ -33,7 +33,8 @@ def cases(device: str, clock: Clock, small: bool = False) -> Cases:
         work = 5 * dy.numel() * dy.element_size()  # x, y; x, dy, dx
         runs[LIMIT], moved = copy_of(work, device)
         with strict():
-            return measure(name, runs, {}, clock, ("B", work, moved))
+            bars = (Bar(1.2, table.APART), Bar(0.7, LIMIT))
+            return measure(name, runs, {}, clock, ("B", work, moved), bars)
 
     for activation in ("gelu", "gelu_tanh"):
         name = f"bf16 {activation}, {rows} x {width}"

@@ -52,6 +52,8 @@ def takes(
     size = first.numel() if size is None else size
     if size < SMALLEST[op] or not _library.kernels.get((_FUNCTIONS[op], device.type), False):
         return False
+    if _library.gpus_differ and backend.why_not_on(device) is not None:
+        return False
     if compiling or not tuning.contested(op, device.type) or size > CONTESTED[op]:
         return True
     return not tuning.takes_torch(
@@ -65,10 +67,9 @@ def why_not(op: str, module: nn.Module) -> str | None:
     if held is None:
         return None
     function = _FUNCTIONS[op]
+    reason = registry.find(function).why_not_dtype(held.dtype) or backend.why_not_on(held.device)
     try:
-        return backend.decide(
-            function, held.device.type, registry.find(function).why_not_dtype(held.dtype)
-        )[1]
+        return backend.decide(function, held.device.type, reason)[1]
     except RuntimeError as error:
         return str(error)
 

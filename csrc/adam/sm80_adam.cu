@@ -375,9 +375,8 @@ void launch_adam_norm(const std::vector<AdamTensor>& tensors, double* partials, 
     for (const NormTable& table : plan_norm(tensors, type)) {
       const uint32_t grid = norm_blocks(table);
       with_type(type, [&](auto g) {
-        adam_norm_kernel<decltype(g)>
-            <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, partials);
-        check_launch("adam_norm_kernel", grid, kThreads);
+        launch_kernel("adam_norm_kernel", adam_norm_kernel<decltype(g)>, grid, kThreads, 0, stream,
+                      table, partials);
       });
       partials += grid;
     }
@@ -386,15 +385,13 @@ void launch_adam_norm(const std::vector<AdamTensor>& tensors, double* partials, 
 
 void launch_adam_finish(const AdamDeviceCall& call, int device, void* stream) {
   check_device("adam_norm", "adam_finish_kernel", use_device(device), kSm80);
-  adam_finish_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  check_launch("adam_finish_kernel", 1, kThreads);
+  launch_kernel("adam_finish_kernel", adam_finish_kernel, 1, kThreads, 0, stream, call);
 }
 
 void launch_adam_step(const std::vector<AdamTensor>& tensors,
                       const std::vector<AdamDeviceGroup>& groups, const AdamDeviceCall& call,
-                      int device, void* stream_) {
+                      int device, void* stream) {
   check_device("adam_step_", "adam_update_kernel", use_device(device), kSm80);
-  const auto stream = static_cast<cudaStream_t>(stream_);
   for (size_t next = 0; next < tensors.size();) {
     PrepareTable table{};
     table.first_group = tensors[next].group;
@@ -405,8 +402,8 @@ void launch_adam_step(const std::vector<AdamTensor>& tensors,
       table.group[t.group - table.first_group] = groups[t.group];
     }
     const uint32_t grid = (table.count + kThreads - 1) / kThreads;
-    adam_prepare_kernel<<<grid, kThreads, 0, stream>>>(table, call);
-    check_launch("adam_prepare_kernel", grid, kThreads);
+    launch_kernel("adam_prepare_kernel", adam_prepare_kernel, grid, kThreads, 0, stream, table,
+                  call);
   }
   std::vector<int> combinations;
   for (const AdamTensor& t : tensors)
@@ -419,9 +416,10 @@ void launch_adam_step(const std::vector<AdamTensor>& tensors,
       with_type(first->param_type, [&](auto p) {
         with_type(first->grad_type, [&](auto g) {
           auto launch = [&](auto m, auto master) {
-            adam_update_kernel<decltype(p), decltype(g), decltype(m), decltype(master)::value>
-                <<<table.chunks, kThreads, 0, stream>>>(table, call.scalars, call.control);
-            check_launch("adam_update_kernel", table.chunks, kThreads);
+            const auto kernel =
+                adam_update_kernel<decltype(p), decltype(g), decltype(m), decltype(master)::value>;
+            launch_kernel("adam_update_kernel", kernel, table.chunks, kThreads, 0, stream, table,
+                          call.scalars, call.control);
           };
           auto with_master = [&](auto m) {
             if constexpr (sizeof(p) == 2) {

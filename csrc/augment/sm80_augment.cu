@@ -227,11 +227,10 @@ void with_source(DType type, const F& f) {
 }  // namespace
 
 void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, const void* tables,
-                    void* scratch, int device, void* stream_) {
+                    void* scratch, int device, void* stream) {
   const AugmentArgs& args = input.args;
   if (input.n * args.channels * args.out_h * args.out_w == 0) return;
   use_device(device);
-  const auto stream = static_cast<cudaStream_t>(stream_);
   const char* base = static_cast<const char*>(tables);
   DeviceCall call{};
   call.samples = reinterpret_cast<const AugmentSample*>(base + launch.samples_at);
@@ -256,13 +255,12 @@ void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, cons
   call.sums = sums_of(0);
   with_source(args.in_type, [&](auto in) {
     using In = decltype(in);
-    if (args.channels == 3)
-      augment_sample_kernel<In, 3><<<all, kThreads, 0, stream>>>(call);
-    else
-      augment_sample_kernel<In, 1><<<all, kThreads, 0, stream>>>(call);
-    check_launch("augment_sample_kernel", all, kThreads);
+    const auto kernel =
+        args.channels == 3 ? augment_sample_kernel<In, 3> : augment_sample_kernel<In, 1>;
+    launch_kernel("augment_sample_kernel", kernel, all, kThreads, 0, stream, call);
   });
   const int32_t* which = reinterpret_cast<const int32_t*>(base + launch.later_at);
+  const auto finish = args.channels == 3 ? augment_finish_kernel<3> : augment_finish_kernel<1>;
   for (size_t pass = 1; pass <= launch.later.size(); ++pass) {
     const auto& images = launch.later[pass - 1];
     const uint32_t grid = uint32_t(images.size()) * launch.blocks;
@@ -270,11 +268,7 @@ void launch_augment(const AugmentInput& input, const AugmentLaunch& launch, cons
     call.pass = int32_t(pass);
     call.sums_before = sums_of(pass - 1);
     call.sums = sums_of(pass);
-    if (args.channels == 3)
-      augment_finish_kernel<3><<<grid, kThreads, 0, stream>>>(call);
-    else
-      augment_finish_kernel<1><<<grid, kThreads, 0, stream>>>(call);
-    check_launch("augment_finish_kernel", grid, kThreads);
+    launch_kernel("augment_finish_kernel", finish, grid, kThreads, 0, stream, call);
     which += images.size();
   }
 }

@@ -115,12 +115,11 @@ __global__ void __launch_bounds__(kThreads)
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class T, int kWidth, bool kBackward>
-void launch(const BiasActCudaArgs& call, cudaStream_t stream) {
+void launch(const BiasActCudaArgs& call, void* stream) {
   const int64_t blocks = (call.args.dim + 32 * kWidth - 1) / (32 * kWidth);
   const dim3 grid(unsigned(blocks), unsigned(bias_act_chunks(call.rows)));
-  bias_act_kernel<T, kWidth, kBackward>
-      <<<grid, kThreads, 0, stream>>>(call, rows_of_chunk(call.rows));
-  check_launch("bias_act_kernel", grid, kThreads);
+  launch_kernel("bias_act_kernel", bias_act_kernel<T, kWidth, kBackward>, grid, kThreads, 0, stream,
+                call, rows_of_chunk(call.rows));
 }
 
 }  // namespace
@@ -130,12 +129,11 @@ int64_t bias_act_chunks(int64_t rows) {
   return (rows + size - 1) / size;
 }
 
-void launch_bias_act(const BiasActCudaArgs& call, int device, void* stream_) {
+void launch_bias_act(const BiasActCudaArgs& call, int device, void* stream) {
   const BiasActArgs& a = call.args;
   const bool backward = a.dy != nullptr;
   const char* op = backward ? "bias_act_bwd" : "bias_act_fwd";
   check_device(op, "bias_act_kernel", use_device(device), kSm80);
-  const auto stream = static_cast<cudaStream_t>(stream_);
   if (a.dim > 0 && call.rows > 0) {
     with_type(a.type, [&](auto type) {
       using T = decltype(type);
@@ -150,8 +148,8 @@ void launch_bias_act(const BiasActCudaArgs& call, int device, void* stream_) {
   }
   if (call.partials == nullptr || a.dim == 0) return;
   const unsigned grid = unsigned((a.dim + 31) / 32);
-  bias_act_sum_kernel<<<grid, kThreads, 0, stream>>>(call, bias_act_chunks(call.rows));
-  check_launch("bias_act_sum_kernel", grid, kThreads);
+  launch_kernel("bias_act_sum_kernel", bias_act_sum_kernel, grid, kThreads, 0, stream, call,
+                bias_act_chunks(call.rows));
 }
 
 }  // namespace bigkernel

@@ -1,6 +1,7 @@
 // torch's current CUDA stream through the C function that LibTorch exports. CPU-only builds of
 // torch lack it, so it is looked up weakly: the binary then still loads, and no CUDA tensor can
-// reach it.
+// reach it. Under a torch with CUDA it is found because this library needs libtorch.so, which needs
+// libtorch_cuda.so: setup.py keeps the linker from dropping the first (KEEP_TORCH).
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/Exception.h>

@@ -6,6 +6,7 @@ import torch
 from attention_cases import DTYPES, SEED, device_of, largest_error
 
 from bigkernel import ops
+from bigkernel.ops.attention import op as attention_op
 from bigkernel.ops.attention.reference import Rule, attention_reference
 
 backend = attention_cases.backend_or_ptx
@@ -267,3 +268,45 @@ def test_attention_varlen_max_seqlen(backend):
     more = ops.attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=10**9, max_seqlen_k=10**9)
     assert torch.equal(out, same)
     assert torch.equal(out, more)
+
+
+def test_offsets_on_the_cpu_bound_the_launch_and_wait_for_no_device(monkeypatch):
+    """On a device without values, so that whoever read one there would fail."""
+    given, run = [], attention_op.call
+
+    def call(namespace, name, *arguments):
+        given.append(arguments)
+        return run(namespace, name, *arguments)
+
+    monkeypatch.setattr(attention_op, "call", call)
+    (q, k, v), _, offsets = draw(torch.float32)
+    q, k, v = (x.to("meta") for x in (q, k, v))
+    mask = torch.zeros(1, 1, device="meta")
+    for keywords, most in (
+        ({}, (40, 150)),
+        ({"max_seqlen_q": 60}, (60, 150)),
+        ({"mask": mask}, (len(q), len(k))),  # a mask may have a row for each
+    ):
+        out = ops.attention_varlen(q, k, v, *offsets, **keywords)
+        assert (out.shape, out.device.type) == (q.shape, "meta")
+        *_, cu_q, cu_k, longest_q, longest_k = given.pop()[:10]
+        assert (longest_q, longest_k) == most
+        assert {x.device.type for x in (cu_q, cu_k)} == {"meta"}
+    for wrong, message in (
+        ({"max_seqlen_k": 149}, "max_seqlen_k must be at least the longest sequence, 150"),
+        ({"cu": offsets[0].long()}, "cu_seqlens_q must be int32"),
+        ({"cu": offsets[0] + 1}, "cu_seqlens_q must be non-decreasing from 0"),
+    ):
+        cu_q = wrong.pop("cu", offsets[0])
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.attention_varlen(q, k, v, cu_q, offsets[1], **wrong)
+    with pytest.raises(ValueError, match="cu_seqlens_q must be on q's device, cpu, got meta"):
+        ops.attention_varlen(*draw(torch.float32)[0], offsets[0].to("meta"), offsets[1])
+
+
+@pytest.mark.gpu
+def test_offsets_on_the_cpu_give_the_same_on_a_gpu():
+    qkv, _, offsets = draw(torch.bfloat16, "cuda")
+    there = ops.attention_varlen(*qkv, *offsets, causal=True)
+    here = ops.attention_varlen(*qkv, *(x.cpu() for x in offsets), causal=True)
+    assert torch.equal(here, there)

@@ -148,12 +148,30 @@ def _has(value: object, method: str) -> bool:
     return torch.compiler.is_compiling() or hasattr(value, method)
 
 
+def offsets(
+    expect: Expect, name: str, cu: Tensor, x: Tensor, longest: int | None, tight: bool
+) -> tuple[Tensor, int]:
+    """cu_seqlens checked and where x is, and a bound of the lengths where ``longest`` is None.
+
+    tight: the bound is the longest sequence, if the values can be read; else all of x.
+    """
+    most = x.shape[0] if longest is None else longest
+    check_cu_seqlens(expect, name, cu, x, most)
+    if cu.device == x.device:
+        return cu.contiguous(), most
+    if longest is None and tight and readable(cu):
+        most = max(cu.diff().tolist(), default=0)
+    # Of a clone: pinned memory would be read later, when the caller may have written the next.
+    return cu.clone().to(x.device, non_blocking=True), most
+
+
 def check_cu_seqlens(expect: Expect, name: str, cu: Tensor, x: Tensor, longest: int) -> None:
     """Dtype, rank and device; the values too, where reading them waits for no device."""
     expect.dtype(name, cu, (torch.int32,), "int32", "Convert it with .to(torch.int32)")
     if cu.dim() != 1 or cu.shape[0] <= 0:
         raise expect.error(name, "of shape [B + 1]", shape_of(cu))
-    expect.device(name, cu, x.device, "q")
+    if cu.device.type != "cpu":
+        expect.device(name, cu, x.device, "q")
     whole = _has(longest, "__index__")
     expect(whole, f"max_seqlen_{name[-1]}", "a whole number", longest, cls=TypeError)
     if readable(cu):

@@ -29,6 +29,7 @@ from bigkernel.ops.attention.checks import (
     check_qkv,
     check_rule,
     check_tensors,
+    offsets,
 )
 from bigkernel.ops.attention.reference import TENSORS, Params, Rule
 from bigkernel.ops.attention.tensors import understands_tensors
@@ -325,12 +326,13 @@ def attention_varlen(
 
     Args:
         q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]. Contiguous last dimension, any strides.
-        cu_seqlens_q: int32 [B + 1] on q's device: 0, then the running total of the lengths, up to
-            Tq. Lengths of 0 are fine. On a GPU its values are not checked, which would wait for the
-            device: wrong ones reach no other memory, but rows outside them are not defined.
+        cu_seqlens_q: int32 [B + 1] on q's device, or on the CPU: 0, then the running total of the
+            lengths, up to Tq. Lengths of 0 are fine. On a GPU its values are not checked, which
+            would wait for the device: wrong ones reach no other memory, but rows outside them are
+            not defined. On the CPU they are, and it is copied to the device without a wait.
         cu_seqlens_k: the same for k and v, up to Tk.
-        max_seqlen_q: an upper bound of the lengths, if you know one (None: Tq), for kernels that
-            size their launch by it.
+        max_seqlen_q: an upper bound of the lengths, if you know one, for kernels that size their
+            launch by it. None: the longest, where q is on a GPU and cu_seqlens on the CPU; else Tq.
         max_seqlen_k: the same for k and v.
         mask: broadcastable to [Hq, max_seqlen_q, max_seqlen_k], and the same for every sequence,
             whose first row and key it begins with: a bias that depends on their distance (T5), say.
@@ -368,21 +370,19 @@ def attention_varlen(
         expected = "given in torch.jit.trace, which would keep those of the example"
         fix = "Pass upper bounds of all lengths to come"
         raise expect.error("max_seqlen_q and max_seqlen_k", expected, lengths, fix)
-    max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-    check_cu_seqlens(expect, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
-    check_cu_seqlens(expect, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+    tight = mask is None  # whose shape is that of what was given
+    cu_q, longest_q = offsets(expect, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, tight)
+    cu_k, longest_k = offsets(expect, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, tight)
     size, size_k = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
     if size != size_k:
         fix = "Both have one more element than there are sequences"
         raise expect.error("cu_seqlens_k", f"as long as cu_seqlens_q, {size}", size_k, fix)
     if mask is not None:
-        mask = check_mask(expect, mask, q, (1, q.shape[1], max_seqlen_q, max_seqlen_k))
+        mask = check_mask(expect, mask, q, (1, q.shape[1], longest_q, longest_k))
     slopes, seed = check_tensors(expect, q, alibi_slopes, size - 1, dropout_p, seed)
     options = (causal, align, window, softcap, dropout_p, scale)
     rule = check_rule(expect, q.shape[-1], q.dtype, *options)
-    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    params = Params(mask, slopes, seed, cu_q, cu_k, max_seqlen_q, max_seqlen_k, rule)
+    params = Params(mask, slopes, seed, cu_q, cu_k, longest_q, longest_k, rule)
     out, lse = _run(q, k, v, params)
     return (out, lse.sum(-1)) if return_lse else out
 
