@@ -30,10 +30,15 @@ def try_all(
 
 
 def choose(scores: Mapping[str, Mapping[float, Sequence[float]]], option: str) -> dict[str, float]:
-    """The point of each with the lowest mean score; ``option`` would give more points."""
+    """The point of each with the lowest mean score; ``option`` would give more points.
+
+    Of several equal ones it is the middle one, which is the least likely to be on an edge.
+    """
     best = {}
     for name, by_point in scores.items():
-        best[name] = min(by_point, key=lambda point: statistics.mean(by_point[point]))
+        means = {point: statistics.mean(tried) for point, tried in by_point.items()}
+        lowest = min(means.values())
+        best[name] = statistics.median_low(p for p, mean in means.items() if mean == lowest)
         if best[name] in (min(by_point), max(by_point)):
             print(f"{name}: {best[name]:g} is at the end of the list: give more with {option}")
     return best

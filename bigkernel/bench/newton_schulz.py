@@ -39,7 +39,7 @@ def cases(small: bool = False) -> list[Case]:
                 f"{NAMES[dtype]} {layers} layers of {width} and {inner}",
                 (OURS, REFERENCE, *([TORCH] if narrow else [])),
                 partial(_build, sizes, dtype),
-                (Bar(1.0, REFERENCE), *([Bar(1.0, TORCH)] if narrow else []), Bar(0.6, LIMIT)),
+                (Bar(1.2, REFERENCE), *([Bar(1.2, TORCH)] if narrow else []), Bar(0.7, LIMIT)),
             )
         )
     return table
