@@ -54,6 +54,7 @@ def host() -> ptx.HostLibrary:
     )
     for name in ("fwd_plan", "fwd_run", "bwd_plan", "bwd_run"):
         getattr(host.library, f"attention_{name}").restype = ctypes.c_char_p
+    host.library.attention_split_bwd.restype = ctypes.c_int64
     return host
 
 
@@ -123,6 +124,11 @@ class Call:
     def plan_backward(self, device: ptx.Device = A100) -> list[Plan]:
         return plans("attention_bwd_plan", self.args, device)
 
+    def split(self, splits: int | None = None) -> None:
+        """`split` and the memory for it, which nothing has been written to."""
+        size = split(self.args, splits=splits)
+        self.args.parts = self.at(torch.full((size,), torch.nan), "parts")
+
     def run(self, function: str, device: ptx.Device = A100) -> None:
         number = [*ptx.DEVICES.values()].index(device)
         with host().running(self.memory) as made:
@@ -132,6 +138,16 @@ class Call:
         launches[:] = made
         if error:
             raise RuntimeError(error.decode())
+
+
+def split(args: Args, device: ptx.Device = A100, splits: int | None = None) -> int:
+    """Sets how many blocks share a tile of keys, as the binding does or this many. The floats that
+    they leave for the sum."""
+    function = host().library.attention_split_bwd
+    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)))
+    if splits is not None:
+        args.splits, args.members = splits, args.group // splits
+    return part * args.splits if args.splits > 1 else 0
 
 
 def plans(function: str, args: Args, device: ptx.Device) -> list[Plan]:
@@ -194,6 +210,7 @@ def prepare_backward(
         fill = torch.nan if params.cu_seqlens_q is None else 0.0
         dmask = torch.full_like(params.mask, fill, memory_format=torch.contiguous_format)
         args.dmask = call.mask(dmask, "dmask")
+    call.split()
     return call, (dq, dk, dv, dmask)
 
 
