@@ -6,10 +6,11 @@
 //   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k
 //
 // One body for two kernels. A block keeps its rows and streams tiles of columns past them: for dk
-// and dv rows are keys, and columns the queries of every head of the group; for dq rows are
+// and dv rows are keys, and columns the queries of the heads of a group; for dq rows are
 // queries, and columns keys. Each gradient has one owner and one order of summation: the same bits
-// at each run, without atomics, and without memory beyond two floats a row. The price is 7 products
-// of tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for each
+// at each run, without atomics, and without memory beyond two floats a row, or dk and dv in fp32 for
+// each split of a group where keys are few (split_attention_bwd). The price is 7 products of tiles
+// instead of 5. A single kernel would have to read and write a fp32 tile of dq for each
 // pair of tiles, and to keep a copy of dq for each block that works on a head at the same time;
 // where those copies outgrow the L2 cache, that costs what the two products do.
 // P and dS stay in the registers that mma left them in, which are the operand `a` of the next
