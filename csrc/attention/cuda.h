@@ -78,6 +78,17 @@ struct AttentionLaunch {
   int32_t general;  // the kernel with every feature, not the one for plain and causal attention
 };
 
+// Few queries, many keys: sm80_few.h. split_attention_fwd sets args.splits to the number of blocks
+// among which keys are split, or to 0 where the kernels of launch_attention_fwd do better. For
+// those, args.parts holds splits * attention_few_part(args) floats, at most kAttentionMostParts
+// bytes.
+constexpr int32_t kAttentionFewRows = 16, kAttentionFewKeys = 256;
+void split_attention_fwd(AttentionCudaArgs& args, const DeviceTraits& device);
+int64_t attention_few_part(const AttentionCudaArgs& args);
+std::vector<AttentionLaunch> plan_attention_few(const AttentionCudaArgs& args,
+                                                const DeviceTraits& device);
+void launch_attention_few(const AttentionCudaArgs& args, int device, void* stream);
+
 // Throw std::runtime_error, naming the kernel and why the device cannot run it, or the grid and
 // CUDA's message. Launches go to `stream` (a cudaStream_t) of `device` and return at once.
 AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args, const DeviceTraits& device);

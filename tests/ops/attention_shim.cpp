@@ -38,6 +38,22 @@ extern "C" const char* attention_fwd_plan(const AttentionCudaArgs* args, const D
 extern "C" const char* attention_fwd_run(const AttentionCudaArgs* args, int device) {
   return message_of([&] { launch_attention_fwd(*args, device, nullptr); });
 }
+// Returns the floats of one split.
+extern "C" int64_t attention_split_fwd(AttentionCudaArgs* args, const DeviceTraits* device) {
+  split_attention_fwd(*args, *device);
+  return args->splits > 0 ? attention_few_part(*args) : 0;
+}
+extern "C" const char* attention_few_plan(const AttentionCudaArgs* args, const DeviceTraits* device,
+                                          AttentionLaunch* launches, int64_t* count) {
+  return message_of([&] {
+    const std::vector<AttentionLaunch> plan = plan_attention_few(*args, *device);
+    *count = int64_t(plan.size());
+    std::copy(plan.begin(), plan.end(), launches);
+  });
+}
+extern "C" const char* attention_few_run(const AttentionCudaArgs* args, int device) {
+  return message_of([&] { launch_attention_few(*args, device, nullptr); });
+}
 extern "C" const char* attention_bwd_plan(const AttentionCudaArgs* args, const DeviceTraits* device,
                                           AttentionLaunch* launches, int64_t* count) {
   return message_of([&] {
