@@ -453,8 +453,10 @@ def schedule(rows: list[dict[str, Any]]) -> list[str]:
         "first. Splits: blocks of dK and dV that share a tile of keys; parts: the memory for it.",
         "",
     ]
-    cells, missed = [], []
-    for forward, keys, queries in zip(*[iter(rows)] * len(cuda_schedule.ROLES), strict=True):
+    cells = []
+    few = [row for row in rows if row["role"] == cuda_schedule.FEW]
+    three_each = iter(row for row in rows if row not in few)
+    for forward, keys, queries in zip(*[three_each] * len(cuda_schedule.ROLES), strict=True):
         three = (forward, keys, queries)
         cells.append([
             keys["shape"], keys["gpu"],
@@ -462,12 +464,17 @@ def schedule(rows: list[dict[str, Any]]) -> list[str]:
             ", ".join(str(row["together"]) for row in three), keys["splits"],
             f"{keys['parts'] / 2**20:.0f} MiB",
         ])  # fmt: skip
-        missed += [f"- {row['shape']} {row['gpu']} {row['role']}: below {row['bar']:.0%}"
-                   for row in three if row["bar"] and row["share"] < row["bar"]]  # fmt: skip
     heads = ["shape", "GPU", "forward", "dK, dV", "dQ", "heads together", "splits", "parts"]
-    held = sum(bool(row["bar"]) for row in rows) - len(missed)
-    bars = f"Bars held: {held} of {held + len(missed)}."
-    return [*lines, *table(heads, cells), bars, "", *missed, *([""] if missed else [])]
+    lines += table(heads, cells)
+    lines += ["Few queries: blocks of all the heads that share keys, and splits of the keys.", ""]
+    cells = [[row["shape"], row["gpu"], f"{row['blocks']} / {row['slots']}: {row['share']:.0%}",
+              row["splits"], f"{row['parts'] / 2**20:.1f} MiB"] for row in few]  # fmt: skip
+    lines += table(["shape", "GPU", "forward", "splits", "parts"], cells)
+    barred = [row for row in rows if row["bar"]]
+    missed = [f"- {row['shape']} {row['gpu']} {row['role']}: below {row['bar']:.0%}"
+              for row in barred if row["share"] < row["bar"]]  # fmt: skip
+    lines += [f"Bars held: {len(barred) - len(missed)} of {len(barred)}.", ""]
+    return [*lines, *missed, *([""] if missed else [])]
 
 
 def as_json(report: dict[str, Any]) -> str:

@@ -111,13 +111,13 @@ def test_attention_keeps_the_gpu_busy():
         three = [row for row in rows if (row["shape"], row["gpu"]) == (str(shape), gpu)]
         assert [row["role"] for row in three] == [*cuda_schedule.ROLES]
     barred = [row for row in rows if row["bar"]]
-    assert len(barred) == len(cuda_schedule.BARS) == 5
+    assert len(barred) == len(cuda_schedule.BARS) == 6
     assert all(row["share"] >= row["bar"] for row in barred), barred
     assert all(row["parts"] <= 256 << 20 for row in rows)
     assert rows == record["schedule"], "make cuda-report ARCH=all"
     rows[0]["bar"], rows[0]["share"] = 0.9, 0.89
     text = "\n".join(cuda_report.schedule(rows))
-    assert "Bars held: 5 of 6." in text
+    assert "Bars held: 6 of 7." in text
     assert "A100 forward: below 90%" in text
 
 

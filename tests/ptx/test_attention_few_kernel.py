@@ -118,10 +118,19 @@ def test_attention_few_choice():
     assert splits_of((1, 8192), device="T4") == 0  # and the other kernels say why they cannot
 
 
-def test_attention_few_is_what_the_op_takes():
+def test_attention_few_is_what_decoding_takes():
+    """A token of a sequence, as transformers' generate() asks for it: no mask, heads to share."""
+    pytest.importorskip("transformers")
+    from bigkernel.integrations.transformers import attention_forward
+
     torch.manual_seed(0)
     q = torch.randn(1, 8, 1, 64).bfloat16()
     k, v = (torch.randn(1, 2, 300, 64).bfloat16() for _ in range(2))
     with attention_ptx.emulated():
-        attention_ptx.op.attention(q, k, v, causal=True, align="bottom_right")
+        out, _ = attention_forward(torch.nn.Module(), q, k, v, None)
     assert ["few" in launch.kernel for launch in attention_ptx.launches] == [True, True]
+    exact, same = (
+        attention_reference(*(x.to(dtype) for x in (q, k, v)), Rule(0.125))[0].transpose(1, 2)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert_as_accurate(out, exact, same)
