@@ -8,13 +8,13 @@
 // One body for two kernels. A block keeps its rows and streams tiles of columns past them: for dk
 // and dv rows are keys, and columns the queries of the heads of a group; for dq rows are
 // queries, and columns keys. Each gradient has one owner and one order of summation: the same bits
-// at each run, without atomics, and without memory beyond two floats a row, or dk and dv in fp32 for
-// each split of a group where keys are few (split_attention_bwd). The price is 7 products of tiles
-// instead of 5. A single kernel would have to read and write a fp32 tile of dq for each
-// pair of tiles, and to keep a copy of dq for each block that works on a head at the same time;
-// where those copies outgrow the L2 cache, that costs what the two products do.
-// P and dS stay in the registers that mma left them in, which are the operand `a` of the next
-// product: nothing but the inputs passes through shared memory.
+// at each run, without atomics, and without memory beyond two floats a row, or dk and dv in fp32
+// for each split of a group where keys are few (split_attention_bwd). The price is 7 products of
+// tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for each pair
+// of tiles, and to keep a copy of dq for each block that works on a head at the same time; where
+// those copies outgrow the L2 cache, that costs what the two products do. P and dS stay in the
+// registers that mma left them in, which are the operand `a` of the next product: nothing but the
+// inputs passes through shared memory.
 //
 //   kDim           rows   columns   warps   shared memory
 //   16 bits   64    128      32     4, 8    2 x 16 KB + 2 x 8.25 KB (8 warps: the general kernel)
