@@ -29,6 +29,7 @@ struct AttentionCudaArgs : AttentionRule {
   uint32_t together;     // heads whose tiles are taken by their length (cuda_order.h)
   // dk and dv: the blocks that have a tile of keys, and the query heads of each, members * splits =
   // group. Where there are several, each leaves its sums in `parts` (AttentionParts, sm80_bwd.h).
+  // Few queries: the blocks among which keys are split (FewParts, sm80_few.h); 0 for other kernels.
   int32_t splits, members;
   float* parts;
   int32_t left, right;         // -1: unlimited

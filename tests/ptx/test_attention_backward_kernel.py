@@ -133,8 +133,8 @@ def test_attention_backward_is_deterministic(name):
 
 
 SPLIT = {
-    "plain-d64": {"dtype": "bf16", "dim": 64, "causal": "bottom_right", "lengths": (70, 150)},
-    "plain-d128": {"dtype": "f16", "dim": 104, "dim_v": 128, "lengths": (40, 150)},
+    "plain-d64": {"dtype": "bf16", "dim": 64, "causal": "bottom_right", "lengths": (40, 140)},
+    "plain-d128": {"dtype": "f16", "dim": 104, "dim_v": 128},
     "general": {"dtype": "bf16", "dim": 64, "mask": "float:BH1K", "dropout": 0.2},
     "unaligned": {"dtype": "bf16", "dim": 20, "layout": "nan", "causal": "top_left"},
     "dk-and-dv-apart": {"dtype": "bf16", "dim": 136, "dim_v": 24},
@@ -155,12 +155,11 @@ def split(case, splits):
 @pytest.mark.parametrize("name", SPLIT)
 def test_attention_backward_splits(name):
     """One block for all the query heads of a group, or several and a sum of theirs."""
-    case = Case(heads=(8, 2), **SPLIT[name])
+    case = Case(heads=(4, 1), batch=1, **SPLIT[name])
     serial = split(case, 1)
-    for splits in (2, 4):
-        several, again = split(case, splits), split(case, splits)
-        for part, a, b in zip(("dq", "dk", "dv", "dmask"), several, again, strict=True):
-            assert torch.equal(a, b), part
+    found = [split(case, splits) for splits in (2, 4, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+    for several in found[:2]:
         for same in (0, 3):  # dq, and what a mask gets
             assert torch.equal(serial[same], several[same])
         for a, b in zip(serial[1:3], several[1:3], strict=True):
