@@ -4,7 +4,7 @@ Every kernel: registers, spills, shared memory, occupancy and its main loop's ma
 cases below also run, by their own launchers, in the emulator: what they move against what the
 algorithm has to, bank conflicts, and the same for a Triton kernel of the same op
 (tests/ops/triton_kernels.py). The bars of a case are in `bars`; tests/ops/test_cuda_report.py holds
-them on shorter inputs.
+them on shorter inputs. tools/cuda_schedule.py tells from them how busy attention keeps whole GPUs.
 
 A kernel is added by an entry of CASES; an op that has none fails a test. The record, of every
 architecture that we build for, is benchmarks/results/cuda_report.{json,md}; a report of fewer goes
@@ -34,7 +34,7 @@ import bias_act_ptx
 
 from bigkernel import transforms
 from bigkernel.testing import ptx
-from tools import sass
+from tools import cuda_schedule, sass
 
 RESULTS = ROOT / "benchmarks" / "results"
 BF16, F32 = torch.bfloat16, torch.float32
@@ -416,6 +416,8 @@ def markdown(report: dict[str, Any]) -> str:
     bars_held = sum(held for row in report["cases"] for _, held in row["bars"])
     count = sum(len(row["bars"]) for row in report["cases"])
     lines += [f"Bars held: {bars_held} of {count}.", "", *missed, *([""] if missed else [])]
+    if report.get("schedule"):
+        lines += schedule(report["schedule"])
     lines += [
         "## Every kernel",
         "",
@@ -438,6 +440,41 @@ def markdown(report: dict[str, Any]) -> str:
     heads = ["arch", "kernel", "registers", "stack", "spills", "shared", "threads", "occupancy",
              "instructions", "main loop", "HMMA", "per HMMA", "local in it"]  # fmt: skip
     return "\n".join(lines + table(heads, cells))
+
+
+def schedule(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of tools/cuda_schedule.py: a line for a shape on a GPU."""
+    lines = [
+        "## The share of a GPU in use",
+        "",
+        "A model (`tools/cuda_schedule.py`): blocks in the launchers' order, each in the first",
+        "slot that is free. Of each launch: its blocks / slots, that is blocks that run at a time,",
+        "and the mean share of the slots in use. Heads together: whose tiles are taken longest",
+        "first. Splits: blocks of dK and dV that share a tile of keys; parts: the memory for it.",
+        "",
+    ]
+    cells = []
+    few = [row for row in rows if row["role"] == cuda_schedule.FEW]
+    three_each = iter(row for row in rows if row not in few)
+    for forward, keys, queries in zip(*[three_each] * len(cuda_schedule.ROLES), strict=True):
+        three = (forward, keys, queries)
+        cells.append([
+            keys["shape"], keys["gpu"],
+            *(f"{row['blocks']} / {row['slots']}: {row['share']:.0%}" for row in three),
+            ", ".join(str(row["together"]) for row in three), keys["splits"],
+            f"{keys['parts'] / 2**20:.0f} MiB",
+        ])  # fmt: skip
+    heads = ["shape", "GPU", "forward", "dK, dV", "dQ", "heads together", "splits", "parts"]
+    lines += table(heads, cells)
+    lines += ["Few queries: blocks of all the heads that share keys, and splits of the keys.", ""]
+    cells = [[row["shape"], row["gpu"], f"{row['blocks']} / {row['slots']}: {row['share']:.0%}",
+              row["splits"], f"{row['parts'] / 2**20:.1f} MiB"] for row in few]  # fmt: skip
+    lines += table(["shape", "GPU", "forward", "splits", "parts"], cells)
+    barred = [row for row in rows if row["bar"]]
+    missed = [f"- {row['shape']} {row['gpu']} {row['role']}: below {row['bar']:.0%}"
+              for row in barred if row["share"] < row["bar"]]  # fmt: skip
+    lines += [f"Bars held: {len(barred) - len(missed)} of {len(barred)}.", ""]
+    return [*lines, *missed, *([""] if missed else [])]
 
 
 def as_json(report: dict[str, Any]) -> str:
@@ -479,6 +516,8 @@ def main() -> int:
     for arch in archs if not options.only else []:
         print(f"cuda-report: every kernel for {arch}", flush=True)
         report["kernels"] += every_kernel(arch)
+    if not options.only:
+        report["schedule"] = cuda_schedule.table(report)
     text = markdown(report)
     if not options.only:
         written = destination(archs)

@@ -1,6 +1,7 @@
 // Which kernels a call of attention's backward pass takes, their grids, and the launches.
 #include <algorithm>
 
+#include "attention/cuda_order.h"
 #include "attention/sm80_bwd_kernels.h"
 #include "cuda/launch.h"
 
@@ -14,21 +15,28 @@ AttentionLaunch choose(const AttentionCudaArgs& args, Part part, bool general) {
   return attention_bwd_fp16(part, dim, general);
 }
 
+bool is_aligned(const AttentionCudaArgs& args) {
+  return rows_aligned(args.q, args.dim, args.dtype) && rows_aligned(args.k, args.dim, args.dtype) &&
+         rows_aligned(args.v, args.dim_v, args.dtype) &&
+         rows_aligned(args.out, args.dim_v, args.dtype) &&
+         rows_aligned(args.dout, args.dim_v, args.dtype) &&
+         rows_aligned(args.dq, args.dim, args.dtype) &&
+         rows_aligned(args.dk, args.dim, args.dtype) &&
+         rows_aligned(args.dv, args.dim_v, args.dtype);
+}
+
+bool is_general(const AttentionCudaArgs& args) {
+  return args.mask.kind != MaskKind::kNone || args.slopes != nullptr || args.seed != nullptr ||
+         args.softcap > 0 || !is_aligned(args);
+}
+
 int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
 }  // namespace
 
 std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args,
                                                 const DeviceTraits& device) {
-  const bool aligned =
-      rows_aligned(args.q, args.dim, args.dtype) && rows_aligned(args.k, args.dim, args.dtype) &&
-      rows_aligned(args.v, args.dim_v, args.dtype) &&
-      rows_aligned(args.out, args.dim_v, args.dtype) &&
-      rows_aligned(args.dout, args.dim_v, args.dtype) &&
-      rows_aligned(args.dq, args.dim, args.dtype) && rows_aligned(args.dk, args.dim, args.dtype) &&
-      rows_aligned(args.dv, args.dim_v, args.dtype);
-  const bool general = args.mask.kind != MaskKind::kNone || args.slopes != nullptr ||
-                       args.seed != nullptr || args.softcap > 0 || !aligned;
+  const bool aligned = is_aligned(args), general = is_general(args);
   std::vector<AttentionLaunch> launches;
   const auto add = [&](AttentionLaunch launch, int64_t blocks) {
     if (blocks > 0x7fffffff)
@@ -45,17 +53,26 @@ std::vector<AttentionLaunch> plan_attention_bwd(const AttentionCudaArgs& args,
   };
   const int64_t batch = args.batch, heads = args.heads_q;
 
-  const AttentionLaunch queries = choose(args, Part::kQueries, general);
+  AttentionLaunch queries = choose(args, Part::kQueries, general);
   // General for all parts, where types and dims have the general one alone.
   const AttentionLaunch rows = attention_bwd_rows(args.dtype, queries.general);
   const bool packed = args.cu_q != nullptr;
   add(rows,
       tiles(packed ? args.total_q : args.max_q, rows.tile_rows) * heads * (packed ? 1 : batch));
   for (const Part part : {Part::kKeysValues, Part::kKeys, Part::kValues}) {
-    const AttentionLaunch launch = choose(args, part, general);
-    if (launch.kernel != nullptr)
-      add(launch, tiles(args.max_k, launch.tile_rows) * args.heads_kv * batch);
+    AttentionLaunch launch = choose(args, part, general);
+    if (launch.kernel == nullptr) continue;
+    const int64_t units = batch * args.heads_kv * args.splits;
+    launch.together =
+        heads_together(args, device, units, 1, streamed_bytes(args, args.max_q) * args.members);
+    add(launch, tiles(args.max_k, launch.tile_rows) * units);
   }
+  if (args.splits > 1) {
+    const AttentionLaunch launch = attention_bwd_sum(args.dtype);
+    add(launch, tiles(args.max_k, launch.tile_rows) * args.heads_kv * batch);
+  }
+  queries.together =
+      heads_together(args, device, heads * batch, args.group, streamed_bytes(args, args.max_k));
   add(queries, tiles(args.max_q, queries.tile_rows) * heads * batch);
 
   const AttentionMask& dmask = args.dmask;
@@ -78,9 +95,32 @@ void launch_attention_bwd(const AttentionCudaArgs& args, int device, void* strea
   if (launches.empty()) return;
   AttentionCudaArgs ready = args;
   ready.aligned = launches[0].aligned;
-  for (const AttentionLaunch& launch : launches)
+  for (const AttentionLaunch& launch : launches) {
+    ready.together = launch.together;
     launch_kernel(launch.name, launch.kernel, launch.blocks, launch.threads, launch.shared, stream,
                   ready);
+  }
+}
+
+// Where keys have too few tiles for the GPU: the fewest splits that make three blocks for each that
+// runs at a time, so that the last to end keep few of them waiting (tools/cuda_schedule.py). Blocks
+// of 8 warps fill a multiprocessor.
+void split_attention_bwd(AttentionCudaArgs& args, const DeviceTraits& device) {
+  args.splits = 1;
+  if (args.group > 1) {
+    AttentionLaunch launch = choose(args, Part::kKeysValues, is_general(args));
+    if (launch.kernel == nullptr) launch = choose(args, Part::kKeys, true);
+    const int64_t blocks =
+        args.heads_kv * (args.cu_q != nullptr ? tiles(args.total_k, launch.tile_rows)
+                                              : args.batch * tiles(args.max_k, launch.tile_rows));
+    const int64_t wanted = int64_t{3} * device.multiprocessors * 256 / launch.threads;
+    for (int32_t splits = 2; splits <= args.group && blocks * args.splits < wanted; ++splits) {
+      if (args.group % splits != 0) continue;
+      if (splits * attention_bwd_part(args) * int64_t{sizeof(float)} > kAttentionMostParts) break;
+      args.splits = splits;
+    }
+  }
+  args.members = args.group / args.splits;
 }
 
 }  // namespace bigkernel

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "attention/binding.h"
+#include "cuda/launch.h"
 #include "cuda/stream.h"
 
 namespace bigkernel {
@@ -85,7 +86,15 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, 
   Tensor lse = torch::stable::new_empty(q, in_two(call.problem.lse_sizes), ScalarType::Float);
   call.args.out = view(out, packed);
   call.args.lse = view_lse(lse, packed);
-  launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));
+  split_attention_fwd(call.args, device_traits(call.device));
+  if (call.args.splits == 0) {
+    launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));
+    return {out, lse};
+  }
+  Tensor parts = torch::stable::new_empty(
+      q, std::vector<int64_t>{call.args.splits * attention_few_part(call.args)}, ScalarType::Float);
+  call.args.parts = static_cast<float*>(parts.data_ptr());
+  launch_attention_few(call.args, call.device, current_cuda_stream(call.device));
   return {out, lse};
 }
 
@@ -126,6 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
     a.dmask = view_mask(op, dmask, q, sizes);
     if (p.packed) torch::stable::zero_(dmask);  // rows and keys that no sequence is long enough for
   }
+  split_attention_bwd(a, device_traits(call.device));
+  Tensor parts = torch::stable::new_empty(
+      q, std::vector<int64_t>{a.splits > 1 ? a.splits * attention_bwd_part(a) : 0},
+      ScalarType::Float);  // scratch as well
+  a.parts = static_cast<float*>(parts.data_ptr());
   launch_attention_bwd(a, call.device, current_cuda_stream(call.device));
   return {dq, dk, dv, dmask};
 }

@@ -1,4 +1,5 @@
 // Which kernel of attention's forward pass a call takes, its grid, and the launch.
+#include "attention/cuda_order.h"
 #include "attention/sm80_fwd_kernels.h"
 #include "cuda/launch.h"
 
@@ -26,6 +27,8 @@ AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args, const DeviceTr
     check_device("attention_fwd", launch.name, device, launch.generation, launch.shared);
   launch.blocks = uint32_t(blocks);
   launch.aligned = aligned;
+  launch.together = heads_together(args, device, int64_t{args.batch} * args.heads_q, args.group,
+                                   streamed_bytes(args, args.max_k));
   return launch;
 }
 
@@ -34,6 +37,7 @@ void launch_attention_fwd(const AttentionCudaArgs& args, int device, void* strea
   if (launch.blocks == 0) return;
   AttentionCudaArgs ready = args;
   ready.aligned = launch.aligned;
+  ready.together = launch.together;
   launch_kernel(launch.name, launch.kernel, launch.blocks, launch.threads, launch.shared, stream,
                 ready);
 }

@@ -6,14 +6,15 @@
 //   dv = P'^T dout, dk = scale * dS^T q, dq = scale * dS k
 //
 // One body for two kernels. A block keeps its rows and streams tiles of columns past them: for dk
-// and dv rows are keys, and columns the queries of every head of the group; for dq rows are
+// and dv rows are keys, and columns the queries of the heads of a group; for dq rows are
 // queries, and columns keys. Each gradient has one owner and one order of summation: the same bits
-// at each run, without atomics, and without memory beyond two floats a row. The price is 7 products
-// of tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for each
-// pair of tiles, and to keep a copy of dq for each block that works on a head at the same time;
-// where those copies outgrow the L2 cache, that costs what the two products do.
-// P and dS stay in the registers that mma left them in, which are the operand `a` of the next
-// product: nothing but the inputs passes through shared memory.
+// at each run, without atomics, and without memory beyond two floats a row, or dk and dv in fp32
+// for each split of a group where keys are few (split_attention_bwd). The price is 7 products of
+// tiles instead of 5. A single kernel would have to read and write a fp32 tile of dq for each pair
+// of tiles, and to keep a copy of dq for each block that works on a head at the same time; where
+// those copies outgrow the L2 cache, that costs what the two products do. P and dS stay in the
+// registers that mma left them in, which are the operand `a` of the next product: nothing but the
+// inputs passes through shared memory.
 //
 //   kDim           rows   columns   warps   shared memory
 //   16 bits   64    128      32     4, 8    2 x 16 KB + 2 x 8.25 KB (8 warps: the general kernel)
@@ -31,6 +32,7 @@
 // that are not 16-byte aligned. fp32 multiplies by fma, so it keeps fp32's accuracy, in mma's
 // layout: lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8.
 #pragma once
+#include "attention/cuda_order.h"
 #include "attention/sm80_bwd_tile.h"
 
 namespace bigkernel {
@@ -42,6 +44,29 @@ namespace bigkernel {
 __device__ __forceinline__ int64_t stat_plane(const AttentionCudaArgs& args) {
   return args.heads_q * (args.cu_q != nullptr ? args.total_q : int64_t(args.batch) * args.max_q);
 }
+
+// What blocks that share a tile of keys leave in args.parts for attention_bwd_sum_kernel: the sums
+// [heads_kv * splits, rows, width] for dk, then for dv; rows: the keys of the batch, one sequence
+// after the other.
+struct AttentionParts {
+  int64_t rows;
+  int dk_width, dv_width;
+  float *dk, *dv;
+
+  __device__ __forceinline__ explicit AttentionParts(const AttentionCudaArgs& args)
+      : rows(args.cu_q != nullptr ? args.total_k : int64_t(args.batch) * args.max_k),
+        dk_width(attention_part_width(args.dim)),
+        dv_width(attention_part_width(args.dim_v)),
+        dk(args.parts),
+        dv(args.parts + int64_t(args.heads_kv) * args.splits * rows * dk_width) {}
+
+  // Of a split of a head of keys and a key of a sequence.
+  __device__ __forceinline__ int64_t row(const AttentionCudaArgs& args, const DeviceSequence& seq,
+                                         int unit, int key) const {
+    const int64_t first = args.cu_q != nullptr ? seq.first_k : int64_t(seq.index) * args.max_k;
+    return unit * rows + first + key;
+  }
+};
 
 template <class T, int kDim, Part kPart, bool kGeneral>
 struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
@@ -59,7 +84,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
 
   const AttentionCudaArgs& args;
   const float* const stats;
-  const int head;  // of the rows
+  const int unit;  // for dq a head; for dk and dv `members` heads of a group, which it sums over
   const DeviceSequence seq;
   const DeviceReach reach;
   const bool aligned;
@@ -87,16 +112,19 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
   __device__ __forceinline__ int64_t first_of_cols() const {
     return kRowsAreKeys ? seq.first_q : seq.first_k;
   }
+  __device__ __forceinline__ int row_head() const {
+    return kRowsAreKeys ? unit / args.splits : unit;
+  }
   __device__ __forceinline__ int column_head(int member) const {
-    return kRowsAreKeys ? head * args.group + member : head / args.group;
+    return kRowsAreKeys ? unit * args.members + member : unit / args.group;
   }
 
   __device__ __forceinline__ Backward(const AttentionCudaArgs& args_, char* memory, int batch,
-                                      int head_, int tile)
+                                      int unit_, int tile)
       : Products(shared_address(memory)),
         args(args_),
         stats(reinterpret_cast<const float*>(memory + Tile::kStats)),
-        head(head_),
+        unit(unit_),
         seq(sequence_of(args_, batch)),
         reach(reach_of(args_, seq)),
         aligned(!kGeneral || args_.aligned) {
@@ -154,9 +182,9 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
   }
 
   __device__ __forceinline__ void load_rows() {
-    const RowLoader a(row_pointer<T>(rows1(), seq.index, head, first_of_rows()), rows1().row,
+    const RowLoader a(row_pointer<T>(rows1(), seq.index, row_head(), first_of_rows()), rows1().row,
                       args.dim, threadIdx.x);
-    const RowLoader b(row_pointer<T>(rows2(), seq.index, head, first_of_rows()), rows2().row,
+    const RowLoader b(row_pointer<T>(rows2(), seq.index, row_head(), first_of_rows()), rows2().row,
                       args.dim_v, threadIdx.x);
     if (aligned) {
       a.load_bounded(shared, row0, rows_all);
@@ -166,7 +194,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
       if (kNeedsDs) b.load_unaligned(shared + Tile::kRowBytes, row0, rows_all);
     }
     if constexpr (!kRowsAreKeys) {
-      const float* p = row_pointer<float>(args.delta, seq.index, head, seq.first_q);
+      const float* p = row_pointer<float>(args.delta, seq.index, unit, seq.first_q);
 #pragma unroll
       for (int m = 0; m < 2 * kFrags; ++m) {
         const int row = row0 + own_row(m);
@@ -244,7 +272,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
 
     if constexpr (kGeneral) {
-      const int query_head = kRowsAreKeys ? column_head(member) : head;
+      const int query_head = kRowsAreKeys ? column_head(member) : unit;
       const DeviceScores scores(args, seq, query_head);
       const DeviceDropout dropout(args, seq, query_head);
       Scores slope;
@@ -348,12 +376,12 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
   }
 
-  __device__ __forceinline__ int members() const { return kRowsAreKeys ? args.group : 1; }
+  __device__ __forceinline__ int members() const { return kRowsAreKeys ? args.members : 1; }
 
   // Whether the mask closes a tile of columns. Where there is a mask, the whole block asks.
   __device__ __forceinline__ bool closed(int member, int tile) const {
     if (args.mask.kind == MaskKind::kNone) return false;
-    const DeviceScores scores(args, seq, kRowsAreKeys ? column_head(member) : head);
+    const DeviceScores scores(args, seq, kRowsAreKeys ? column_head(member) : unit);
     const int col0 = tile * Tile::kCols;
     if constexpr (kRowsAreKeys)
       return mask_closes<Tile::kCols, Tile::kRows, Tile::kThreads>(scores, col0, cols_all - col0,
@@ -404,8 +432,19 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
     __syncwarp();
     if constexpr (kRowsAreKeys) {
-      if (kNeedsDs) store(sum1, args.scale, args.dk, args.dim, 0);
-      if (kNeedsP) store(sum2, 1.0f, args.dv, args.dim_v, Tile::kRowBytes);
+      const AttentionParts parts(args);
+      if (kNeedsDs) {
+        if (args.splits > 1)
+          store_part(sum1, args.scale, parts.dk, parts.dk_width);
+        else
+          store(sum1, args.scale, args.dk, args.dim, 0);
+      }
+      if (kNeedsP) {
+        if (args.splits > 1)
+          store_part(sum2, 1.0f, parts.dv, parts.dv_width);
+        else
+          store(sum2, 1.0f, args.dv, args.dim_v, Tile::kRowBytes);
+      }
     } else {
       store(sum1, args.scale, args.dq, args.dim, 0);
     }
@@ -483,6 +522,23 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
     }
   }
 
+  // In fp32: four lanes write a whole sector.
+  __device__ __forceinline__ void store_part(const Sums& sum, float factor, float* part,
+                                             int width) const {
+    const AttentionParts parts(args);
+#pragma unroll
+    for (int m = 0; m < 2 * kFrags; ++m) {
+      const int row = row0 + own_row(m);
+      if (row >= rows_all) continue;
+      float* const to = part + parts.row(args, seq, unit, row) * width + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+        if (8 * n < width)
+          st_global_v2_f32(to + 8 * n, sum[m / 2][n][m % 2 * 2] * factor,
+                           sum[m / 2][n][m % 2 * 2 + 1] * factor);
+    }
+  }
+
   // Leaves rows of this warp through its own rows of a tile that it no longer needs, to write whole
   // sectors.
   __device__ __forceinline__ void store(const Sums& sum, float factor, const AttentionTensor& t,
@@ -500,7 +556,7 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
           st_shared(own + Layout::at(own_row(m), n) + lane % 4 * 4, cvt_rn_x2(x, y, T{}));
       }
     __syncwarp();
-    T* const data = row_pointer<T>(t, seq.index, head, first_of_rows());
+    T* const data = row_pointer<T>(t, seq.index, row_head(), first_of_rows());
 #pragma unroll 1
     for (int i = lane; i < Tile::kWarpRows * Layout::kChunks; i += 32) {
       const int row = warp * Tile::kWarpRows + i / Layout::kChunks, chunk = i % Layout::kChunks;
@@ -522,19 +578,24 @@ struct Backward : BackwardProducts<T, kDim, kPart, kGeneral> {
   }
 };
 
-// Which block has what: the blocks that see most under a causal mask go first.
+// Which block has what: the tiles that see most under a causal mask go first: of queries the last,
+// of keys those that are furthest from the end of their sequence.
 template <class T, int kDim, Part kPart, bool kGeneral>
 __global__ void __launch_bounds__(BackwardTile<T, kDim, kPart, kGeneral>::kThreads,
                                   BackwardTile<T, kDim, kPart, kGeneral>::kBlocksPerSm)
     attention_bwd_kernel(const __grid_constant__ AttentionCudaArgs args) {
   extern __shared__ __align__(128) char memory[];
   using Block = Backward<T, kDim, kPart, kGeneral>;
-  const int most = Block::kRowsAreKeys ? args.max_k : args.max_q;
-  const int heads = Block::kRowsAreKeys ? args.heads_kv : args.heads_q;
-  const int tiles = (most + Block::Tile::kRows - 1) / Block::Tile::kRows;
-  const int head = int(blockIdx.x) / tiles, tile = int(blockIdx.x) % tiles;
-  Block block(args, memory, head / heads, head % heads,
-              Block::kRowsAreKeys ? tile : tiles - 1 - tile);
+  const auto tiles = [](int rows) { return (rows + Block::Tile::kRows - 1) / Block::Tile::kRows; };
+  const int most = tiles(Block::kRowsAreKeys ? args.max_k : args.max_q);
+  const int heads = Block::kRowsAreKeys ? args.heads_kv * args.splits : args.heads_q;
+  const BlockPlace place =
+      block_place(blockIdx.x, uint32_t(args.batch * heads), uint32_t(most), args.together);
+  const int batch = int(place.head) / heads, rank = int(place.rank);
+  int tile = most - 1 - rank;
+  if constexpr (Block::kRowsAreKeys) tile = tiles(sequence_of(args, batch).keys) - 1 - tile;
+  if (tile < 0) return;
+  Block block(args, memory, batch, int(place.head) % heads, tile);
   if (block.row0 < block.rows_all) block.run();
 }
 

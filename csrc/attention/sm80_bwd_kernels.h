@@ -16,6 +16,8 @@ AttentionLaunch attention_bwd_fp32(Part part, int32_t dim, bool general);
 
 // What each row needs before them; tile_rows: rows of a block.
 AttentionLaunch attention_bwd_rows(DType dtype, bool general);
+// Sums up what blocks that share a tile of keys have left; tile_rows: keys of a block.
+AttentionLaunch attention_bwd_sum(DType dtype);
 // The gradient of a mask that is broadcast along the keys; tile_rows: elements of a block.
 AttentionLaunch attention_bwd_mask_rows();
 

@@ -1,6 +1,8 @@
-// What attention's backward needs of each row before the products of tiles, and the gradient of a
-// mask that is broadcast along the keys.
+// What attention's backward needs of each row before the products of tiles; after them the sums of
+// dk and dv over the blocks that shared a tile of keys; and the gradient of a mask that is
+// broadcast along the keys.
 #include "attention/sm80_bwd_mask.h"
+#include "cuda/launch.h"
 
 namespace bigkernel {
 namespace {
@@ -64,6 +66,51 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kGeneral) to[2 * stat_plane(args)] = -log_sum * kUnit;
 }
 
+constexpr int kSumRows = 32;
+
+// dk and dv of kSumRows keys of a head: the sum of args.parts, split after split, 4 columns a
+// thread, so that each load takes whole sectors.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    attention_bwd_sum_kernel(const __grid_constant__ AttentionCudaArgs args) {
+  const uint32_t blocks = uint32_t(args.max_k + kSumRows - 1) / kSumRows;
+  const int head = int(blockIdx.x / blocks) % args.heads_kv;
+  const DeviceSequence seq = sequence_of(args, int(blockIdx.x / blocks) / args.heads_kv);
+  const AttentionParts parts(args);
+  const int first = int(blockIdx.x % blocks) * kSumRows;
+  const int of_dk = parts.dk_width / 4, of_row = of_dk + parts.dv_width / 4;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kSumRows * of_row; i += kThreads) {
+    const int row = first + i / of_row;
+    if (row >= seq.keys) break;
+    const bool is_dv = i % of_row >= of_dk;
+    const int column = (i % of_row - (is_dv ? of_dk : 0)) * 4;
+    const int width = is_dv ? parts.dv_width : parts.dk_width;
+    const float* from = (is_dv ? parts.dv : parts.dk) + column +
+                        parts.row(args, seq, head * args.splits, row) * width;
+    float4 sum = {};
+#pragma unroll 1
+    for (int split = 0; split < args.splits; ++split) {
+      const float4 part = *reinterpret_cast<const float4*>(from);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      from += parts.rows * width;
+    }
+    struct alignas(4 * sizeof(T)) Four {
+      T element[4];
+    } const value{{round_to<T>(sum.x), round_to<T>(sum.y), round_to<T>(sum.z), round_to<T>(sum.w)}};
+    T* const to =
+        row_pointer<T>(is_dv ? args.dv : args.dk, seq.index, head, seq.first_k + row) + column;
+    const int left = (is_dv ? args.dim_v : args.dim) - column;
+    if (args.aligned && left >= 4) {
+      *reinterpret_cast<Four*>(to) = value;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (e < left) to[e] = value.element[e];
+    }
+  }
+}
+
 // A summand common to all keys of a row cancels in the softmax but shifts lse: its gradient is
 // dlse, summed over the rows that share it and see any key. One warp for each element of the
 // result.
@@ -111,6 +158,18 @@ AttentionLaunch attention_bwd_rows(DType dtype, bool general) {
   launch.threads = kThreads;
   launch.tile_rows = kThreads / kLanes;
   launch.general = general;
+  return launch;
+}
+
+AttentionLaunch attention_bwd_sum(DType dtype) {
+  AttentionLaunch launch{};
+  launch.name = "attention_bwd_sum_kernel";
+  with_type(dtype, [&](auto type) {
+    launch.kernel = reinterpret_cast<const void*>(&attention_bwd_sum_kernel<decltype(type)>);
+  });
+  launch.generation = kSm80;
+  launch.threads = kThreads;
+  launch.tile_rows = kSumRows;
   return launch;
 }
 

@@ -1,19 +1,21 @@
 // Which rows a block of attention's forward has, and the order in which it takes the tiles of keys.
 #pragma once
+#include "attention/cuda_order.h"
 #include "attention/sm80_fwd_block.h"
 
 namespace bigkernel {
 
-// The tiles of a head side by side, so that its keys stay in the cache; the last rows, which under
-// a causal mask see most, first.
+// The last rows, which under a causal mask see most, first.
 struct ForwardPlace {
   int batch, head, first_row;
 
   __device__ __forceinline__ ForwardPlace(const AttentionCudaArgs& args, int rows) {
     const uint32_t tiles = (args.max_q + rows - 1) / rows;
-    first_row = int(tiles - 1 - blockIdx.x % tiles) * rows;
-    head = blockIdx.x / tiles % args.heads_q;
-    batch = blockIdx.x / tiles / args.heads_q;
+    const BlockPlace place =
+        block_place(blockIdx.x, uint32_t(args.batch * args.heads_q), tiles, args.together);
+    first_row = int(tiles - 1 - place.rank) * rows;
+    head = int(place.head) % args.heads_q;
+    batch = int(place.head) / args.heads_q;
   }
 };
 

@@ -15,6 +15,7 @@ struct DeviceTraits {
   int32_t capability;        // 10 * major + minor
   int32_t shared_per_block;  // bytes that a block may ask for
   int32_t multiprocessors;
+  int32_t l2_bytes;
 };
 
 constexpr int32_t kSm80 = 80;

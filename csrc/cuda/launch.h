@@ -43,7 +43,8 @@ inline const DeviceTraits& device_traits(int device) {
   };
   const DeviceTraits traits{
       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
-      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMultiProcessorCount)};
+      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMultiProcessorCount),
+      ask(cudaDevAttrL2CacheSize)};
   return known.emplace(device, traits).first->second;
 }
 

@@ -111,6 +111,9 @@ __device__ __forceinline__ void st_global_v4(void* to, uint4 v) {
                "r"(v.w)
                : "memory");
 }
+__device__ __forceinline__ void st_global_v2_f32(void* to, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
 
 // Shared memory by its 32-bit address.
 __device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {

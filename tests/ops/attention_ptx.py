@@ -52,8 +52,10 @@ def host() -> ptx.HostLibrary:
     host = ptx.HostLibrary(
         sources, flags=["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc")]
     )
-    for name in ("fwd_plan", "fwd_run", "bwd_plan", "bwd_run"):
+    for name in ("fwd_plan", "fwd_run", "few_plan", "few_run", "bwd_plan", "bwd_run"):
         getattr(host.library, f"attention_{name}").restype = ctypes.c_char_p
+    host.library.attention_split_bwd.restype = ctypes.c_int64
+    host.library.attention_split_fwd.restype = ctypes.c_int64
     return host
 
 
@@ -123,6 +125,16 @@ class Call:
     def plan_backward(self, device: ptx.Device = A100) -> list[Plan]:
         return plans("attention_bwd_plan", self.args, device)
 
+    def split(self, splits: int | None = None) -> None:
+        """`split` and the memory for it, which nothing has been written to."""
+        size = split(self.args, splits=splits)
+        self.args.parts = self.at(torch.full((size,), torch.nan), "parts")
+
+    def split_keys(self, device: ptx.Device = A100, splits: int | None = None) -> None:
+        """What the binding does where queries are few, or this many splits; 0: nothing."""
+        size = split_keys(self.args, device, splits)
+        self.args.parts = self.at(torch.full((size,), torch.nan), "parts")
+
     def run(self, function: str, device: ptx.Device = A100) -> None:
         number = [*ptx.DEVICES.values()].index(device)
         with host().running(self.memory) as made:
@@ -134,6 +146,26 @@ class Call:
             raise RuntimeError(error.decode())
 
 
+def split(args: Args, device: ptx.Device = A100, splits: int | None = None) -> int:
+    """Sets how many blocks share a tile of keys, as the binding does or this many. The floats that
+    they leave for the sum."""
+    function = host().library.attention_split_bwd
+    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)))
+    if splits is not None:
+        args.splits, args.members = splits, args.group // splits
+    return part * args.splits if args.splits > 1 else 0
+
+
+def split_keys(args: Args, device: ptx.Device = A100, splits: int | None = None) -> int:
+    """Sets among how many blocks the keys of few queries are split, 0 where that is not done: as
+    the binding does or this many. The floats that they leave for the sum."""
+    function = host().library.attention_split_fwd
+    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)))
+    if splits is not None:
+        args.splits = splits
+    return int(part * args.splits)
+
+
 def plans(function: str, args: Args, device: ptx.Device) -> list[Plan]:
     """The launches of a call that have blocks; RuntimeError with what the plan said instead."""
     found, count = (Plan * 8)(), ctypes.c_int64(1)
@@ -141,7 +173,7 @@ def plans(function: str, args: Args, device: ptx.Device) -> list[Plan]:
     if function == "attention_fwd_plan":
         error = host().library.attention_fwd_plan(*arguments)
     else:
-        error = host().library.attention_bwd_plan(*arguments, ctypes.byref(count))
+        error = getattr(host().library, function)(*arguments, ctypes.byref(count))
     if error:
         raise RuntimeError(error.decode())
     return [plan for plan in found[: count.value] if plan.blocks]
@@ -160,7 +192,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     shape = (q.shape[1], q.shape[0]) if call.packed else q.shape[:3]
     lse = torch.full((*shape, 2), torch.nan)
     call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
-    call.run("attention_fwd_run")
+    call.split_keys()
+    call.run("attention_few_run" if call.args.splits else "attention_fwd_run")
     return out, lse
 
 
@@ -194,6 +227,7 @@ def prepare_backward(
         fill = torch.nan if params.cu_seqlens_q is None else 0.0
         dmask = torch.full_like(params.mask, fill, memory_format=torch.contiguous_format)
         args.dmask = call.mask(dmask, "dmask")
+    call.split()
     return call, (dq, dk, dv, dmask)
 
 

@@ -1,6 +1,7 @@
 """The bars of `make cuda-report`, on shorter inputs; Triton's kernels against float64."""
 
 import importlib
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bigkernel import registry
 from bigkernel.testing import ptx
 from bigkernel.testing.tolerance import assert_as_accurate
-from tools import cuda_report, sass
+from tools import cuda_report, cuda_schedule, sass
 
 pytestmark = pytest.mark.skipif(ptx.nvcc() is None, reason="nvcc is not on the path")
 # Of attention two blocks of rows and some tiles of keys: the machine code is that of any length.
@@ -74,6 +75,50 @@ def test_a_bar_that_is_missed_is_seen():
                "ratio": 1.0, "global_atomics": 0, "bank_conflicts": 1.2,
                "by_array": {"q": [9, 8]}}}  # fmt: skip
     assert [held for _, held in cuda_report.bars(row)] == [True, True, False, False, False]
+
+
+def test_blocks_start_in_the_first_free_slot():
+    assert cuda_schedule.share_of([1, 1, 1, 1], 2) == 1.0
+    assert cuda_schedule.share_of([2, 1, 1, 1], 2) == 5 / 6
+    assert cuda_schedule.share_of([1, 1, 1, 2], 2) == 5 / 6
+    assert cuda_schedule.share_of([1, 1, 1, 1, 4], 2) == 8 / 12
+    assert cuda_schedule.share_of([3], 4) == 1 / 4
+
+
+def test_tiles_of_a_block_and_their_cost():
+    def columns(role, tile, causal):
+        return cuda_schedule.columns_of(role, 300, tile, 128, 64, causal)
+
+    assert [columns(cuda_schedule.FORWARD, i, True) for i in range(3)] == [2, 4, 5]
+    assert [columns(cuda_schedule.KEYS, i, True) for i in range(3)] == [5, 3, 1]
+    assert columns(cuda_schedule.KEYS, 2, False) == columns(cuda_schedule.QUERIES, 0, False) == 5
+    # Two blocks of 100, each tile of 10: four and four tiles, two and four.
+    counts = {"full": 280, "causal": 260}
+    cases = [
+        {"case": f"bf16 D64 {name}", "role": cuda_schedule.FORWARD, "size": 256}
+        | {"emulator": {"ptx_instructions": count}}
+        for name, count in counts.items()
+    ]
+    cost = cuda_schedule.cost_of({"cases": cases}, 64, cuda_schedule.FORWARD, 128, 64)
+    assert cost == cuda_schedule.Cost(100, 10)
+
+
+def test_attention_keeps_the_gpu_busy():
+    """The bars of the model, by the kernels' own order of blocks and the record's counts."""
+    record = json.loads((cuda_report.RESULTS / "cuda_report.json").read_text())
+    rows = cuda_schedule.table(record)
+    for shape, gpu in itertools.product(cuda_schedule.SHAPES, cuda_schedule.GPUS):
+        three = [row for row in rows if (row["shape"], row["gpu"]) == (str(shape), gpu)]
+        assert [row["role"] for row in three] == [*cuda_schedule.ROLES]
+    barred = [row for row in rows if row["bar"]]
+    assert len(barred) == len(cuda_schedule.BARS) == 6
+    assert all(row["share"] >= row["bar"] for row in barred), barred
+    assert all(row["parts"] <= 256 << 20 for row in rows)
+    assert rows == record["schedule"], "make cuda-report ARCH=all"
+    rows[0]["bar"], rows[0]["share"] = 0.9, 0.89
+    text = "\n".join(cuda_report.schedule(rows))
+    assert "Bars held: 6 of 7." in text
+    assert "A100 forward: below 90%" in text
 
 
 def test_the_report_can_be_read_back():

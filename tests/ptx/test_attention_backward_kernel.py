@@ -17,7 +17,9 @@ from bigkernel.testing import ptx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import attention_ptx
-from attention_cases import Case, build
+from attention_cases import DTYPES, Case, build
+
+from tools import cuda_schedule
 
 SECTOR = 32
 
@@ -32,9 +34,11 @@ def prepare(case):
     )
 
 
-def run(case):
+def run(case, splits=None):
     """(gradients, plans, counters), one of each for a launch."""
     call, gradients = prepare(case)
+    if splits:
+        call.split(splits)
     call.run("attention_bwd_run")
     return gradients, call.plan_backward(), [x.counters for x in attention_ptx.launches]
 
@@ -71,16 +75,23 @@ def tiles(case, plan, rows_are_keys):
             yield int(columns[0]) // plan.tile_keys, int(columns[-1]) // plan.tile_keys + 1
 
 
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("name", MEASURED)
-def test_attention_backward_counts(name):
+def test_attention_backward_counts(name, splits):
     """Tiles that nobody sees are neither read nor multiplied, the others are read once for each
     block that needs them, without bank conflicts and without atomics."""
     case = Case(dtype="bf16", batch=1, heads=(2, 1), **{"lengths": (300, 300), **MEASURED[name]})
-    _, plans, counters = run(case)
-    assert [p.general for p in plans[1:]] == [int(case.softcap > 0)] * 2
+    _, (_, *plans), (_, *counters) = run(case, splits)
+    parts = 0  # sectors
+    if splits > 1:
+        added, parts = counters.pop(1), 2 * splits * case.lengths[1] * case.dim * 4 // SECTOR
+        assert plans.pop(1).name == b"attention_bwd_sum_kernel"
+        assert added.loads["parts"].sectors == parts
+        assert sum(added.stores[x].sectors for x in ("dk", "dv")) == parts // splits // 2
+    assert [p.general for p in plans] == [int(case.softcap > 0)] * 2
     row_bytes = case.dim * 2
     for plan, counts, rows_are_keys, products in zip(
-        plans[1:], counters[1:], (True, False), (4, 3), strict=True
+        plans, counters, (True, False), (4, 3), strict=True
     ):
         rows, columns = case.lengths[rows_are_keys], case.lengths[not rows_are_keys]
         needed = list(tiles(case, plan, rows_are_keys))
@@ -93,11 +104,15 @@ def test_attention_backward_counts(name):
         for array in ("q", "dout") if rows_are_keys else ("k", "v"):
             assert counts.loads[array].sectors == passes * read * row_bytes // SECTOR
         for array in ("k", "v") if rows_are_keys else ("q", "dout"):
-            heads = case.heads[rows_are_keys]
+            heads = splits if rows_are_keys else case.heads[0]
             assert counts.loads[array].sectors == heads * rows * row_bytes // SECTOR
-        for array in ("dk", "dv") if rows_are_keys else ("dq",):
-            heads = case.heads[rows_are_keys]
-            assert counts.stores[array].sectors == heads * rows * row_bytes // SECTOR
+        stores = {array: traffic.sectors for array, traffic in counts.stores.items()}
+        if not rows_are_keys:
+            assert stores == {"dq": 2 * rows * row_bytes // SECTOR}
+        elif splits > 1:
+            assert stores == {"parts": parts}
+        else:
+            assert stores == dict.fromkeys(("dk", "dv"), rows * row_bytes // SECTOR)
         assert counts.bank_conflict_ratio == 1.0
         assert counts.global_atomics == counts.shared_atomics == 0
 
@@ -117,21 +132,117 @@ def test_attention_backward_is_deterministic(name):
         assert not a.isnan().any()
 
 
+SPLIT = {
+    "plain-d64": {"dtype": "bf16", "dim": 64, "causal": "bottom_right", "lengths": (40, 140)},
+    "plain-d128": {"dtype": "f16", "dim": 104, "dim_v": 128},
+    "general": {"dtype": "bf16", "dim": 64, "mask": "float:BH1K", "dropout": 0.2},
+    "unaligned": {"dtype": "bf16", "dim": 20, "layout": "nan", "causal": "top_left"},
+    "dk-and-dv-apart": {"dtype": "bf16", "dim": 136, "dim_v": 24},
+    "fp32": {"dim": 12, "window": (9, 0), "dlse": True},
+}
+
+
+def split(case, splits):
+    """Gradients and launches with this many blocks to a tile of keys."""
+    call, gradients = prepare(case)
+    call.split(splits)
+    call.run("attention_bwd_run")
+    assert ("sum_kernel" in str([x.kernel for x in attention_ptx.launches])) == (splits > 1)
+    assert not any(x.isnan().any() for x in gradients)
+    return gradients
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_attention_backward_splits(name):
+    """One block for all the query heads of a group, or several and a sum of theirs."""
+    case = Case(heads=(4, 1), batch=1, **SPLIT[name])
+    serial = split(case, 1)
+    found = [split(case, splits) for splits in (2, 4, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+    for several in found[:2]:
+        for same in (0, 3):  # dq, and what a mask gets
+            assert torch.equal(serial[same], several[same])
+        for a, b in zip(serial[1:3], several[1:3], strict=True):
+            ulp = torch.finfo(a.dtype).eps * b.abs().max()
+            assert (a.double() - b.double()).abs().max() <= (
+                1 if a.dtype != torch.float32 else 4
+            ) * ulp
+
+
+def test_attention_backward_splits_of_packed_sequences():
+    """Also where bounds leave rows out, which keep what they had (the binding puts zeros there)."""
+    torch.manual_seed(0)
+    total = 190
+    q, dout = (torch.randn(total, 6, 64).bfloat16() for _ in range(2))
+    k, v = (torch.randn(total, 2, 64).bfloat16() for _ in range(2))
+    whole = torch.tensor([0, 3, 40, 40, 180, total], dtype=torch.int32)
+    rule = Rule(64**-0.5, True, False, -1, -1, 0.0, 0.0)
+    out, lse = attention_blocks.attention_fwd(
+        q, k, v, *Params(None, None, None, whole, whole, 140, 140, rule).arguments
+    )
+    some = whole[1:-1].clone()
+    options = Params(None, None, None, some, some, 140, 140, rule).arguments
+    found = []
+    for splits in (1, 3, 3):
+        call, gradients = attention_ptx.prepare_backward(
+            dout, None, q, k, v, out, lse, *options, False
+        )
+        call.split(splits)
+        call.run("attention_bwd_run")
+        found.append(gradients)
+        outside = [torch.cat((x[:3], x[180:])) for x in gradients[:3]]
+        assert all(x.isnan().all() for x in outside)
+    inside = [[x[3:180] for x in gradients[:3]] for gradients in found]
+    for a, b, c in zip(*inside, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+    assert torch.equal(inside[0][0], inside[1][0])
+
+
+def test_attention_backward_choice_of_splits():
+    """As many as fill the GPU, in memory that is bounded."""
+
+    def chosen(heads, batch, length, dim=128, device="H100", dtype="bf16"):
+        call = cuda_schedule.Shape(*heads, dim, (length,), batch)
+        args = cuda_schedule.arguments(call)
+        args.dtype = attention_ptx.TYPE_CODES[DTYPES[dtype]]
+        floats = attention_ptx.split(args, ptx.DEVICES[device])
+        assert args.splits * args.members == args.group
+        assert floats == (
+            0 if args.splits == 1 else heads[1] * args.splits * batch * length * dim * 2
+        )
+        assert 4 * floats <= 256 << 20
+        return args.splits
+
+    assert chosen((32, 8), 1, 2048) == 4
+    assert chosen((14, 2), 4, 1024) == 7  # of 1 and 7
+    assert chosen((32, 8), 1, 8192) == 1  # keys alone fill it
+    assert chosen((32, 8), 1, 4096) == 2
+    assert chosen((16, 16), 1, 128) == 1
+    assert chosen((64, 1), 1, 8192) == 8
+    assert chosen((64, 1), 1, 16384) == 4
+    assert chosen((71, 1), 1, 8192) == 1  # all 71 would take 568 MiB
+    assert chosen((32, 8), 1, 2048, device="RTX 3090") == 2
+
+
 def test_attention_backward_plan():
     """Which kernels a call takes."""
     together, dq = "kernel (dk, dv)", "kernel (dq)"
-    assert names(Case(dtype="bf16", dim=128)) == ["rows_kernel", together, dq]
-    assert names(Case(dtype="f16", dim=129)) == ["rows_kernel", "kernel (dk)", "kernel (dv)", dq]
-    assert names(Case(dim=8, dim_v=200))[1:] == ["kernel (dk)", "kernel (dv)", dq]
-    assert names(Case(mask="float:11QK"))[3:] == ["mask_kernel"]
-    assert names(Case(mask="float:BHQ1"))[3:] == ["mask_rows_kernel"]
-    assert names(Case(mask="bool:11QK"))[3:] == []
+    alone = {"heads": (2, 2)}
+    assert names(Case(dtype="bf16", dim=128, **alone)) == ["rows_kernel", together, dq]
+    assert names(Case(dtype="bf16", dim=128)) == ["rows_kernel", together, "sum_kernel", dq]
+    apart = ["kernel (dk)", "kernel (dv)"]
+    assert names(Case(dtype="f16", dim=129, **alone)) == ["rows_kernel", *apart, dq]
+    assert names(Case(dim=8, dim_v=200))[1:] == [*apart, "sum_kernel", dq]
+    assert names(Case(mask="float:11QK"))[4:] == ["mask_kernel"]
+    assert names(Case(mask="float:BHQ1"))[4:] == ["mask_rows_kernel"]
+    assert names(Case(mask="bool:11QK"))[4:] == []
 
     def general(**options):
         call, _ = prepare(Case(dtype="bf16", **options))
         plans = call.plan_backward()
         assert {p.aligned for p in plans} == {int(options.get("layout") != "nan")}
-        return [bool(p.general) for p in plans[1:3]]
+        return [bool(plans[i].general) for i in (1, 3)]
 
     assert general(dim=64, causal="top_left", window=(5, 3)) == [False] * 2
     for option in ({"softcap": 1.0}, {"alibi": "H"}, {"mask": "bool:11QK"}, {"dropout": 0.5}):

@@ -5,6 +5,7 @@ Here: what they move and multiply, which kernel a call takes, and what they do w
 """
 
 import ctypes
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from bigkernel.testing.tolerance import assert_as_accurate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import attention_ptx
 from attention_cases import DTYPES, Case, build
+
+from tools import cuda_schedule
 
 SIZE = {"bf16": 2, "f16": 2, "f32": 4}
 SECTOR = 32
@@ -112,7 +115,9 @@ def test_attention_kernel_closed_tiles(kind):
         out = attention_ptx.op.attention(q, k, v, mask=mask)
         (forward,), ((rows, keys),) = list(attention_ptx.launches), attention_ptx.tiles()
         gradients = torch.autograd.grad(out, leaves, dout)
-        (_, *backward), (_, *tiles) = list(attention_ptx.launches), attention_ptx.tiles()
+        backward, tiles = list(attention_ptx.launches), attention_ptx.tiles()
+        for of_launches in (backward, tiles):
+            del of_launches[2], of_launches[0]  # what rows need; the sum over the heads' blocks
 
     sectors = dim * 2 // SECTOR  # of a row
     tiles_open, blocks_open = open_tiles(open_, rows, keys)
@@ -276,3 +281,45 @@ def test_attention_kernel_offsets_of_64_bits(dtype):
     same, same_lse = attention_ptx.attention_fwd(near, near, near, *rest)
     assert torch.equal(out, same)
     assert torch.equal(lse, same_lse)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 5, 7])
+def test_attention_kernel_order_of_blocks(together):
+    """Every tile of every head once; of the heads that go together the longest tiles first, and
+    heads that are left over before the others."""
+    heads, tiles = 7, 3
+    places = (ctypes.c_uint32 * 2 * (heads * tiles))()
+    attention_ptx.host().library.attention_places(heads * tiles, heads, tiles, together, places)
+    found = [tuple(place) for place in places]
+    first = heads % together
+    bounds = [0, first, *range(first + together, heads + 1, together)]
+    expected = [
+        (head, rank)
+        for begin, end in itertools.pairwise(bounds)
+        for rank in range(tiles)
+        for head in range(begin, end)
+    ]
+    assert found == expected
+
+
+def test_attention_kernel_heads_together():
+    """Under a causal mask those whose keys and values fit into the L2 cache, else one."""
+
+    def together(heads, length, batch=1, **options):
+        args = cuda_schedule.arguments(cuda_schedule.Shape(*heads, 128, (length,), batch))
+        for name, value in options.items():
+            setattr(args, name, value)
+        forward, keys, queries = (
+            cuda_schedule.plan_of(args, role, ptx.DEVICES["H100"]).together
+            for role in cuda_schedule.ROLES
+            if not attention_ptx.split(args, splits=1)
+        )
+        assert forward == queries
+        return forward, keys
+
+    assert together((24, 24), 4608) == (22, 22)  # of 2.25 MiB, in 50
+    assert together((24, 24), 4608, right=-1) == (1, 1)
+    assert together((24, 24), 4608, left=1024) == (1, 1)
+    assert together((32, 8), 2048, batch=4) == (128, 12)  # four heads share 1 MiB; or stream 4
+    assert together((32, 8), 1 << 18) == (4, 1)  # the heads that share keys stay side by side
+    assert together((2, 2), 128) == (2, 2)

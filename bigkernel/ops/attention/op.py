@@ -235,8 +235,10 @@ def attention(
     A row in which every key is masked gives 0, lse -inf and no gradient. Inside torch.autocast
     the inputs are cast as torch's own attention casts them. Sums are kept in float32. float64 and
     head dims above 256 run in plain PyTorch (`bigkernel.backend` says so, once). Results are the
-    same bits at each run. There is no second derivative. A row that sees a score of +inf or NaN
-    has out and lse NaN. Values are summed before they are divided by the sum of the weights, as in
+    same bits at each run. On a GPU the backward pass of grouped heads takes up to 256 MiB more
+    where k has too few tiles to fill it: dk and dv in float32 for each of the blocks among which
+    a group is split. There is no second derivative. A row that sees a score of +inf or NaN has
+    out and lse NaN. Values are summed before they are divided by the sum of the weights, as in
     torch's fused kernels: to stay finite they must be below 2e37 / Sk.
 
     Raises:

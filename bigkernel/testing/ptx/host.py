@@ -27,24 +27,25 @@ class Device(NamedTuple):
     """What the stand-in for the runtime says of a GPU.
 
     Its compute capability, as 80 for 8.0; the bytes of shared memory that a block may ask for; its
-    multiprocessors.
+    multiprocessors; the bytes of its L2 cache.
     """
 
     capability: int
     shared_per_block: int
     multiprocessors: int
+    l2_bytes: int
 
 
 # Their places are the numbers of the devices that launchers see: 0 is the A100. The CUDA C++
-# Programming Guide has the shared memory, the vendor's data sheets the multiprocessors.
+# Programming Guide has the shared memory, the vendor's white papers multiprocessors and L2.
 DEVICES = {
-    "A100": Device(80, 163 << 10, 108),
-    "RTX 3090": Device(86, 99 << 10, 82),
-    "RTX 4090": Device(89, 99 << 10, 128),
-    "H100": Device(90, 227 << 10, 132),
-    "B200": Device(100, 227 << 10, 148),
-    "RTX 5090": Device(120, 99 << 10, 170),
-    "T4": Device(75, 64 << 10, 40),
+    "A100": Device(80, 163 << 10, 108, 40 << 20),
+    "RTX 3090": Device(86, 99 << 10, 82, 6 << 20),
+    "RTX 4090": Device(89, 99 << 10, 128, 72 << 20),
+    "H100": Device(90, 227 << 10, 132, 50 << 20),
+    "B200": Device(100, 227 << 10, 148, 126 << 20),
+    "RTX 5090": Device(120, 99 << 10, 170, 96 << 20),
+    "T4": Device(75, 64 << 10, 40, 4 << 20),
 }
 
 _RUNTIME = r"""
@@ -59,7 +60,7 @@ static std::map<const void*, std::string>& names() {
 }
 static struct { dim3 grid, block; size_t shared; } next_launch;
 static cudaError_t last_error;
-static const int devices[][3] = DEVICES;
+static const int devices[][4] = DEVICES;
 extern "C" {
 void ptx_on_launch(Launch f) { on_launch = f; }
 void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
@@ -112,6 +113,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrComputeCapabilityMinor: *value = devices[device][0] % 10; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = devices[device][1]; break;
     case cudaDevAttrMultiProcessorCount: *value = devices[device][2]; break;
+    case cudaDevAttrL2CacheSize: *value = devices[device][3]; break;
     default: return last_error = cudaErrorInvalidValue;
   }
   return cudaSuccess;
