@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from families import DECODER, build, image_model, text_model
+from streams import Stream
 from test_trainer import arguments, image_data, losses, scale_only
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from benchmarks import scaling
 from bigkernel import Trainer
-from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
+from bigkernel.data import ImageData, ImageDataset, PackedDataset, PaddingCollator, build_tokenizer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
 from bigkernel.recipes import augmentation, report
@@ -336,6 +337,39 @@ def reads(folder):
     for workers in (0, 2):
         train(f"again, {workers} workers", str(run / "checkpoint-4"), workers)
     return found
+
+
+def in_streams(folder, world, resume=False):
+    """Two passes of a stream that the first rank deals out, and of one that all ranks read.
+
+    If ``resume`` says so, on from a checkpoint of ``world`` ranks in the second pass.
+    """
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    found = {"figures": {}}
+    for kind in ("dealt", "cut"):
+        # Batches that are dealt out have to be of one length.
+        rows = [{"input_ids": d["input_ids"][:3]} for d in documents(3 * GLOBAL_BATCH)]
+        name = f"stream-{kind}-{world}{'-again' if resume else ''}"
+        stream = Stream(folder / f"{name}-{rank}.txt", rows)
+        stream.file.touch()
+        trainer = text_trainer(
+            folder / name,
+            ranks,
+            data=stream,
+            packing=kind == "cut",
+            trainer={"data_collator": None if kind == "cut" else PaddingCollator()},
+            save_strategy="no" if resume else "steps",
+        )
+        source = folder / f"stream-{kind}-{world}" / "checkpoint-4"
+        trainer.train(resume_from_checkpoint=str(source) if resume else None)
+        found["figures"][kind] = figures(trainer)
+        found[kind] = stream.reads()
+    return found
+
+
+def streams(folder):
+    world = dist.get_world_size()
+    return {"whole": in_streams(folder, world), "again": in_streams(folder, world, True)}
 
 
 def evaluated(folder):
