@@ -149,7 +149,6 @@ def shield_workers(loader: Any, request: StopRequest) -> None:
     Schedulers and terminals signal every process of a job. The step that is being finished needs
     its workers; they end with the process that they work for.
     """
-    loader = getattr(loader, "base_dataloader", loader)  # what accelerate's iterate over
     then = getattr(loader, "worker_init_fn", None)
     if getattr(loader, "num_workers", 0) > 0 and request.signals and not isinstance(then, _Shield):
         loader.worker_init_fn = _Shield(then, request.signals)
