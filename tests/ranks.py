@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import test_trainer
 import torch
@@ -39,10 +40,11 @@ KINDS = {"ddp": {}, "fsdp2": {"fsdp": "full_shard", "fsdp_config": {"fsdp_versio
 
 
 def documents(count=64):
-    """Of 3 to 23 tokens."""
+    """Python's own documentation in pieces of 3 to 23 characters, each a token of 1 to 60."""
     draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, 24, (count,), generator=draw).tolist()
-    return [{"input_ids": torch.randint(1, 61, (n,), generator=draw).tolist()} for n in lengths]
+    ends = torch.randint(3, 24, (count,), generator=draw).cumsum(0).tolist()
+    tokens = [1 + ord(character) % 60 for character in topics["for"] + topics["while"]]
+    return [{"input_ids": tokens[a:b]} for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def text_trainer(out, ranks, cls=Trainer, data=None, model=None, trainer=None, **changes):
