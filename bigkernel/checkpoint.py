@@ -43,6 +43,7 @@ _WITHOUT = {
     "scheduler.pt": "the learning rate is worked out from the step",
     "scaler.pt": "the loss scale starts anew",
     "rng_state.pth": "the random numbers are others",
+    "stream.pt": "the stream is read from its start",
     "bigkernel_state.json": "the loss since the last log is not known",
 }
 
@@ -380,7 +381,8 @@ def _missing(folder: Path, name: str) -> str:
         if (folder / "model.safetensors").is_file() or _shards(folder):
             return f"{found}, the weights are in other files"
     elif name != _STATE and "/" not in name:
-        without = _WITHOUT.get("rng_state.pth" if name.startswith("rng_state") else name)
+        # Several processes have one each.
+        without = _WITHOUT.get(re.sub(r"^(rng_state|stream)_\d+", r"\1", name))
         return f"{found}, so {without}" if without else found
     raise CheckpointError(
         f"the checkpoint {folder} is damaged: {found}, and there is no going on without it."

@@ -19,6 +19,18 @@ _SIDE = {"cpu": 1024, "cuda": 8192}
 _PATIENCE = 0.4  # seconds, of a processor to which that is much
 
 
+@torch.compiler.assume_constant_result  # of torch 2.11's own, torch.compile makes no graph
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What torch.autocast computes in on a kind of device, or None where it is off."""
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 @functools.cache
 def speedup(device: torch.device, dtype: torch.dtype) -> float:
     """How many times as fast as float32 `device` multiplies `dtype`, bfloat16 or float16.

@@ -46,6 +46,7 @@ from bigkernel import backend, checkpoint, precision, tuning
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.data.collators import PackingCollator, PaddingCollator
+from bigkernel.data.streams import StreamTrack
 from bigkernel.expect import Expect
 from bigkernel.integrations import contract, heads, sharding
 from bigkernel.integrations.packing import Packing, PackingError, packing_of
@@ -270,6 +271,9 @@ class Trainer(transformers.Trainer):
         self._packing: Packing | None = None
         self._tunes_next = False
         self._meter: Meter | None = None
+        self._stream: StreamTrack | None = None
+        self._stream_before: dict[str, int] | None = None
+        self._passes_more = 0
         super().__init__(model, args, *positional, **keywords)
         self._patch(self._module())
         given = positional[0] if positional else keywords.get("data_collator")
@@ -552,14 +556,56 @@ class Trainer(transformers.Trainer):
             self._meter = Meter(self._module(), self.args.device, max(1, self.args.n_gpu))
             self._tunes_next = getattr(self.args, "tune_kernels", False)
             self._continue_losses()
+        shield_workers(kwargs["train_dataloader"], self._stop_request)
+        kwargs = self._enter_stream(kwargs)
         if self._evaluation_due:
             self._make_up_evaluation(**kwargs)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if self.control.should_training_stop:
             return
-        shield_workers(kwargs.get("train_dataloader"), self._stop_request)
         super()._run_epoch(*args, **kwargs)
+
+    def _enter_stream(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What an epoch is told where the data is a stream: which pass it is, and where it begins.
+
+        transformers takes a stream without a length for one long epoch when it resumes, although it
+        has begun anew each time that it came to its end.
+        """
+        loader, source = kwargs["train_dataloader"], kwargs["resume_from_checkpoint"]
+        if not isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
+            return kwargs
+        if self._stream is None or self._stream.loader is not loader:
+            self._stream = StreamTrack(loader, self.args.world_size)
+            self._passes_more = 0
+        stream, epoch = self._stream, kwargs["epoch"]
+        step = self.state.global_step
+        if source is None or epoch != kwargs["epochs_trained"] or self.args.ignore_data_skip:
+            stream.begin(epoch + self._passes_more, step)
+            return {**kwargs, "epoch": stream.epoch}
+        accumulated = self.args.gradient_accumulation_steps
+        skipped = kwargs["steps_trained_in_current_epoch"] // accumulated
+        before = self._stream_before or {"epoch": epoch, "began": step - skipped}
+        self._passes_more = before["epoch"] - epoch
+        stream.begin(before["epoch"], before["began"])
+        batches = (step - before["began"]) * accumulated
+        told = {
+            "epoch": stream.epoch,
+            "epochs_trained": stream.epoch,
+            "steps_trained_in_current_epoch": batches,
+        }
+        if batches == 0:
+            return {**kwargs, **told}
+        saved = stream.read(Path(source), self.args.process_index)
+        if self.args.world_size > 1 and not stream.own:  # all do as the first one
+            saved = broadcast_object_list([saved])[0]
+        reason = stream.enter(saved)
+        if reason is not None and self.is_world_process_zero():
+            checkpoint.notify(f"{reason}, so its first {batches} batches are read again.")
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(stream.epoch)
+        resumed = stream.resumed(batches, read_again=reason is not None)
+        return {**kwargs, **told, "train_dataloader": resumed}
 
     def _choose_precision(self) -> None:
         """Let training steps compute in bfloat16 where the arguments leave it open and it pays."""
@@ -648,6 +694,8 @@ class Trainer(transformers.Trainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
+        if self._stream is not None:
+            self._stream.advance()
         if called is not None:
             self._tune(called)
         if self._stops_on_nonfinite() and not bool(loss.isfinite().all()):
@@ -799,6 +847,7 @@ class Trainer(transformers.Trainer):
                     nothing = f"no checkpoint in {self._run_folder()} yet: starting anew."
                     checkpoint.notify(nothing if folder is None else f"resuming from {folder}.")
             self._has_begun = self._evaluation_due = False
+            self._stream = self._stream_before = None
             self._resumed_losses = None if folder is None else self._load_own_state(folder)
             self._saved_step = None
             if folder is not None and folder.parent.resolve() == self._run_folder().resolve():
@@ -813,6 +862,8 @@ class Trainer(transformers.Trainer):
                 )
             finally:
                 self.is_in_train = False
+                if self._stream is not None:
+                    self._stream.leave()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all, and never with parameters that are lost."""
@@ -834,6 +885,7 @@ class Trainer(transformers.Trainer):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
+                self._save_stream(folder)
             if self.args.should_save:
                 self._note_callback_states()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -845,6 +897,13 @@ class Trainer(transformers.Trainer):
             best = self.state.best_model_checkpoint
             keep = [final] if best is None else [final, Path(best)]
             checkpoint.rotate(run, self.args.save_total_limit, keep)
+
+    def _save_stream(self, folder: Path) -> None:
+        if self._stream is None:
+            return
+        reason = self._stream.save(folder, self.args.process_index)
+        if reason is not None:
+            checkpoint.notify(f"{reason}. A resumed run will read the stream from its start.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As transformers', also for weights that it saves under other names than it loads.
@@ -1016,6 +1075,7 @@ class Trainer(transformers.Trainer):
             "augmentation": self._batch_augmentation.state_dict(),
             "evaluation_due": self._evaluation_due,
             "steps_in_bf16": self._steps_in_bf16 if self.args.bf16 is None else None,
+            "stream": None if self._stream is None else self._stream.place(self.state.global_step),
         }
 
     def _load_own_state(self, folder: Path) -> dict[str, float] | None:
@@ -1027,6 +1087,7 @@ class Trainer(transformers.Trainer):
         self._evaluation_due = bool(state.get("evaluation_due", False))
         if self.args.bf16 is None:
             self._steps_were_in_bf16 = state.get("steps_in_bf16")
+        self._stream_before = state.get("stream")
         return {"sum": state["loss_since_log"], "step": state["step_of_last_log"]}
 
     def _run_folder(self) -> Path:

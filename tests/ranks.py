@@ -12,19 +12,21 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import test_trainer
 import torch
 import torch.distributed as dist
 import transformers
 from families import DECODER, build, image_model, text_model
+from streams import Stream
 from test_trainer import arguments, image_data, losses, scale_only
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from benchmarks import scaling
 from bigkernel import Trainer
-from bigkernel.data import ImageData, ImageDataset, PackedDataset, build_tokenizer
+from bigkernel.data import ImageData, ImageDataset, PackedDataset, PaddingCollator, build_tokenizer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
 from bigkernel.recipes import augmentation, report
@@ -38,10 +40,11 @@ KINDS = {"ddp": {}, "fsdp2": {"fsdp": "full_shard", "fsdp_config": {"fsdp_versio
 
 
 def documents(count=64):
-    """Of 3 to 23 tokens."""
+    """Python's own documentation in pieces of 3 to 23 characters, each a token of 1 to 60."""
     draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, 24, (count,), generator=draw).tolist()
-    return [{"input_ids": torch.randint(1, 61, (n,), generator=draw).tolist()} for n in lengths]
+    ends = torch.randint(3, 24, (count,), generator=draw).cumsum(0).tolist()
+    tokens = [1 + ord(character) % 60 for character in topics["for"] + topics["while"]]
+    return [{"input_ids": tokens[a:b]} for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def text_trainer(out, ranks, cls=Trainer, data=None, model=None, trainer=None, **changes):
@@ -336,6 +339,39 @@ def reads(folder):
     for workers in (0, 2):
         train(f"again, {workers} workers", str(run / "checkpoint-4"), workers)
     return found
+
+
+def in_streams(folder, world, resume=False):
+    """Two passes of a stream that the first rank deals out, and of one that all ranks read.
+
+    If ``resume`` says so, on from a checkpoint of ``world`` ranks in the second pass.
+    """
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    found = {"figures": {}}
+    for kind in ("dealt", "cut"):
+        # Batches that are dealt out have to be of one length.
+        rows = [{"input_ids": d["input_ids"][:3]} for d in documents(3 * GLOBAL_BATCH)]
+        name = f"stream-{kind}-{world}{'-again' if resume else ''}"
+        stream = Stream(folder / f"{name}-{rank}.txt", rows)
+        stream.file.touch()
+        trainer = text_trainer(
+            folder / name,
+            ranks,
+            data=stream,
+            packing=kind == "cut",
+            trainer={"data_collator": None if kind == "cut" else PaddingCollator()},
+            save_strategy="no" if resume else "steps",
+        )
+        source = folder / f"stream-{kind}-{world}" / "checkpoint-4"
+        trainer.train(resume_from_checkpoint=str(source) if resume else None)
+        found["figures"][kind] = figures(trainer)
+        found[kind] = stream.reads()
+    return found
+
+
+def streams(folder):
+    world = dist.get_world_size()
+    return {"whole": in_streams(folder, world), "again": in_streams(folder, world, True)}
 
 
 def evaluated(folder):

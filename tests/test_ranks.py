@@ -9,6 +9,7 @@ The ranks are started once (`ranks.py`); each test reads what one part of their 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ class Ranks:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     made = Ranks(tmp_path_factory.mktemp("ranks"))
-    trained = "ddp fsdp2 again from_one muon images uneven reads sent"
+    trained = "ddp fsdp2 again from_one muon images uneven reads streams sent"
     made.run(2, *trained.split(), "evaluated", "beside_theirs", "signalled", "refused")
     return made
 
@@ -290,6 +291,23 @@ def test_what_was_trained_on_is_not_read_again(two, tmp_path, world):
             assert curve(mine["figures"][again]) == curve(mine["figures"]["whole"])
     read = [document for mine in all_ for document in mine["whole"][-3 * share :]]
     assert sorted(read) == list(range(3 * ranks.GLOBAL_BATCH))
+
+
+def test_streams_are_entered_in_the_middle(two, tmp_path):
+    """Dealt out by one rank, or read by each; on two ranks bit for bit, and in one process."""
+    for kind in ("dealt", "cut"):
+        shutil.copytree(two.folder / f"stream-{kind}-2", tmp_path / f"stream-{kind}-2")
+    one = ranks.in_streams(tmp_path, 2, resume=True)
+    for rank in (0, 1):
+        found = json.loads((two.folder / f"streams-2-{rank}.json").read_text())
+        whole, again = found["whole"], found["again"]
+        assert again["figures"] == whole["figures"]
+        for kind in ("dealt", "cut"):
+            reads = rank == 0 or kind == "cut"
+            rest = whole[kind][4 * ranks.GLOBAL_BATCH :]
+            assert again[kind] == rest
+            assert bool(rest) == reads
+            assert_close(one["figures"][kind], whole["figures"][kind])
 
 
 def test_two_ranks_go_on_from_one_process(two):

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from transformers import PreTrainedModel
 
+from bigkernel import precision
 from bigkernel.integrations import loss, native
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import (
@@ -152,11 +153,12 @@ def _head(skip: bool, head: nn.Module, x: Any) -> Any:
 def _serves(hidden: Any, linear: nn.Linear) -> bool:
     weight, bias = linear.weight, linear.bias
     same = hidden.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
-    kind = hidden.device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
+    cast = precision.autocast_dtype(hidden.device.type)
+    dtype = cast or hidden.dtype
     size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
-    return (same or cast) and native.takes(OP, hidden, weight, bias, size=size, dtype=dtype)
+    return (same or cast is not None) and native.takes(
+        OP, hidden, weight, bias, size=size, dtype=dtype
+    )
 
 
 def _capped(logits: Any, limit: Any) -> Any:

@@ -24,7 +24,7 @@ from bigkernel.integrations.subclass import (
     why_no_subclass,
 )
 from bigkernel.ops.linear import linear
-from bigkernel.ops.linear.op import NARROW, autocast_dtype, is_widened
+from bigkernel.ops.linear.op import NARROW, is_widened
 from bigkernel.ops.linear.reference import FEW
 
 OP = "linear"
@@ -90,7 +90,7 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not all(isinstance(t, Tensor) for t in tensors) or x.dim() == 0:
         return False
-    dtype = autocast_dtype(x)
+    dtype = precision.autocast_dtype(x.device.type)
     if dtype is None:
         dtype = x.dtype
         if any(t.dtype != dtype for t in tensors):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
 from torch._subclasses import FakeTensor
 
+from bigkernel import precision
 from bigkernel.errors import has_tangent
 from bigkernel.expect import FLOATING, FLOATING_NAMES, TO_FLOAT, Expect, shape_of
 from bigkernel.ops.attention.blocks import accumulate_dtype, sequence_cuts
@@ -57,9 +58,9 @@ def autocast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Inside torch.autocast, the inputs in its dtype, as torch's own attention gets them."""
     kind = q.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    dtype = precision.autocast_dtype(kind)
+    if dtype is None:
         return q, k, v, mask
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast(x: Tensor) -> Tensor:
         eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == kind

@@ -129,7 +129,8 @@ def _autograd(ops: Any) -> tuple[Any, Any]:
 
 def _head_dims(tensors: Sequence[Tensor]) -> str | None:
     """Why the native kernels cannot take q, k and v of these head dims, None if they can."""
-    widest = max((x.shape[-1] for x in tensors[:3] if x.dim() > 0), default=0)
+    # Without `default`, which torch.compile cannot trace before torch 2.14.
+    widest = max([0, *(x.shape[-1] for x in tensors[:3] if x.dim() > 0)])
     if widest > MAX_NATIVE_HEAD_DIM:
         return f"head dim {widest} is above the native kernels' {MAX_NATIVE_HEAD_DIM}"
     return None

@@ -119,7 +119,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise _EXPECT.error("weight", f"[M, {input.shape[-1]}]", shape_of(weight))
     if bias is not None:
         _EXPECT.shape("bias", bias, weight.shape[:1])
-    dtype = autocast_dtype(input)
+    dtype = precision.autocast_dtype(input.device.type)
     if dtype is None:
         for name, x in (("weight", weight), ("bias", bias)):
             if x is not None and x.dtype != input.dtype:
@@ -134,14 +134,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else _kept(bias, dtype)
     y: Tensor = _library.run(_library.OPS, "linear_fwd", input, weight, bias)
     return y
-
-
-def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast computes a product in, or None where it is off."""
-    kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def is_widened(dtype: torch.dtype, *tensors: Tensor) -> bool:

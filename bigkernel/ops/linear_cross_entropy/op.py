@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigkernel import _library, registry
+from bigkernel import _library, precision, registry
 from bigkernel.backend import select
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.cross_entropy.checks import check_labels, check_options
@@ -274,10 +274,9 @@ def _autocast(
     """
     if not isinstance(input, Tensor):
         return input, linear_weight, linear_bias
-    kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    dtype = precision.autocast_dtype(input.device.type)
+    if dtype is None:
         return input, linear_weight, linear_bias
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast(x: Any, kept: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
@@ -336,10 +335,4 @@ def _check_target(input: Tensor, target: Tensor, classes: int) -> None:
 
 
 def _is_wide_in_autocast(x: Tensor, input: Tensor) -> bool:
-    kind = input.device.type
-    return (
-        x.dtype == torch.float32
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-        and input.dtype == torch.get_autocast_dtype(kind)
-    )
+    return x.dtype == torch.float32 and input.dtype == precision.autocast_dtype(input.device.type)
