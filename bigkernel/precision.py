@@ -19,9 +19,12 @@ _SIDE = {"cpu": 1024, "cuda": 8192}
 _PATIENCE = 0.4  # seconds, of a processor to which that is much
 
 
-@torch.compiler.assume_constant_result  # of torch 2.11's own, torch.compile makes no graph
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
+
+
+# Of torch 2.11's own, torch.compile makes no graph. The decorator for this imports torch._dynamo.
+setattr(_has_autocast, "_dynamo_marked_constant", True)  # noqa: B010 - mypy knows no such name
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
