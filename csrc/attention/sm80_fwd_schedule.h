@@ -14,8 +14,8 @@ struct ForwardPlace {
     const BlockPlace place =
         block_place(blockIdx.x, uint32_t(args.batch * args.heads_q), tiles, args.together);
     first_row = int(tiles - 1 - place.rank) * rows;
-    head = int(place.head) % args.heads_q;
-    batch = int(place.head) / args.heads_q;
+    batch = place.head / uint32_t(args.heads_q);
+    head = int(place.head) - batch * args.heads_q;
   }
 };
 
