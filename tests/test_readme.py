@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import ledger
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
@@ -42,6 +44,14 @@ def test_snippets_run(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_seconds_to_the_target_are_those_of_the_ledger():
+    entries = ledger.entries()
+    share = {entry.side: f"{ledger.ratio(entry, entries):.2f}" for entry in entries}
+    adamw, muon = share["bigkernel-adamw"], share["bigkernel-muon"]
+    text = " ".join(README.split())
+    assert f'{adamw} of the time with our AdamW, {muon} with `optim="muon"`' in text
 
 
 def test_chart_licence_and_documentation_are_at_the_top():
