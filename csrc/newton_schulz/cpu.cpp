@@ -97,12 +97,12 @@ void run_all(std::vector<NewtonSchulz> matrices, int64_t steps) {
     orthogonalize(m, steps, [](int64_t n, const auto& f) { parallel_for(n, 1, f); });
     left -= work_of(m);
   }
+  int64_t floats = 0;  // of the largest
+  for (int64_t i = first; i < count; ++i)
+    floats =
+        std::max(floats, newton_schulz_floats(matrices[size_t(i)].rows, matrices[size_t(i)].cols));
   std::atomic<int64_t> next{first};
   parallel_for(std::min(threads, count - first), 1, [&](int64_t, int64_t) {
-    int64_t floats = 0;
-    for (int64_t i = first; i < count; ++i)
-      floats = std::max(floats,
-                        newton_schulz_floats(matrices[size_t(i)].rows, matrices[size_t(i)].cols));
     const Scratch scratch(floats);
     for (int64_t i = next++; i < count; i = next++) {
       NewtonSchulz m = matrices[size_t(i)];

@@ -101,14 +101,14 @@ def orthogonalize(
     By whatever multiplies faster: where the native kernel has no vectors of the processor's own,
     or there is none, that is torch, without a word.
     """
-    device = xs[0].device
+    device, reason = xs[0].device, _OP.why_not_native(xs)
     ours = is_forced() or (
-        device.type == "cpu"
+        reason is None
+        and device.type == "cpu"
         and _library.native is not None
         and _library.native.cpu_isa() != "portable"
-        and _OP.why_not_native(xs) is None
     )
-    ops = select("newton_schulz", device, _OP.why_not_native(xs)) if ours else _library.TORCH_OPS
+    ops = select("newton_schulz", device, reason) if ours else _library.TORCH_OPS
     return _call(ops, xs, coefficients, steps, eps, dtype)
 
 
