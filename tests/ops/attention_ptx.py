@@ -8,6 +8,7 @@ launchers go to those same launchers, compiled against the emulator.
 import ctypes
 import functools
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def host() -> ptx.HostLibrary:
     return host
 
 
-A100 = ptx.DEVICES["A100"]  # what calls run on
+current = ptx.DEVICES["A100"]  # the device that calls run on: see `emulated`
 launches: list[ptx.Launch] = []  # of the last call
 last: Any = None  # its function and arguments
 
@@ -118,25 +119,25 @@ class Call:
         strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
         return MaskView(self.at(x, name), MASK_KINDS[x.dtype], *strides)
 
-    def plan(self, device: ptx.Device = A100) -> Plan:
-        (plan,) = plans("attention_fwd_plan", self.args, device) or [Plan()]
+    def plan(self, device: ptx.Device | None = None) -> Plan:
+        (plan,) = plans("attention_fwd_plan", self.args, device or current) or [Plan()]
         return plan
 
-    def plan_backward(self, device: ptx.Device = A100) -> list[Plan]:
-        return plans("attention_bwd_plan", self.args, device)
+    def plan_backward(self, device: ptx.Device | None = None) -> list[Plan]:
+        return plans("attention_bwd_plan", self.args, device or current)
 
     def split(self, splits: int | None = None) -> None:
         """`split` and the memory for it, which nothing has been written to."""
         size = split(self.args, splits=splits)
         self.args.parts = self.at(torch.full((size,), torch.nan), "parts")
 
-    def split_keys(self, device: ptx.Device = A100, splits: int | None = None) -> None:
+    def split_keys(self, device: ptx.Device | None = None, splits: int | None = None) -> None:
         """What the binding does where queries are few, or this many splits; 0: nothing."""
         size = split_keys(self.args, device, splits)
         self.args.parts = self.at(torch.full((size,), torch.nan), "parts")
 
-    def run(self, function: str, device: ptx.Device = A100) -> None:
-        number = [*ptx.DEVICES.values()].index(device)
+    def run(self, function: str, device: ptx.Device | None = None) -> None:
+        number = [*ptx.DEVICES.values()].index(device or current)
         with host().running(self.memory) as made:
             error = getattr(host().library, function)(ctypes.byref(self.args), number)
         global last
@@ -146,21 +147,21 @@ class Call:
             raise RuntimeError(error.decode())
 
 
-def split(args: Args, device: ptx.Device = A100, splits: int | None = None) -> int:
+def split(args: Args, device: ptx.Device | None = None, splits: int | None = None) -> int:
     """Sets how many blocks share a tile of keys, as the binding does or this many. The floats that
     they leave for the sum."""
     function = host().library.attention_split_bwd
-    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)))
+    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*(device or current))))
     if splits is not None:
         args.splits, args.members = splits, args.group // splits
     return part * args.splits if args.splits > 1 else 0
 
 
-def split_keys(args: Args, device: ptx.Device = A100, splits: int | None = None) -> int:
+def split_keys(args: Args, device: ptx.Device | None = None, splits: int | None = None) -> int:
     """Sets among how many blocks the keys of few queries are split, 0 where that is not done: as
     the binding does or this many. The floats that they leave for the sum."""
     function = host().library.attention_split_fwd
-    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*device)))
+    part = function(ctypes.byref(args), ctypes.byref(layout.DeviceTraits(*(device or current))))
     if splits is not None:
         args.splits = splits
     return int(part * args.splits)
@@ -182,7 +183,7 @@ def plans(function: str, args: Args, device: ptx.Device) -> list[Plan]:
 def tiles() -> list[tuple[int, int]]:
     """(rows of a block, keys or other rows that it takes at a time) of the last call's launches."""
     function, args = last
-    found = plans(function.replace("run", "plan"), args, A100)
+    found = plans(function.replace("run", "plan"), args, current)
     return [(plan.tile_rows, plan.tile_keys) for plan in found]
 
 
@@ -256,13 +257,15 @@ def define() -> Any:
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
-    """Within, every call of attention that a native kernel takes runs in the emulator."""
+def emulated(device: ptx.Device = current) -> Iterator[None]:
+    """Within, every call of attention that a native kernel takes runs in the emulator, by the plans
+    for this one of `ptx.DEVICES`."""
     namespace, _ = define()
 
     def select(name: str, device: torch.device, reason: str | None = None) -> Any:
         assert reason is None, reason
         return namespace
 
-    with mock.patch.object(op, "select", select):
+    here = sys.modules[__name__]
+    with mock.patch.object(op, "select", select), mock.patch.object(here, "current", device):
         yield
