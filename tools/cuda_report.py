@@ -68,6 +68,7 @@ class Case:
     op: str
     name: str
     run: Callable[[int], list[Part]]  # takes the size: elements of Adam, length of attention
+    arch: str = "sm_80"
 
 
 def text_of(host: ptx.HostLibrary, launch: ptx.Launch) -> str:
@@ -128,8 +129,11 @@ def queries_seen(length: int, rows: int, queries: int, causal: bool) -> int:
     return sum(length - begin for begin in begins)
 
 
-def attention(dim: int, causal: bool, dtype: torch.dtype = BF16, **options: Any) -> Any:
-    """Forward; backward: dK and dV by blocks of keys, dQ by blocks of queries."""
+def attention(
+    dim: int, causal: bool, dtype: torch.dtype = BF16, device: str = "A100", **options: Any
+) -> Any:
+    """Forward; backward: dK and dV by blocks of keys, dQ by blocks of queries. Of another device
+    than the A100 forward alone, whose tiles may be smaller there."""
 
     def run(length: int) -> list[Part]:
         torch.manual_seed(0)
@@ -138,14 +142,16 @@ def attention(dim: int, causal: bool, dtype: torch.dtype = BF16, **options: Any)
         host, yardstick = attention_ptx.host(), triton_kernels()
         once, stats = length * dim * q.element_size() // SECTOR, length * 4 // SECTOR
         row = dim * q.element_size() // SECTOR  # sectors
-        with attention_ptx.emulated():
+        with attention_ptx.emulated(ptx.DEVICES[device]):
             out = attention_ptx.op.attention(q, k, v, causal=causal, **options)
             ((rows, keys),), (forward,) = attention_ptx.tiles(), attention_ptx.launches
+            seen = keys_seen(length, rows, keys, causal) * row
+            least = [{"q": once, "k": seen, "v": seen, "out": once, "lse": 2 * stats}]
+            if device != "A100":
+                return [Part("forward", forward, text_of(host, forward), least[0])]
             torch.autograd.grad(out, (q, k, v), dout)
             _, by_keys, by_queries = attention_ptx.tiles()
             before, dkdv, dq = attention_ptx.launches
-        seen = keys_seen(length, rows, keys, causal) * row
-        least = [{"q": once, "k": seen, "v": seen, "out": once, "lse": 2 * stats}]
         planes = 3 if dtype == F32 else 2  # of delta: fp32 has the general kernel alone
         least.append({"out": once, "dout": once, "lse": 2 * stats, "delta": planes * stats})
         seen = queries_seen(length, *by_keys, causal)
@@ -212,6 +218,11 @@ CASES = [
         Case("attention", f"bf16 D{dim} {'causal' if causal else 'full'}",
              attention(dim, causal))
         for dim in (64, 128) for causal in (False, True)
+    ),
+    *(
+        Case("attention", f"bf16 D128 {'causal' if causal else 'full'}, 100 KB",
+             attention(128, causal, device="RTX 4090"), "sm_89")
+        for causal in (False, True)
     ),
     Case("attention", "fp32 D64 causal", attention(64, True, F32)),
     Case("augment", "uint8, crop, flip, normalise", augment),
@@ -289,9 +300,9 @@ def machine_code(text: str, arch: str, kernel: str) -> tuple[sass.Resources, dic
     return found[kernel], code_of(sass.disassemble(cubin)[kernel])
 
 
-def measure(case: Case, size: int, arch: str = "sm_80") -> list[dict[str, Any]]:
+def measure(case: Case, size: int) -> list[dict[str, Any]]:
     """The rows of one case."""
-    rows = []
+    rows, arch = [], case.arch
     for part in case.run(size):
         launch = part.launch
         found, code = machine_code(part.text, arch, launch.kernel)
@@ -387,6 +398,7 @@ def markdown(report: dict[str, Any]) -> str:
         "Sectors are of 32 bytes, asked for by loads and stores, against what the algorithm needs.",
         "Attention: one head, forward and backward as in training, S = "
         f"{report['size']}; FA2 is FlashAttention-2 for sm_80, compiled by nvcc 13.0.",
+        "100 KB: the tiles for multiprocessors with as much shared memory, compiled for sm_89.",
         "",
         "## Cases",
         "",
@@ -418,6 +430,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"Bars held: {bars_held} of {count}.", "", *missed, *([""] if missed else [])]
     if report.get("schedule"):
         lines += schedule(report["schedule"])
+    if report.get("tiles"):
+        lines += tiles(report["tiles"])
     lines += [
         "## Every kernel",
         "",
@@ -477,6 +491,25 @@ def schedule(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *missed, *([""] if missed else [])]
 
 
+def tiles(rows: list[dict[str, Any]]) -> list[str]:
+    """What of attention's kernels fits on a multiprocessor: a line for a kernel."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = [
+        "## Attention's tiles",
+        "",
+        "By architecture: rows x columns of a tile, KB of shared memory of a block, registers of a",
+        "thread, and blocks x warps that a multiprocessor has room for at a time. Forward's tiles",
+        "are smaller where two blocks of the larger ones do not fit into its shared memory.",
+        "",
+    ]
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        found = cells.setdefault(row["call"], [])
+        found.append(f"{row['tile']}, {row['shared'] / 1024:.0f} KB, {row['registers']}: "
+                     f"{row['blocks']} x {row['warps']}")  # fmt: skip
+    return lines + table(["call", *archs], [[call, *found] for call, found in cells.items()])
+
+
 def as_json(report: dict[str, Any]) -> str:
     """One line for each row of a list."""
     parts = []
@@ -518,6 +551,7 @@ def main() -> int:
         report["kernels"] += every_kernel(arch)
     if not options.only:
         report["schedule"] = cuda_schedule.table(report)
+        report["tiles"] = cuda_schedule.tiles(report)
     text = markdown(report)
     if not options.only:
         written = destination(archs)

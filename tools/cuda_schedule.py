@@ -31,11 +31,12 @@ GPUS = {  # name -> (architecture, device); of the H200 multiprocessors and L2 a
 FEW = "few queries"
 FORWARD, KEYS, QUERIES = ROLES = ("forward", "backward, dK dV", "backward, dQ")
 KERNELS = {
-    FORWARD: "attention_fwd_kernel<ForwardShape<bf16, {}, false> >",
-    KEYS: "attention_bwd_kernel<bf16, {}, (Part)0, false>",
-    QUERIES: "attention_bwd_kernel<bf16, {}, (Part)3, false>",
-    FEW: "attention_few_kernel<FewShape<bf16, {}> >",
+    FORWARD: "attention_fwd_kernel<ForwardShape<{type}, {dim}, {general}, {room}> >",
+    KEYS: "attention_bwd_kernel<{type}, {dim}, (Part){part}, {general}>",
+    QUERIES: "attention_bwd_kernel<{type}, {dim}, (Part)3, {general}>",
+    FEW: "attention_few_kernel<FewShape<{type}, {dim}> >",
 }
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan_of(args: Any, role: str, device: ptx.Device) -> Any:
     """The launch of a role."""
     if role == FORWARD:
         return attention_ptx.plans("attention_fwd_plan", args, device)[0]
-    name = b"(dk, dv)" if role == KEYS else b"(dq)"
+    name = b"(dk" if role == KEYS else b"(dq)"
     plans = attention_ptx.plans("attention_bwd_plan", args, device)
     return next(plan for plan in plans if name in plan.name)
 
@@ -135,11 +136,19 @@ class Cost:
     tile: float
 
 
-def cost_of(record: dict[str, Any], dim: int, role: str, rows: int, columns: int) -> Cost:
-    """From the record's counts of one full and one causal head, as two equations."""
+def small(args: Any, role: str, plan: Any) -> bool:
+    """Whether the launch has the tiles for little shared memory."""
+    return role == FORWARD and plan.shared < plan_of(args, role, ptx.DEVICES["A100"]).shared
+
+
+def cost_of(
+    record: dict[str, Any], dim: int, role: str, rows: int, columns: int, tiles: str = ""
+) -> Cost:
+    """From the record's counts of one full and one causal head, as two equations. ``tiles``: what
+    the names of the cases say of them."""
     found = []
     for causal in (False, True):
-        name = f"bf16 D{dim} {'causal' if causal else 'full'}"
+        name = f"bf16 D{dim} {'causal' if causal else 'full'}{tiles}"
         (case,) = (x for x in record["cases"] if (x["case"], x["role"]) == (name, role))
         length = case["size"]
         blocks = -(-length // rows)
@@ -174,11 +183,20 @@ def share_of(costs: Iterable[float], slots: int) -> float:
     return total / (slots * max(ends))
 
 
-def slots_of(record: dict[str, Any], arch: str, role: str, dim: int, plan: Any) -> int:
-    """Blocks of a launch on one multiprocessor."""
-    kernel = KERNELS[role].format(dim)
+def registers_of(
+    record: dict[str, Any], arch: str, role: str, args: Any, plan: Any, type_: str = "bf16"
+) -> int:
+    dim, general = plan.tile_dim, str(bool(plan.general)).lower()
+    room, part = 100 if small(args, role, plan) else 164, 1 if dim > 128 else 0
+    kernel = KERNELS[role].format(type=type_, dim=dim, general=general, room=room, part=part)
     (found,) = (x for x in record["kernels"] if (x["arch"], x["kernel"]) == (arch, kernel))
-    return sass.occupancy(arch, found["registers"], plan.threads, plan.shared)[0]
+    return int(found["registers"])
+
+
+def slots_of(record: dict[str, Any], arch: str, role: str, args: Any, plan: Any) -> int:
+    """Blocks of a launch on one multiprocessor."""
+    registers = registers_of(record, arch, role, args, plan)
+    return sass.occupancy(arch, registers, plan.threads, plan.shared)[0]
 
 
 def measure(record: dict[str, Any], shape: Shape, gpu: str) -> list[dict[str, Any]]:
@@ -188,7 +206,8 @@ def measure(record: dict[str, Any], shape: Shape, gpu: str) -> list[dict[str, An
     parts = 4 * attention_ptx.split(args, device)
     for role in ROLES:
         plan = plan_of(args, role, device)
-        cost = cost_of(record, shape.dim, role, plan.tile_rows, plan.tile_keys)
+        names = ", 100 KB" if small(args, role, plan) else ""
+        cost = cost_of(record, shape.dim, role, plan.tile_rows, plan.tile_keys, names)
         members = args.members if role == KEYS else 1
         costs = []
         for sequence, tile in blocks_of(shape, role, args, plan):
@@ -198,7 +217,7 @@ def measure(record: dict[str, Any], shape: Shape, gpu: str) -> list[dict[str, An
                 role, length, tile, plan.tile_rows, plan.tile_keys, shape.causal
             )
             costs.append(cost.block + cost.tile * taken if there else 0.0)
-        slots = slots_of(record, arch, role, shape.dim, plan) * device.multiprocessors
+        slots = slots_of(record, arch, role, args, plan) * device.multiprocessors
         rows.append({"shape": str(shape), "gpu": gpu, "role": role, "blocks": plan.blocks,
                      "slots": slots, "together": plan.together,
                      "splits": args.splits if role == KEYS else 1, "parts": parts,
@@ -232,7 +251,7 @@ def measure_few(record: dict[str, Any], shape: Shape, gpu: str) -> dict[str, Any
     args = arguments(shape)
     parts = 4 * attention_ptx.split_keys(args, device)
     plan, _ = attention_ptx.plans("attention_few_plan", args, device)
-    slots = slots_of(record, arch, FEW, shape.dim, plan) * device.multiprocessors
+    slots = slots_of(record, arch, FEW, args, plan) * device.multiprocessors
     keys = -(-args.max_k // plan.tile_keys)
     of_split = -(-keys // args.splits)
     cost = few_cost(shape.dim)
@@ -251,3 +270,30 @@ def table(record: dict[str, Any]) -> list[dict[str, Any]]:
     gpus = [gpu for gpu, (arch, _) in GPUS.items() if arch in archs]
     rows = [row for shape in SHAPES for gpu in gpus for row in measure(record, shape, gpu)]
     return rows + [measure_few(record, shape, gpu) for shape in DECODING for gpu in gpus]
+
+
+def tiles(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tiles of every kind of call on a device of each architecture that the record has, and
+    what of them fits on a multiprocessor."""
+    archs = {row["arch"] for row in record["kernels"]}
+    devices = {f"sm_{device.capability}": device for device in ptx.DEVICES.values()}
+    rows = []
+    for type_, dtype in TYPES.items():
+        for role in ROLES:
+            for dim in (64, 96, 128, 192, 256) if role == FORWARD else (64, 128, 256):
+                for general in (False, True):
+                    args = arguments(Shape(1, 1, dim, (4096,)))
+                    args.dtype, args.softcap = attention_ptx.TYPE_CODES[dtype], float(general)
+                    attention_ptx.split(args)
+                    kind = "general" if general else "plain"
+                    for arch in sorted({*devices} & archs, key=lambda name: int(name[3:])):
+                        plan = plan_of(args, role, devices[arch])
+                        if bool(plan.general) != general or plan.tile_dim != dim:
+                            continue  # this type and dim share another's kernel
+                        registers = registers_of(record, arch, role, args, plan, type_)
+                        blocks, _ = sass.occupancy(arch, registers, plan.threads, plan.shared)
+                        rows.append({"call": f"{type_} D{dim} {kind} {role}", "arch": arch,
+                                     "tile": f"{plan.tile_rows} x {plan.tile_keys}",
+                                     "shared": plan.shared, "registers": registers,
+                                     "blocks": blocks, "warps": plan.threads // 32})  # fmt: skip
+    return rows

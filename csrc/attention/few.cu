@@ -29,7 +29,7 @@ int64_t attention_few_part(const AttentionCudaArgs& args) {
 
 // The number of splits after which the last block ends first, if a block takes the time of its
 // tiles and of one more. Registers are left for three blocks on a multiprocessor in narrow heads,
-// else for two, and a block is charged 1 KB of shared memory more than it asks for.
+// else for two.
 void split_attention_fwd(AttentionCudaArgs& args, const DeviceTraits& device) {
   args.splits = 0;
   const bool taken =
@@ -47,8 +47,7 @@ void split_attention_fwd(AttentionCudaArgs& args, const DeviceTraits& device) {
   const int64_t most = kAttentionMostParts / (attention_few_part(args) * int64_t{sizeof(float)});
   const int64_t at_once =
       device.multiprocessors *
-      std::min<int64_t>(launch.tile_dim <= 64 ? 3 : 2,
-                        (device.shared_per_block + 1024) / (int64_t(launch.shared) + 1024));
+      std::min<int64_t>(launch.tile_dim <= 64 ? 3 : 2, blocks_by_shared(device, launch.shared));
   int64_t best = 0, best_time = 0;
   for (int64_t splits = 1; splits <= std::min({keys, most, int64_t{128}}); ++splits) {
     const int64_t of_split = tiles(keys, splits), used = tiles(keys, of_split);

@@ -13,9 +13,10 @@ AttentionLaunch plan_attention_fwd(const AttentionCudaArgs& args, const DeviceTr
   const bool general = args.mask.kind != MaskKind::kNone || args.slopes != nullptr ||
                        args.seed != nullptr || args.softcap > 0 || !(args.scale > 0) || !aligned;
   const int32_t dim = args.dim > args.dim_v ? args.dim : args.dim_v;
-  AttentionLaunch launch = args.dtype == DType::kFloat32    ? attention_fwd_fp32(dim, general)
-                           : args.dtype == DType::kBFloat16 ? attention_fwd_bf16(dim, general)
-                                                            : attention_fwd_fp16(dim, general);
+  AttentionLaunch launch = args.dtype == DType::kFloat32 ? attention_fwd_fp32(dim, general, device)
+                           : args.dtype == DType::kBFloat16
+                               ? attention_fwd_bf16(dim, general, device)
+                               : attention_fwd_fp16(dim, general, device);
   const int64_t tiles = (int64_t{args.max_q} + launch.tile_rows - 1) / launch.tile_rows;
   const int64_t blocks = tiles * args.heads_q * args.batch;
   if (blocks > 0x7fffffff)

@@ -2,9 +2,9 @@
 
 namespace bigkernel {
 
-AttentionLaunch attention_fwd_bf16(int32_t dim, bool general) {
-  return choose_forward<bf16, 32, 64, 96, 128, 192, 256>("attention_fwd_kernel<bf16>", dim,
-                                                         general);
+AttentionLaunch attention_fwd_bf16(int32_t dim, bool general, const DeviceTraits& device) {
+  return choose_forward<bf16, 32, 64, 96, 128, 192, 256>("attention_fwd_kernel<bf16>", dim, general,
+                                                         device);
 }
 
 }  // namespace bigkernel

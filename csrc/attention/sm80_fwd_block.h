@@ -5,24 +5,31 @@
 
 namespace bigkernel {
 
-template <class T, int kDim_, bool kGeneral_>
+// KB of shared memory that a multiprocessor of sm_80 and sm_90 has at least, and of sm_86 and
+// sm_120.
+constexpr int kRoomy = 164, kTight = 100;
+
+template <class T, int kDim_, bool kGeneral_, int kRoom = kRoomy>
 struct ForwardShape {
   using Element = T;
   static constexpr int kDim = kDim_;
   static constexpr bool kGeneral = kGeneral_;
   static constexpr bool kFma = sizeof(T) == 4;
-  static constexpr int kThreads = kFma && kDim > 128 ? 64 : 128;
+  static constexpr bool kHalved = kRoom < kRoomy;
+  // In fp32 Q takes half of what there is: eight warps share tiles, where two blocks can't be.
+  static constexpr int kThreads = kFma && kDim > 128 ? 64 : kFma && kHalved ? 256 : 128;
   // Two row tiles a warp halve the loads of K and V. O and S then fill the registers: 16 keys more
   // and the compiler spills in the inner loop.
   static constexpr int kRowTiles = kFma || kGeneral || kDim > 128 ? 1 : 2;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kThreads / 32 * kWarpRows;
-  static constexpr int kKeys = kFma             ? (kDim > 128 ? 16 : 32)
-                               : kRowTiles == 2 ? (kDim > 96   ? 48
-                                                   : kDim > 64 ? 64
-                                                   : kDim > 32 ? 96
-                                                               : 128)
-                                                : (kDim > 192 ? 32 : 64);
+  static constexpr int kRoomyKeys = kFma             ? (kDim > 128 ? 16 : 32)
+                                    : kRowTiles == 2 ? (kDim > 96   ? 48
+                                                        : kDim > 64 ? 64
+                                                        : kDim > 32 ? 96
+                                                                    : 128)
+                                                     : (kDim > 192 ? 32 : 64);
+  static constexpr int kKeys = !kHalved ? kRoomyKeys : kRoomyKeys == 48 ? 32 : kRoomyKeys / 2;
   // Blocks on a multiprocessor that the compiler is to leave registers for, 0 where it does so
   // unasked: as many as there can be without spills in the loop over tiles (make cuda-report).
   static constexpr int blocks_per_sm(int32_t capability) {

@@ -20,13 +20,26 @@ AttentionLaunch forward_launch(const char* name) {
   return launch;
 }
 
-template <class T, int kDim, int... kWider>
-AttentionLaunch choose_forward(const char* name, int32_t dim, bool general) {
-  if constexpr (sizeof...(kWider) > 0) {
-    if (dim > kDim) return choose_forward<T, kWider...>(name, dim, general);
+// The largest tiles of which two blocks fit on a multiprocessor, or the smallest there are: one
+// block of four warps leaves nothing to do while it waits at its barriers.
+template <class T, int kDim, bool kGeneral>
+AttentionLaunch fitting_forward(const char* name, const DeviceTraits& device) {
+  using Roomy = ForwardShape<T, kDim, kGeneral>;
+  if constexpr (2 * (Roomy::kShared + kSharedOfBlock) > kTight << 10) {
+    if (blocks_by_shared(device, Roomy::kShared) < 2)
+      return forward_launch<ForwardShape<T, kDim, kGeneral, kTight>>(name);
   }
-  return general ? forward_launch<ForwardShape<T, kDim, true>>(name)
-                 : forward_launch<ForwardShape<T, kDim, false>>(name);
+  return forward_launch<Roomy>(name);
+}
+
+template <class T, int kDim, int... kWider>
+AttentionLaunch choose_forward(const char* name, int32_t dim, bool general,
+                               const DeviceTraits& device) {
+  if constexpr (sizeof...(kWider) > 0) {
+    if (dim > kDim) return choose_forward<T, kWider...>(name, dim, general, device);
+  }
+  return general ? fitting_forward<T, kDim, true>(name, device)
+                 : fitting_forward<T, kDim, false>(name, device);
 }
 
 }  // namespace bigkernel

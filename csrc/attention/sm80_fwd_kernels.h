@@ -5,9 +5,10 @@
 
 namespace bigkernel {
 
-// The narrowest kernel that holds this many columns; all of the launch but its blocks.
-AttentionLaunch attention_fwd_bf16(int32_t dim, bool general);
-AttentionLaunch attention_fwd_fp16(int32_t dim, bool general);
-AttentionLaunch attention_fwd_fp32(int32_t dim, bool general);
+// The narrowest kernel that holds this many columns, its tiles as the device has room for; all of
+// the launch but its blocks.
+AttentionLaunch attention_fwd_bf16(int32_t dim, bool general, const DeviceTraits& device);
+AttentionLaunch attention_fwd_fp16(int32_t dim, bool general, const DeviceTraits& device);
+AttentionLaunch attention_fwd_fp32(int32_t dim, bool general, const DeviceTraits& device);
 
 }  // namespace bigkernel

@@ -98,8 +98,8 @@ struct ForwardFma {
   // Places in the tile of P (fp32 only), one for each chunk of four keys; writing pairs of keys and
   // reading chunks of 8 rows are both free of bank conflicts.
   static __device__ __forceinline__ uint32_t weight_at(int row, int chunk) {
-    const int turn = kKeys % 32 == 0 ? row & 3 : row >> 1 & 1;
-    return Shape::kWeightTile + row * kKeys * 4 + ((chunk ^ 2 * turn) << 4);
+    const int turn = kKeys % 32 == 0 ? 2 * (row & 3) : kKeys == 16 ? row & 2 : row >> 2 & 1;
+    return Shape::kWeightTile + row * kKeys * 4 + ((chunk ^ turn) << 4);
   }
 
   // S = scale Q K^T, unless `score_tile` will scale: the same elements as mma's layout

@@ -67,7 +67,7 @@ struct TileLoader {
   // Thread i takes chunk i % kLanes of row i / kLanes and the chunks kLanes, 2 kLanes ... on; then
   // the same kStep rows on. 8 lanes cover whole sectors, and a wider row costs only constant
   // offsets.
-  static constexpr int kLanes = kChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kLanes = kThreads > 8 * kRows ? 16 : kChunks % 8 == 0 ? 8 : 4;
   static constexpr int kStep = kThreads / kLanes;
   static constexpr int kAcross = kChunks / kLanes;
   static_assert(kRows % kStep == 0 && kStep % 8 == 0, "whole passes, one swizzle for all");

@@ -20,6 +20,13 @@ struct DeviceTraits {
 
 constexpr int32_t kSm80 = 80;
 
+// Blocks of so much shared memory that a multiprocessor has room for at a time. It has 1 KB more
+// than one block may ask for, and a block takes 1 KB more than it asks for.
+constexpr int32_t kSharedOfBlock = 1024;
+inline int64_t blocks_by_shared(const DeviceTraits& device, size_t shared) {
+  return (int64_t{device.shared_per_block} + kSharedOfBlock) / (int64_t(shared) + kSharedOfBlock);
+}
+
 // The capability that this device code is compiled for, 0 in host code. For what the compiler alone
 // reads, such as launch bounds: what host code reads too must not depend on it.
 #ifdef __CUDA_ARCH__

@@ -24,12 +24,14 @@ def test_bars(case):
     size = SIZES[case.op]
     rows = cuda_report.measure(case, size)
     roles = [row["role"] for row in rows]
-    assert roles == ROLES if case.op == "attention" else len(roles) == 1
+    small = case.arch != "sm_80"
+    assert roles == ROLES if case.op == "attention" and not small else len(roles) == 1
     for row in rows:
         held = dict(row["bars"])
         assert all(held.values()), f"{row['role']}: {held}"
         tiled = case.op == "attention" and row["role"] != "backward, rows"
         yardstick = tiled and "bf16" in case.name and cuda_report.triton_kernels() is not None
+        yardstick = yardstick and not small
         assert len(held) == 3 + tiled + yardstick
         assert row["main_loop"]["HMMA" if tiled and "bf16" in case.name else "instructions"] > 0
         assert row["main_loop"]["FFMA"] > 0 or "bf16" in case.name or case.op == "augment"
@@ -115,6 +117,7 @@ def test_attention_keeps_the_gpu_busy():
     assert all(row["share"] >= row["bar"] for row in barred), barred
     assert all(row["parts"] <= 256 << 20 for row in rows)
     assert rows == record["schedule"], "make cuda-report ARCH=all"
+    assert cuda_schedule.tiles(record) == record["tiles"], "make cuda-report ARCH=all"
     rows[0]["bar"], rows[0]["share"] = 0.9, 0.89
     text = "\n".join(cuda_report.schedule(rows))
     assert "Bars held: 6 of 7." in text

@@ -19,24 +19,24 @@ from bigkernel.testing.tolerance import assert_as_accurate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import attention_ptx
-from attention_cases import DTYPES, Case, build
+from attention_cases import DTYPES, Case, all_pairs, build, compare
 
-from tools import cuda_schedule
+from tools import cuda_schedule, sass
 
 SIZE = {"bf16": 2, "f16": 2, "f32": 4}
 SECTOR = 32
 
 
-def forward(case):
-    """(plan, counters) of a forward launch."""
-    inputs = build(case)
+def forward(case, device="A100"):
+    """(plan, counters, out, inputs) of a forward launch."""
+    inputs, traits = build(case), ptx.DEVICES[device]
     call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
     out = torch.empty(*inputs.q.shape[:3], inputs.v.shape[-1], dtype=inputs.q.dtype)
     lse = torch.empty(*inputs.q.shape[:3], 2)
     call.args.out, call.args.lse = call.view(out, "out"), call.view_lse(lse, "lse")
-    call.run("attention_fwd_run")
+    call.run("attention_fwd_run", traits)
     (launch,) = attention_ptx.launches
-    return call.plan(), launch.counters
+    return call.plan(traits), launch.counters, out, inputs
 
 
 def needed_tiles(case, plan):
@@ -66,17 +66,33 @@ MEASURED = {
     [("bf16", 32), ("bf16", 64), ("f16", 96), ("bf16", 128), ("bf16", 256), ("f32", 64)],
 )
 def test_attention_kernel_traffic(dtype, dim, feature):
+    measure_traffic(dtype, dim, feature, "A100")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "feature"),
+    [("bf16", 128, "bottom_right"), ("bf16", 192, "window"), ("f16", 256, "causal"),
+     ("f16", 192, "general"), pytest.param("f32", 128, "full", marks=pytest.mark.slow),
+     pytest.param("f32", 256, "full", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_attention_kernel_traffic_of_small_tiles(dtype, dim, feature):
+    """The same where a multiprocessor has 100 KB of shared memory."""
+    measure_traffic(dtype, dim, feature, "RTX 4090")
+
+
+def measure_traffic(dtype, dim, feature, device):
     """Q, K, V and the output move once per needed tile; others are skipped; no bank conflicts."""
     settings = {"lengths": (256, 256), "heads": (2, 2), "batch": 1} | MEASURED[feature]
     if dtype == "f32" or dim == 256:  # slow to emulate
         settings |= {"heads": (1, 1), "lengths": tuple(n // 2 for n in settings["lengths"])}
     case = Case(dtype=dtype, dim=dim, **settings)
-    plan, counters = forward(case)
+    plan, counters, *_ = forward(case, device)
     (heads, _), (rows, keys) = case.heads, case.lengths
     row = dim * SIZE[dtype] // SECTOR  # sectors
     tiles = list(needed_tiles(case, plan))
     read = sum(min(stop * plan.tile_keys, keys) - start * plan.tile_keys for start, stop in tiles)
     assert plan.tile_rows < rows or feature == "full"  # more than one block
+    assert plan.tile_keys < keys
     assert counters.loads["q"].sectors == heads * rows * row
     assert counters.loads["k"].sectors == heads * read * row
     assert counters.loads["v"].sectors == heads * read * row
@@ -87,6 +103,80 @@ def test_attention_kernel_traffic(dtype, dim, feature):
     if dtype != "f32":
         tile = 2 * (plan.tile_rows // 16) * (plan.tile_keys // 8) * (plan.tile_dim // 16)
         assert counters.mma == heads * tile * sum(stop - start for start, stop in tiles)
+
+
+SMALL = {
+    "causal": {"causal": "bottom_right"},
+    "window": {"window": (50, 20), "align": "bottom_right"},
+    "everything": {"softcap": 2.0, "alibi": "H", "mask": "float:BHQK", "dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("feature", SMALL)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "lengths"),
+    [("bf16", 128, (140, 107)), ("f16", 184, (70, 75)), ("bf16", 256, (70, 55)),
+     ("f32", 104, (21, 37)), ("f32", 256, (21, 19))],
+)  # fmt: skip
+def test_attention_kernel_small_tiles(dtype, dim, lengths, feature):
+    """Where a multiprocessor has 100 KB of shared memory: right, and the same at each run."""
+    case = Case(dtype=dtype, dim=dim, lengths=lengths, heads=(1, 1), batch=1, **SMALL[feature])
+    *_, out, inputs = forward(case, "RTX 4090")
+    exact, same = (
+        attention_reference(
+            *(x.detach().to(kind) for x in (inputs.q, inputs.k, inputs.v)),
+            case.rule,
+            mask=inputs.mask,
+            alibi_slopes=inputs.slopes,
+            seed=inputs.seed,
+        )[0].detach()
+        for kind in (torch.float64, DTYPES[dtype])
+    )
+    assert_as_accurate(out, exact, same)
+    if dtype == "bf16":
+        assert torch.equal(out, forward(case, "RTX 4090")[2])
+
+
+SMALL_AXES = {
+    "dtype": ["f32", "bf16", "f16"],
+    "dim": [97, 128, 136, 192, 256],
+    "lengths": [(1, 70), (33, 33), (17, 131), (130, 17)],
+    "heads": [(4, 2), (3, 1)],
+    "causal": ["", "top_left", "bottom_right"],
+    "window": [(None, None), (6, 0), (40, 9)],
+    "softcap": [0.0, 1.5],
+    "alibi": ["", "BH"],
+    "mask": ["", "bool:BHQK", "float:1H1K"],
+    "dropout": [0.0, 0.4],
+    "layout": ["bhsd", "bshd", "nan"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(all_pairs(SMALL_AXES)), ids=str)
+def test_attention_kernel_small_tiles_pairs(case):
+    with attention_ptx.emulated(ptx.DEVICES["RTX 4090"]):
+        compare(case)
+
+
+@pytest.mark.parametrize("device", [name for name in ptx.DEVICES if name != "T4"])
+@pytest.mark.parametrize("general", [False, True], ids=["plain", "general"])
+def test_attention_kernel_tiles_by_shared_memory(device, general):
+    """As many blocks as make 8 warps have room on a multiprocessor; the tiles of those with 164 KB
+    and more are the same."""
+    traits = ptx.DEVICES[device]
+    limits = sass.LIMITS[f"sm_{traits.capability}"]
+    for dtype, dim in itertools.product(SIZE, (32, 64, 96, 128, 192, 256)):
+        case = Case(dtype=dtype, dim=dim, softcap=float(general))
+        inputs = build(case)
+        call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, case.params(inputs))
+        plan, large = call.plan(traits), call.plan(ptx.DEVICES["A100"])
+        blocks = limits.shared // (plan.shared + 1024)
+        few = dtype == "f32" and dim > 128  # half of a block's memory is Q
+        assert blocks * plan.threads // 32 >= (4 if few else 8), (dtype, dim)
+        tiles, of_large = ((x.tile_rows, x.tile_keys, x.shared) for x in (plan, large))
+        small = limits.shared < 164 << 10 and 2 * (large.shared + 1024) > limits.shared
+        assert (tiles != of_large) == small, (dtype, dim)
 
 
 def open_tiles(mask, rows, columns):
@@ -194,7 +284,8 @@ def test_attention_kernel_plan_is_bounded_by_the_device(case, device):
         return
     plan = call.plan(traits)
     assert plan.generation <= traits.capability
-    assert 48 << 10 < plan.shared <= traits.shared_per_block
+    assert 48 << 10 <= plan.shared <= traits.shared_per_block
+    plan = call.plan(ptx.DEVICES["RTX 4090"])  # the smallest
     with pytest.raises(RuntimeError) as refused:
         call.plan(traits._replace(shared_per_block=plan.shared - 1))
     assert str(refused.value) == (
