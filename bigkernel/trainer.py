@@ -42,7 +42,7 @@ with needs("train", "bigkernel.Trainer"):
         is_progress_bar_enabled,
     )
 
-from bigkernel import backend, checkpoint, precision, tuning
+from bigkernel import backend, checkpoint, heap, precision, tuning
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.data.collators import PackingCollator, PaddingCollator
@@ -828,6 +828,8 @@ class Trainer(transformers.Trainer):
                 found out before the first step; those before it are intact.
         """
         with contextlib.ExitStack() as stack:
+            if self.args.device.type == "cpu":
+                stack.enter_context(heap.kept())
             if self.args.should_save:
                 try:
                     stack.enter_context(writing_to(self._run_folder()))
