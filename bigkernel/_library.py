@@ -40,8 +40,9 @@ _USUAL_KEYS = (
 _LOOK_KEY = "ADInplaceOrView"
 _LOOK = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _plain: dict[str, Callable[..., Any]] = {}  # function -> its PyTorch implementation
-# (namespace, function) -> what `call` runs in eager code.
+# (namespace, function) -> what `call` runs in eager code, and what that runs without derivatives.
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}
+_below: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def run(namespace: Any, name: str, *arguments: Any) -> Any:
@@ -79,6 +80,11 @@ def call_usual(namespace: Any, name: str, *arguments: Any) -> Any:
     """`call`, for who has asked `is_usual`."""
     quick = _eager.get((namespace.name, name))
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
+
+
+def call_below(namespace: Any, name: str, *arguments: Any) -> Any:
+    """`call_usual` below autograd, for who sees to the derivatives."""
+    return _below[namespace.name, name](*arguments)
 
 
 def is_followed() -> bool:
@@ -208,6 +214,7 @@ def define(
             )
         operator = getattr(ops, name).default
         library.impl(name, _without_tangents(operator), _LOOK_KEY, with_keyset=True)
+        _below[namespace, name] = _below_autograd(operator)
         _eager[namespace, name] = _make_eager(operator, formula)
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (
