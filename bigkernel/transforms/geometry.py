@@ -15,7 +15,7 @@ from bigkernel.errors import BadArgument
 from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.arguments import Fill, InterpolationMode
-from bigkernel.transforms.engine.draws import integer, integers, uniform
+from bigkernel.transforms.engine.draws import integer, integers
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints, every
 from bigkernel.transforms.one import One
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
@@ -307,9 +307,10 @@ class ResizedCropParams(Params):
 
 
 @lru_cache(maxsize=64)
-def _logarithms(low: float, high: float) -> list[float]:
-    logarithms: list[float] = np.log(np.asarray((low, high), dtype=np.float64)).tolist()
-    return logarithms
+def _ranges(least: float, most: float, lowest: float, highest: float) -> tuple[float, ...]:
+    """(least, span) of the areas, and of the logarithms of the ratios."""
+    low, high = np.log(np.asarray((lowest, highest), dtype=np.float64)).tolist()
+    return float(least), float(most - least), low, high - low
 
 
 def _side(area: float) -> int:
@@ -367,8 +368,8 @@ class RandomResizedCrop(Transform):
             return False
         for number in range(self.blocks):
             u = one.block(number)
-            shape = self._shape(one.height * one.width, np.float64(u[0]), np.float64(u[1]))
-            area, ratio = map(float, shape)
+            area, ratio = self._shape(one.height * one.width, u[0], u[1])
+            ratio = float(ratio)
             box_width, box_height = _side(area * ratio), _side(area / ratio)
             if 0 < box_width <= one.width and 0 < box_height <= one.height:
                 break
@@ -383,8 +384,8 @@ class RandomResizedCrop(Transform):
 
     def _shape(self, whole: Ints | int, first: Any, second: Any) -> tuple[Any, Any]:
         """Area and ratio of boxes in an image of ``whole`` pixels."""
-        area = whole * uniform(first, *self.scale)
-        return area, np.exp(uniform(second, *_logarithms(*self.ratio)))
+        least, span, least_log, span_of_logs = _ranges(*self.scale, *self.ratio)
+        return whole * (least + span * first), np.exp(least_log + span_of_logs * second)
 
     def _draw_box(self, active: Bools, u: Floats, height: Ints, width: Ints) -> ResizedCropParams:
         area, ratio = self._shape(height * width, u[:, :, 0], u[:, :, 1])  # [10, N]

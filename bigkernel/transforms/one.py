@@ -1,9 +1,10 @@
 """One usual image, in plain numbers: NumPy takes as long for one image's as for a thousand's.
 
-A transform that has a method ``_one`` writes what it draws for the image into a :class:`One`, as its
-``draw`` and the steps would into a ``Table``, or says that it cannot, whatever the reason; then the
-call goes the way of a batch, with the same key. So this holds what chains mostly are: crops, one
-resize of the whole image, flips, then conversion and normalisation; and no sentence of an error.
+A transform that has a method ``_one`` writes what it draws for the image into a :class:`One`, as
+its ``draw`` and the steps would into a ``Table``, or says that it cannot, whatever the reason; then
+the call goes the way of a batch, with the same key. So this holds what chains mostly are: crops,
+one resize of the whole image, flips, then conversion and normalisation; and no sentence of an
+error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Conversion = tuple[bytes, bytes] | tuple[torch.dtype, bool]
 
 
 def is_usual(images: object, layout: str) -> bool:
-    """Whether ``gather`` would take it for one plain image [C, H, W] with nothing to say about it."""
+    """Whether ``gather`` would take it for one plain image [C, H, W], without a word."""
     if not (
         type(images) is Tensor
         and images.dtype in _DTYPES
@@ -75,7 +76,8 @@ class One:
         self.place = -1  # of the transform in the chain
         self._image, self._key = image, key
         self._rounds: list[tuple[int, int]] | None = None
-        self._id = int(key.ids[0])
+        number = int(key.ids[0])
+        self._id = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
         self._x, self._y = (1.0, 0.0), (1.0, 0.0)  # source = scale * output + shift
         self._source = self._output = (0, 0, self.width, self.height)
         self._untouched = True
@@ -88,11 +90,7 @@ class One:
         """Of the four numbers in [0, 1) that `Draws` has for the transform."""
         if self._rounds is None:
             self._rounds = round_keys(self._key.seed)
-        sample = self._id
-        words = philox4x32_of_one(
-            self._rounds, number, self.place, sample & 0xFFFFFFFF, (sample >> 32) & 0xFFFFFFFF
-        )
-        a, b, c, d = words
+        a, b, c, d = philox4x32_of_one(self._rounds, number, self.place, *self._id)
         return (a >> 8) * 2.0**-24, (b >> 8) * 2.0**-24, (c >> 8) * 2.0**-24, (d >> 8) * 2.0**-24
 
     # Each returns whether it could be written.
@@ -181,7 +179,7 @@ class One:
         (scale_x, shift_x), (scale_y, shift_y) = self._x, self._y
         row = (scale_x, 0, shift_x, 0, scale_y, shift_y, *self._source, *self._output)
         arguments = (
-            [image[None]],
+            [image],
             torch.from_numpy(np.array(((*row, CLAMP, NEAREST_FLOOR),), np.float64)),
             *shared[:4],
             self.height,

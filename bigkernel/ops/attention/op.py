@@ -421,7 +421,7 @@ def run_for_out(q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments) -> Tens
 
 
 class _ForOut(torch.autograd.Function):
-    """`_autograd` of a usual call without mask, of which out is wanted: what autograd counts is few.
+    """`_autograd` of a usual call without mask of which out alone is wanted.
 
     Each argument, result and gradient of an autograd.Function takes its time, None as well.
     """
