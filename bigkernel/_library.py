@@ -116,10 +116,11 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
     guard: Any = torch._C._AutoDispatchBelowAutograd
     if operator.namespace == NAMESPACE:
         guard = torch._C._AutoDispatchBelowADInplaceOrView
+    run = operator._op  # what calling it calls
 
     def below(*arguments: Any) -> Any:
         with guard():
-            return operator(*arguments)
+            return run(*arguments)
 
     return below
 

@@ -221,10 +221,11 @@ def _shared(
         return None
     if table.dtype not in _DTYPES or len(fill) not in (1, channels):
         return None
-    arrays = np.zeros((1, 0, 2), np.float32), np.full((1, channels), fill, np.float32), *rows
     with torch.inference_mode(False):  # they are kept for calls outside of it
-        tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
-    return _Shared(*tensors, table.scale, OUT_DTYPES.index(table.dtype))  # type: ignore[arg-type]
+        color = torch.from_numpy(np.zeros((1, 0, 2), np.float32))
+        filling = torch.from_numpy(np.full((1, channels), fill, np.float32))
+        mean, std = (None if row is None else torch.from_numpy(row) for row in rows)
+    return _Shared(color, filling, mean, std, table.scale, OUT_DTYPES.index(table.dtype))
 
 
 def _floats(given: Any) -> tuple[float, ...]:
