@@ -40,8 +40,9 @@ _USUAL_KEYS = (
 _LOOK_KEY = "ADInplaceOrView"
 _LOOK = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _plain: dict[str, Callable[..., Any]] = {}  # function -> its PyTorch implementation
-# (namespace, function) -> what `call` runs in eager code.
+# (namespace, function) -> what `call` runs in eager code, and what that runs without derivatives.
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}
+_below: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def run(namespace: Any, name: str, *arguments: Any) -> Any:
@@ -81,6 +82,11 @@ def call_usual(namespace: Any, name: str, *arguments: Any) -> Any:
     return getattr(namespace, name)(*arguments) if quick is None else quick(*arguments)
 
 
+def call_below(namespace: Any, name: str, *arguments: Any) -> Any:
+    """`call_usual` below autograd, for who sees to the derivatives."""
+    return _below[namespace.name, name](*arguments)
+
+
 def is_followed() -> bool:
     """Whether `run` runs plain PyTorch."""
     return not torch.compiler.is_compiling() and _is_followed()
@@ -110,10 +116,11 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
     guard: Any = torch._C._AutoDispatchBelowAutograd
     if operator.namespace == NAMESPACE:
         guard = torch._C._AutoDispatchBelowADInplaceOrView
+    run = operator._op  # what calling it calls
 
     def below(*arguments: Any) -> Any:
         with guard():
-            return operator(*arguments)
+            return run(*arguments)
 
     return below
 
@@ -208,6 +215,7 @@ def define(
             )
         operator = getattr(ops, name).default
         library.impl(name, _without_tangents(operator), _LOOK_KEY, with_keyset=True)
+        _below[namespace, name] = _below_autograd(operator)
         _eager[namespace, name] = _make_eager(operator, formula)
     for device_type in ("cpu", "cuda"):
         kernels[name, device_type] = (

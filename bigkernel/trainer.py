@@ -42,7 +42,7 @@ with needs("train", "bigkernel.Trainer"):
         is_progress_bar_enabled,
     )
 
-from bigkernel import backend, checkpoint, precision, tuning
+from bigkernel import backend, checkpoint, heap, precision, tuning
 from bigkernel.checkpoint import CheckpointError, NonFiniteLossError, TrainingInterrupted
 from bigkernel.data.augmentation import Augmentation, BatchAugmentation
 from bigkernel.data.collators import PackingCollator, PaddingCollator
@@ -271,6 +271,9 @@ class Trainer(transformers.Trainer):
         self._packing: Packing | None = None
         self._tunes_next = False
         self._meter: Meter | None = None
+        self._flops_of_one: int | None = None
+        # As a model was prepared, and without what that put around it.
+        self._unwrapped: tuple[Any, Any] = (None, None)
         self._stream: StreamTrack | None = None
         self._stream_before: dict[str, int] | None = None
         self._passes_more = 0
@@ -536,14 +539,19 @@ class Trainer(transformers.Trainer):
         return inputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As transformers', also for images of different sizes, which come as a list."""
-        images = inputs.get("pixel_values")
-        if isinstance(images, (list, tuple)):
-            joined = torch.empty(
-                sum(image.numel() for image in images), dtype=torch.uint8, device="meta"
-            )
-            inputs = {**inputs, "pixel_values": joined}
-        return super().floating_point_ops(inputs)
+        """As transformers', also for images of different sizes, which come as a list.
+
+        The parameters are counted once a training, and not in every step.
+        """
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs:
+            return 0
+        if self._flops_of_one is None:
+            one = {name: torch.empty(1, device="meta")}
+            self._flops_of_one = super().floating_point_ops(one)
+        main = inputs[name]
+        many = isinstance(main, (list, tuple))
+        return self._flops_of_one * (sum(x.numel() for x in main) if many else main.numel())
 
     # Steps
 
@@ -554,6 +562,7 @@ class Trainer(transformers.Trainer):
             self._check_before_first_step()
             self._choose_precision()
             self._meter = Meter(self._module(), self.args.device, max(1, self.args.n_gpu))
+            self._flops_of_one = None
             self._tunes_next = getattr(self.args, "tune_kernels", False)
             self._continue_losses()
         shield_workers(kwargs["train_dataloader"], self._stop_request)
@@ -717,8 +726,10 @@ class Trainer(transformers.Trainer):
         """
         unseen = not return_outputs or self._wants_loss_alone
         if unseen and self.label_smoother is None and self.compute_loss_func is None:
-            inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            if heads.can_skip_logits(inner):
+            if self._unwrapped[0] is not model:
+                inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+                self._unwrapped = model, inner
+            if heads.can_skip_logits(self._unwrapped[1]):
                 inputs = {heads.SKIP: True, **inputs}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -817,6 +828,8 @@ class Trainer(transformers.Trainer):
                 found out before the first step; those before it are intact.
         """
         with contextlib.ExitStack() as stack:
+            if self.args.device.type == "cpu":
+                stack.enter_context(heap.kept())
             if self.args.should_save:
                 try:
                     stack.enter_context(writing_to(self._run_folder()))

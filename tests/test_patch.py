@@ -33,24 +33,31 @@ from bigkernel.testing.tolerance import assert_as_accurate
 # What is replaced in each, with counts of modules for two layers.
 LOSSES = ", cross_entropy 1, linear_cross_entropy 1"
 FAMILIES = {
-    "llama": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
-    "mistral": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
-    "qwen2": "attention 2, rms_norm 5, residual 2, rope 2, glu 2" + LOSSES,
-    "qwen3": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
-    "gemma2": "attention 2, rms_norm 9, residual 2, rope 2, glu 2" + LOSSES,
-    "gemma3": "attention 2, rms_norm 13, residual 2, rope 2, glu 2" + LOSSES,
-    "phi": "attention 2, gelu 2, rope 2, bias_act 2" + LOSSES,
+    "llama": "attention 2, rms_norm 5, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "mistral": "attention 2, rms_norm 5, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "qwen2": "attention 2, rms_norm 5, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "qwen3": "attention 2, rms_norm 9, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "gemma2": "attention 2, rms_norm 9, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "gemma3": "attention 2, rms_norm 13, residual 2, rope 2, projections 2, glu 2, projections 2"
+    + LOSSES,
+    "phi": "attention 2, gelu 2, rope 2, projections 2, bias_act 2" + LOSSES,
     "gpt2": "attention 2, gelu 2, bias_act 2" + LOSSES,
     "gpt_neox": "attention 2, residual 2, rope 2, bias_act 2" + LOSSES,
-    "bert": "attention 2, residual 1, residual 2, bias_act 2, residual 2, bias_act 1, "
-    "linear_cross_entropy 1",
-    "roberta": "attention 2, residual 1, residual 2, bias_act 2, residual 2, "
+    "bert": "attention 2, residual 1, projections 2, residual 2, bias_act 2, residual 2, "
+    "bias_act 1, linear_cross_entropy 1",
+    "roberta": "attention 2, residual 1, projections 2, residual 2, bias_act 2, residual 2, "
     "linear_cross_entropy 1",
     "modernbert": "attention 2, residual 2, rope 2, glu 2, bias_act 1" + LOSSES,
-    "vit": "attention 2, residual 2, bias_act 2",
-    "t5": "attention 6, rms_norm 12, linear_cross_entropy 1",
-    "t5 gated": "attention 6, rms_norm 12, gelu 4, glu 4, linear_cross_entropy 1",
-    "clip": "attention 2, residual 2, bias_act 2",
+    "vit": "attention 2, residual 2, projections 2, bias_act 2",
+    "t5": "attention 6, rms_norm 12, projections 6, linear_cross_entropy 1",
+    "t5 gated": "attention 6, rms_norm 12, gelu 4, projections 6, glu 4, projections 4, "
+    "linear_cross_entropy 1",
+    "clip": "attention 2, residual 2, projections 2, bias_act 2",
 }
 QUICK = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5 gated"]
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "gpt_neox"]
@@ -88,7 +95,7 @@ def inputs_of(name, case):
     return given, mask.bool()
 
 
-def run(model, name, case):
+def run(model, name, case, autocast=False):
     """Outputs and the gradients of all parameters."""
     torch.manual_seed(1)
     given, real = inputs_of(name, case)
@@ -98,7 +105,8 @@ def run(model, name, case):
         for key, value in given.items()
     }
     model.zero_grad()
-    made = model(**given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = model(**given)
     out = made.text_embeds if name == "clip" else made.logits
     if name == "clip":
         out = torch.cat([out, made.image_embeds])
@@ -134,14 +142,15 @@ def with_exact_norms(model):
     return model
 
 
-def assert_as_accurate_as_eager(name, case, dtype):
+def assert_as_accurate_as_eager(name, case, dtype, autocast=False):
     """Outputs, and gradients, each in the scale of its largest, to the rule of accuracy."""
     model = build(name).to(dtype)
     # transformers' eager attention rounds to float32 too, and gives NaN in float64 with padding.
     exact = patched(with_exact_norms(copy.deepcopy(model).double()), only=["attention"])
     theirs, ours = copy.deepcopy(model), patched(model)
     theirs.set_attn_implementation("eager")
-    wanted, expected, got = (run(m, name, case) for m in (exact, theirs, ours))
+    wanted = run(exact, name, case)
+    expected, got = (run(m, name, case, autocast) for m in (theirs, ours))
     assert_as_accurate(got[0], wanted[0], expected[0])
     assert got[1].keys() == wanted[1].keys() == expected[1].keys()
     # Some are zero but for rounding, those of the biases of keys: in a scale of their own they
@@ -163,6 +172,17 @@ def test_outputs_and_gradients_are_as_accurate_as_eagers(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "modernbert"])
 def test_outputs_and_gradients_are_as_accurate_as_eagers_in_bf16(name):
     assert_as_accurate_as_eager(name, "padded", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "bert", "t5 gated"])
+def test_outputs_and_gradients_are_as_accurate_as_eagers_under_autocast(name):
+    assert_as_accurate_as_eager(name, "padded", torch.float32, autocast=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_as_accurate_as_eager_under_autocast(name):
+    assert_as_accurate_as_eager(name, "padded", torch.float32, autocast=True)
 
 
 @pytest.mark.slow
@@ -596,7 +616,14 @@ class Between(Block):
 def test_layers_of_a_users_own_are_rewritten_where_that_is_safe(monkeypatch):
     calls = calls_of(monkeypatch, activations, "glu")
     for kind, lines in (
-        (Block, ["residual in 1 x Block (and norm)", "glu in 1 x Block (silu)"]),
+        (
+            Block,
+            [
+                "residual in 1 x Block (and norm)",
+                "glu in 1 x Block (silu)",
+                "projections in 1 x Block (gate and up)",
+            ],
+        ),
         (Perhaps, []),
         (Between, []),
         (Overwritten, []),

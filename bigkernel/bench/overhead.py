@@ -75,7 +75,7 @@ def _case(name: str, build: Callable[[], Ready], peer: str, bars: _Bars) -> Case
 
 def _packed(cu: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The documents of one sequence, which is given as [1, H, S, D]."""
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # the gradient of x[0] is a copy
     longest = LENGTH // DOCUMENTS
     out = attention_varlen(q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest)
     return out.transpose(0, 1)[None]

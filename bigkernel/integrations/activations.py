@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigkernel.integrations import linears, native
+from bigkernel.integrations import linears, native, projections
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.subclass import (
     give_subclass,
@@ -118,6 +118,26 @@ def gated(kind: type[nn.Module], activation: str) -> Any:
         return act(gate) * up
 
     return glu_of
+
+
+@functools.cache
+def gated_linears(kind: type[nn.Module], activation: str) -> Any:
+    """A function (act, gate, up, x) -> act(gate(x)) * up(x), gate and up being linear layers."""
+    glu_of = gated(kind, activation)  # type: ignore[arg-type]
+
+    def glu_of_linears(act: Any, gate: Any, up: Any, x: Any) -> Any:
+        joined = projections.product(x, gate, up)
+        if (
+            joined is not None
+            and original_class(act) is kind
+            and gate.weight.shape == up.weight.shape
+            and native.takes("glu", joined, size=joined.numel() // 2)
+            and not native.is_watched(act)
+        ):
+            return glu(joined, None, activation)
+        return glu_of(act, *projections.split(joined, x, gate, up))
+
+    return glu_of_linears
 
 
 @functools.cache

@@ -1,11 +1,12 @@
 """Forwards of layers with some of their expressions run as one op.
 
-Four things stand in the middle of a layer's forward, where no module can be replaced::
+Five things stand in the middle of a layer's forward, where no module can be replaced::
 
     h = residual + h; y = self.norm(h)      add_norm          a residual and the norm after it
     self.act(gate) * up                     gated             a gated linear unit
     h = self.fc(h); h = self.act(h)         biased            a product's bias and an activation
     apply_rotary_pos_emb(q, k, cos, sin)    rotary            queries and keys rotated
+    q = self.q(x); k = self.k(x)            project           linear layers of one input
 
 The forward is read, these expressions are replaced in its syntax tree, and the rest is compiled as
 it stands. Each of the functions that stand in their places checks what it is given, and does what
@@ -22,7 +23,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bigkernel.integrations import activations, linears, native, norms, rotary
+from bigkernel.integrations import activations, linears, native, norms, projections, rotary
 from bigkernel.integrations.report import Change
 from bigkernel.integrations.source import (
     UnknownSource,
@@ -39,7 +40,8 @@ from bigkernel.integrations.subclass import (
 )
 
 _ADD_NORM, _NORMED, _GLU = "_bigkernel_add_norm", "_bigkernel_normed", "_bigkernel_glu"
-_BIAS_ACT = "_bigkernel_bias_act"
+_BIAS_ACT, _GLU_OF_LINEARS = "_bigkernel_bias_act", "_bigkernel_glu_of_linears"
+_PROJECT, _PROJECTED = "_bigkernel_project", "_bigkernel_projected"
 
 
 def apply(model: nn.Module, names: frozenset[str]) -> Change:
@@ -54,9 +56,9 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
                 change.leave(module, op, found.reason)
             continue
         lines = list(found.lines())
-        kept = [(op, note) for op, note in lines if native.why_not(_OPS[op], module) is None]
+        kept = [(op, note) for op, note in lines if _why_not(op, module) is None]
         for op, _ in set(lines) - set(kept):
-            change.leave(module, op, str(native.why_not(_OPS[op], module)))
+            change.leave(module, op, str(_why_not(op, module)))
         if not kept:
             continue
         change.undo += give_subclass(module, subclass, *found.arguments({op for op, _ in kept}))
@@ -65,7 +67,12 @@ def apply(model: nn.Module, names: frozenset[str]) -> Change:
     return change
 
 
+# What is no op of ours runs torch's, on every device.
 _OPS = {"residual": "layer_norm", "glu": "glu", "bias_act": "bias_act", "rope": "rope"}
+
+
+def _why_not(op: str, module: nn.Module) -> str | None:
+    return native.why_not(_OPS[op], module) if op in _OPS else None
 
 
 def _may_be_a_layer(module: nn.Module) -> bool:
@@ -82,6 +89,7 @@ class _Found:
         gate: (name of its activation, the activation), of a product with it.
         biased: the same of one called on what a linear layer gives.
         rotates: whether it calls a function whose rotation is known.
+        joined: names of linear layers that it calls on one input, each such group.
         wanted, reason: what could not be replaced, and why.
     """
 
@@ -91,6 +99,8 @@ class _Found:
         self.gate: tuple[str, str] | None = None
         self.biased: tuple[str, str] | None = None
         self.linears = [name for name, m in module.named_children() if linears.is_linear(m)]
+        self.joins = tuple(n for n, m in module.named_children() if projections.may_join(m))
+        self.joined: list[tuple[str, ...]] = []
         self.rotates = False
         self.wanted: list[str] = []
         self.reason: str | None = None
@@ -108,7 +118,9 @@ class _Found:
             self.wanted.append("bias_act")
         if "rope" in names and any("rotary_pos_emb" in name for name in code_names):
             self.wanted.append("rope")
-        if not self.wanted:
+        if projections.OP not in names:
+            self.joins = ()
+        if not self.wanted and len(self.joins) < 2:
             return
         try:
             definition, function = read(cls.forward)
@@ -135,6 +147,9 @@ class _Found:
                 self.rotates = rotary.form_of(rotation) is not None
             if not self.rotates:
                 self.wanted, self.reason = ["rope"], "its rotation is none that is known"
+        self.joined = (
+            _Rewrite([], self.gate and self.gate[0], (), self.joins).run(definition).joined
+        )
 
     def lines(self) -> Iterable[tuple[str, str]]:
         for name in self.added:
@@ -145,6 +160,8 @@ class _Found:
             yield "bias_act", self.biased[1]
         if self.rotates:
             yield "rope", ""
+        for group in self.joined:
+            yield projections.OP, f"{', '.join(group[:-1])} and {group[-1]}"
 
     def arguments(self, ops: set[str]) -> tuple[Any, ...]:
         def known(found: tuple[str, str] | None) -> tuple[str, Any, str] | None:
@@ -156,6 +173,7 @@ class _Found:
             known(self.biased) if "bias_act" in ops else None,
             tuple(self.linears),
             self.rotates and "rope" in ops,
+            self.joins if projections.OP in ops else (),
         )
 
 
@@ -166,6 +184,7 @@ def subclass(
     biased: tuple[str, Any, str] | None,
     linears: tuple[str, ...],
     rotates: bool,
+    joins: tuple[str, ...],
 ) -> dict[str, Any]:
     """What a subclass has whose forward is compiled again with the ops that are named."""
     definition, function = read(base.forward)
@@ -174,12 +193,15 @@ def subclass(
         names[_ADD_NORM] = norms.add_norm
     if gate is not None:
         names[_GLU] = activations.gated(gate[1], gate[2])
+        names[_GLU_OF_LINEARS] = activations.gated_linears(gate[1], gate[2])
     if biased is not None:
         names[_BIAS_ACT] = activations.biased(biased[1], biased[2])
     if rotates:
         names[rotary.FUNCTION] = rotary.in_place_of(function.__globals__[rotary.FUNCTION])
+    if joins:
+        names[_PROJECT] = projections.project
     act = gate or biased
-    rewrite = _Rewrite(added, act and act[0], linears if biased else ())
+    rewrite = _Rewrite(added, act and act[0], linears if biased else (), joins)
     rewritten = rewrite.run(definition).definition
     return {"forward": compile_again(rewritten, function, names)}
 
@@ -188,16 +210,26 @@ class _Rewrite(ast.NodeTransformer):
     """A definition with sums that go into norms, and products with an activation, as calls.
 
     linears: the activation is looked for on what these layers give, and not in products.
+    joins: linear layers that are put together where they are called on one input.
 
     Attributes:
         added: the norms that were found, in their order.
         gated: how many products.
         biased: how many activations of what a linear layer gives.
+        joined: the groups of linear layers.
     """
 
-    def __init__(self, norms: Iterable[str], act: str | None, linears: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        norms: Iterable[str],
+        act: str | None,
+        linears: Iterable[str] = (),
+        joins: Iterable[str] = (),
+    ) -> None:
         self.norms, self.act, self.linears = frozenset(norms), act, frozenset(linears)
+        self.joins = frozenset(joins)
         self.added: list[str] = []
+        self.joined: list[tuple[str, ...]] = []
         self.gated = self.biased = 0
         self.definition: ast.FunctionDef
 
@@ -206,6 +238,8 @@ class _Rewrite(ast.NodeTransformer):
         self._loads = _loads(self.definition)
         self._statements(self.definition)
         self.visit(self.definition)
+        if self.joins:
+            self._joins(self.definition)
         return self
 
     # Statements: h = a + b, perhaps r = h, and one that contains self.norm(h).
@@ -311,6 +345,47 @@ class _Rewrite(ast.NodeTransformer):
             second.value.args[0] = first.value  # type: ignore[attr-defined]
             body[at] = ast.copy_location(ast.Pass(), first)
 
+    def _joins(self, parent: ast.AST) -> None:
+        """``q = f(self.q(x)); k = g(self.k(x))`` with both products before the first of the two."""
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(parent, field, None)
+            if not isinstance(body, list):
+                continue
+            at = 0
+            while at < len(body):
+                self._joins(body[at])
+                at += self._join_from(body, at)
+
+    def _join_from(self, body: list[ast.stmt], at: int) -> int:
+        """How many statements stand in the place of the one at ``at`` or belong to its group."""
+        calls = _certain_calls(body[at], self.joins)
+        if not calls:
+            return 1
+        given = calls[0].args[0].id  # type: ignore[attr-defined]
+        found, end = [], at
+        for statement in body[at:]:
+            found += [
+                call
+                for call in _certain_calls(statement, self.joins)
+                if call.args[0].id == given  # type: ignore[attr-defined]
+            ]
+            end += 1
+            if not _keeps(statement, given):
+                break
+        layers = [str(_own_call(call)) for call in found]
+        if len(layers) < 2 or len(set(layers)) < len(layers):
+            return 1
+        self.joined.append(tuple(layers))
+        first = body[at]
+        names = [f"{_PROJECTED}_{len(self.joined)}_{layer}" for layer in layers]
+        owners = ", ".join(f"self.{layer}" for layer in layers)
+        for i in range(at, end):
+            for call, name in zip(found, names, strict=True):
+                body[i] = _Put(call, ast.Name(name, ast.Load())).visit(body[i])
+        text = f"{', '.join(names)} = {_PROJECT}({given}, {owners})"
+        body.insert(at, at_place(ast.parse(text).body[0], first))
+        return end - at + 1
+
     def _is_activation(self, node: ast.AST) -> bool:
         return self.act is not None and _own_call(node) == self.act
 
@@ -326,8 +401,24 @@ class _Rewrite(ast.NodeTransformer):
             return node
         self.gated += 1
         act: Any = node.left
-        call = ast.Call(ast.Name(_GLU, ast.Load()), [act.func, act.args[0], node.right], [])
+        gate, up = act.args[0], node.right
+        if self._are_joined(gate, up):
+            self.joined.append((str(_own_call(gate)), str(_own_call(up))))
+            arguments = [act.func, gate.func, up.func, gate.args[0]]  # type: ignore[attr-defined]
+            call = ast.Call(ast.Name(_GLU_OF_LINEARS, ast.Load()), arguments, [])
+        else:
+            call = ast.Call(ast.Name(_GLU, ast.Load()), [act.func, gate, up], [])
         return ast.copy_location(call, node)
+
+    def _are_joined(self, *calls: Any) -> bool:
+        """Whether these call linear layers that may be put together on one input."""
+        names = {_own_call(call) for call in calls}
+        return (
+            names <= self.joins
+            and len(names) == len(calls)
+            and all(isinstance(call.args[0], ast.Name) for call in calls)
+            and len({call.args[0].id for call in calls}) == 1
+        )
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replaces ``self.norm(a + b)`` and ``self.act(self.fc(x))``."""
@@ -374,6 +465,40 @@ def _is_copy_of(statement: ast.stmt, name: str) -> bool:
         and statement.value.id == name
         and statement.targets[0].id != name
     )
+
+
+def _certain_calls(statement: ast.stmt, layers: frozenset[str]) -> list[ast.Call]:
+    """The calls ``self.layer(name)`` that a simple statement makes whatever happens."""
+    if not isinstance(statement, (ast.Assign, ast.Expr, ast.Return)):
+        return []
+    found: list[ast.Call] = []
+    open_nodes: list[ast.AST] = [statement]
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(
+            node, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.comprehension, ast.NamedExpr, ast.Compare)
+        ):
+            continue
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            continue
+        if _own_call(node) in layers and isinstance(node.args[0], ast.Name):  # type: ignore[attr-defined]
+            found.append(node)  # type: ignore[arg-type]
+        open_nodes += reversed(list(ast.iter_child_nodes(node)))
+    return found
+
+
+def _keeps(statement: ast.stmt, name: str) -> bool:
+    """Whether the variable is the same after a simple statement, as far as can be read."""
+    if not isinstance(statement, (ast.Assign, ast.Expr)):
+        return False
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load):
+            return False
+        if isinstance(node, ast.Attribute) and node.attr.endswith("_"):
+            return False  # perhaps changed in place
+        if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            return False  # perhaps of it, or another layer
+    return True
 
 
 def _loads(tree: ast.AST) -> dict[str, int]:

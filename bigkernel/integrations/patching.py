@@ -37,7 +37,7 @@ REPLACEMENTS = (
     Replacement(("attention",), attention.apply),
     Replacement(("norm", "residual"), norms.apply),
     Replacement(("gelu",), activations.apply),
-    Replacement(("residual", "glu", "bias_act", "rope"), forwards.apply),
+    Replacement(("residual", "glu", "bias_act", "rope", "projections"), forwards.apply),
     Replacement(("cross_entropy",), loss.apply),
     Replacement(("linear_cross_entropy",), heads.apply),
     Replacement(("linear",), linears.apply),
@@ -68,6 +68,7 @@ def patch(
     - norm: RMS norms, and residual: additions to the residual stream that a norm follows;
     - rope: rotary position embedding; glu: SwiGLU, GeGLU and so on; bias_act: the bias of a
       linear layer with the activation after it; gelu: where it is written out;
+    - projections: linear layers of one input, such as q, k and v, as one product under autocast;
     - cross_entropy: the loss of causal and masked language models;
     - linear_cross_entropy: that and the head before it, in calls whose logits nobody wants;
     - linear: torch's Linear and transformers' Conv1D, in 16 bits, on processors that multiply none.

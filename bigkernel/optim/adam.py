@@ -637,8 +637,8 @@ def _shown(value: object) -> str:
 
 
 def _two_betas(expect: Expect, betas: Any) -> tuple[Any, Any]:
-    two = hasattr(betas, "__len__") and not isinstance(betas, str)
-    expect(two, "betas", "two numbers", _shown(betas), cls=TypeError)
+    if not hasattr(betas, "__len__") or isinstance(betas, str):
+        raise expect.error("betas", "two numbers", _shown(betas), cls=TypeError)
     expect(len(betas) == 2, "betas", "two numbers", betas)
     return betas[0], betas[1]
 

@@ -386,6 +386,11 @@ def _step_batch(
     options: _Options, batch: list[_Matrix], factor: Tensor | None, apply: Tensor | None
 ) -> None:
     """One step of some parameters."""
+    if batch[0].param.device.type == "cpu":  # where nothing waits for an answer
+        if apply is not None and not bool(apply):
+            return
+        apply = None
+        factor = None if factor is not None and float(factor) == 1 else factor
     written = [t for m in batch for t in (m.momentum, m.target)]
     before = [t.clone() for t in written] if apply is not None else []
     updates = []

@@ -13,6 +13,7 @@ from bigkernel.transforms.engine.passes import Part
 from bigkernel.transforms.engine.samples import Bools, Ints
 from bigkernel.transforms.engine.stages import Given, call_foreign
 from bigkernel.transforms.engine.walk import Walk
+from bigkernel.transforms.one import One
 from bigkernel.transforms.transform import Params, Transform
 
 
@@ -163,6 +164,13 @@ class Compose(_Container):
     colour (but for flips, and crops without contrast before them), a warp after a rotation or
     affine map, a resize or another fill after padding, colour after ``Normalize``.
     """
+
+    def _one(self, one: One) -> bool:
+        chain: list[Any] = list(self.transforms)
+        # All of them are asked before the first one draws.
+        return all(isinstance(t, Transform) and t._one is not None for t in chain) and all(
+            map(one.write, chain)
+        )
 
 
 class RandomApply(_Container):

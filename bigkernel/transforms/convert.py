@@ -11,6 +11,7 @@ import torch
 from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.engine.samples import Floats
+from bigkernel.transforms.one import One
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 _TO_DTYPE, _NORMALIZE = Expect("ToDtype"), Expect("Normalize")
@@ -27,6 +28,9 @@ class ToImage(Transform):
 
     def draw(self, u: Floats, images: ImageInfo) -> Drawn:
         return Params(images.active), []
+
+    def _one(self, one: One) -> bool:
+        return True
 
 
 class ToDtype(Transform):
@@ -58,6 +62,9 @@ class ToDtype(Transform):
             return Params(images.active), []
         return Params(images.active), [steps.ToDtype(images.active, self._dtype, self.scale)]
 
+    def _one(self, one: One) -> bool:
+        return self._dtype is None or one.convert(self._dtype, self.scale)
+
 
 class Normalize(Transform):
     """(image - mean) / std for each channel; uint8 images are scaled to 0..1 before.
@@ -76,6 +83,9 @@ class Normalize(Transform):
         _check_tensors(_NORMALIZE, images)
         step = steps.Normalize(images.active, tuple(self.mean), tuple(self.std))
         return Params(images.active), [step]
+
+    def _one(self, one: One) -> bool:
+        return one.normalize(self.mean, self.std)
 
 
 def _check_tensors(expect: Expect, images: ImageInfo) -> None:

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from bigkernel.errors import BadArgument
 from bigkernel.expect import Expect
 from bigkernel.transforms import arguments, steps
 from bigkernel.transforms.arguments import Fill, InterpolationMode
-from bigkernel.transforms.engine.draws import integers, uniform
+from bigkernel.transforms.engine.draws import integer, integers
 from bigkernel.transforms.engine.samples import Bools, Floats, Ints, every
+from bigkernel.transforms.one import One
 from bigkernel.transforms.transform import Drawn, ImageInfo, Params, Transform
 
 
@@ -31,17 +33,22 @@ class _RandomFlip(Transform):
         active = images.active & (u[0, :, 0] < self.p)
         return Params(active), [steps.Flip(active, self.horizontal)]
 
+    def _one(self, one: One) -> bool:
+        return one.block(0)[0] >= self.p or one.flip(self.horizontal)
+
 
 class RandomHorizontalFlip(_RandomFlip):
     """Mirrors images left to right with probability ``p``."""
 
     horizontal = True
+    _one = _RandomFlip._one
 
 
 class RandomVerticalFlip(_RandomFlip):
     """Mirrors images top to bottom with probability ``p``."""
 
     horizontal = False
+    _one = _RandomFlip._one
 
 
 @dataclass
@@ -72,6 +79,13 @@ class CenterCrop(Transform):
         box = corner[:, 1], corner[:, 0], crop[:, 1], crop[:, 0]
         params = CropParams(images.active, padding, *box)
         return params, _pad_and_crop(params, None, edge=False)
+
+    def _one(self, one: One) -> bool:
+        height, width = self.size
+        if one.height < height or one.width < width:
+            return False  # it is padded
+        top, left = round((one.height - height) / 2.0), round((one.width - width) / 2.0)
+        return one.move(top, left, height, width)
 
 
 class RandomCrop(Transform):
@@ -122,6 +136,18 @@ class RandomCrop(Transform):
         top, left = integers(u[0, :, 0], room[:, 1]), integers(u[0, :, 1], room[:, 0])
         params = CropParams(active, padding, top, left, crop[:, 1], crop[:, 0])
         return params, _pad_and_crop(params, self._fill, edge=self.padding_mode == "edge")
+
+    def _one(self, one: One) -> bool:
+        if self.padding is not None and (
+            self.padding_mode == "edge" or not one.pad(*self.padding, self._fill)
+        ):
+            return False
+        height, width = self.size
+        if one.height < height or one.width < width:
+            return False
+        u = one.block(0)
+        top, left = integer(u[0], one.height - height + 1), integer(u[1], one.width - width + 1)
+        return one.move(top, left, height, width)
 
 
 def _pad_and_crop(
@@ -222,6 +248,16 @@ class Resize(Transform):
         step = steps.Resize(active, height, width, self.interpolation, antialias)
         return params, [step]
 
+    def _one(self, one: One) -> bool:
+        given = np.asarray([one.height]), np.asarray([one.width])
+        height, width = (int(side[0]) for side in self._target(*given))
+        if (height, width) == (one.height, one.width) or height < 1 or width < 1:
+            return False  # nothing to be done, or to be said
+        box = (0, 0, one.height, one.width)
+        return self.interpolation is InterpolationMode.BILINEAR and one.resize(
+            box, height, width, bool(self.antialias)
+        )
+
     def _target(self, height: Ints, width: Ints) -> tuple[Ints, Ints]:
         if self.size is not None and len(self.size) == 2:
             return np.full_like(height, self.size[0]), np.full_like(width, self.size[1])
@@ -270,6 +306,18 @@ class ResizedCropParams(Params):
     width: Ints
 
 
+@lru_cache(maxsize=64)
+def _ranges(least: float, most: float, lowest: float, highest: float) -> tuple[float, ...]:
+    """(least, span) of the areas, and of the logarithms of the ratios."""
+    low, high = np.log(np.asarray((lowest, highest), dtype=np.float64)).tolist()
+    return float(least), float(most - least), low, high - low
+
+
+def _side(area: float) -> int:
+    """The nearest whole number to the side of a square; 0, as which it fits nowhere, if large."""
+    return round(math.sqrt(area)) if area < 2.0**62 else 0
+
+
 class RandomResizedCrop(Transform):
     """Cuts out a box of random area and aspect ratio and scales it to ``size``.
 
@@ -315,9 +363,32 @@ class RandomResizedCrop(Transform):
         resize = steps.Resize(active, height, width, self.interpolation, antialias)
         return params, [crop, resize]
 
+    def _one(self, one: One) -> bool:
+        if self.interpolation is not InterpolationMode.BILINEAR:
+            return False
+        for number in range(self.blocks):
+            u = one.block(number)
+            area, ratio = self._shape(one.height * one.width, u[0], u[1])
+            ratio = float(ratio)
+            box_width, box_height = _side(area * ratio), _side(area / ratio)
+            if 0 < box_width <= one.width and 0 < box_height <= one.height:
+                break
+        else:
+            return False
+        top = integer(u[2], one.height - box_height + 1)
+        left = integer(u[3], one.width - box_width + 1)
+        box = (top, left, box_height, box_width)
+        if box[2:] == tuple(self.size):
+            return False
+        return one.resize(box, *self.size, bool(self.antialias))
+
+    def _shape(self, whole: Ints | int, first: Any, second: Any) -> tuple[Any, Any]:
+        """Area and ratio of boxes in an image of ``whole`` pixels."""
+        least, span, least_log, span_of_logs = _ranges(*self.scale, *self.ratio)
+        return whole * (least + span * first), np.exp(least_log + span_of_logs * second)
+
     def _draw_box(self, active: Bools, u: Floats, height: Ints, width: Ints) -> ResizedCropParams:
-        area = (height * width) * uniform(u[:, :, 0], *self.scale)  # [10, N]
-        ratio = np.exp(uniform(u[:, :, 1], *np.log(np.asarray(self.ratio, dtype=np.float64))))
+        area, ratio = self._shape(height * width, u[:, :, 0], u[:, :, 1])  # [10, N]
         box_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         box_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from bigkernel.transforms.engine.samples import Bools, Floats, Ints, some
 from bigkernel.transforms.engine.stages import Given, call_keyed, draws_since
 from bigkernel.transforms.engine.step import Step
 from bigkernel.transforms.engine.walk import Run, Walk
+from bigkernel.transforms.one import One, is_usual
 
 _EXPECT = Expect("transforms")
 
@@ -120,9 +121,14 @@ class Transform(nn.Module):
     _makes_tensor: ClassVar[bool] = False
     _is_chain: ClassVar[bool] = False
     _is_stage: ClassVar[bool] = False
+    # Writes what is done to one image into a `One`, in the place of `draw` and its steps, and
+    # returns whether it could; None where no class has said how.
+    _one: ClassVar[Callable[[Any, One], bool] | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "_one" not in vars(cls):
+            cls._one = None  # of a class that may do something else
         # A chain asks its transforms what to do, and calls none of them.
         for method, own in (("forward", Transform.forward), ("__call__", nn.Module.__call__)):
             if getattr(cls, method) is not own:
@@ -216,10 +222,19 @@ class Transform(nn.Module):
         """See the class."""
         if isinstance(images, torch.fx.Proxy):
             return self._symbolic(images, generator=generator, ids=ids, layout=layout)
-        batch = gather(images, self.layout if layout is None else layout)
+        layout = self.layout if layout is None else layout
+        key = None
+        if self._one is not None and is_usual(images, layout):
+            key = Key(generator, ids, 1)
+            one = One(images, key)
+            done = one.run() if one.write(self) else None
+            if done is not None:
+                return done
+        batch = gather(images, layout)
         if batch.count == 0:
             return self._empty(batch)
-        return self._run(batch, self._draws(generator, ids, batch.count // batch.frames))[0]
+        key = key or Key(generator, ids, batch.count // batch.frames)
+        return self._run(batch, self._draws(key))[0]
 
     def _run(self, batch: Images, draws: Draws) -> tuple[Any, Run]:
         """What a call returns, and how it came about."""
@@ -247,7 +262,8 @@ class Transform(nn.Module):
         fits = whole and (table.size == 0 or (table.shape[1:] == (2,) and table.min() > 0))
         _EXPECT(fits, "sizes", "positive pairs (height, width)", repr(sizes))
         table = table.astype(np.int64).reshape(-1, 2)
-        walk = Walk(self._draws(generator, ids, len(table)), table[:, 0], table[:, 1])
+        key = Key(generator, ids, len(table))
+        walk = Walk(self._draws(key), table[:, 0], table[:, 1])
         params = self._walk(walk).params
         return params if self._is_chain else params[0]
 
@@ -268,8 +284,8 @@ class Transform(nn.Module):
             batch = gather(images, self.layout)
             count = batch.count // batch.frames if batch.count else 0
             self._expect(count > 0, "images", "at least one image", "none")
-            key = self._draws(torch.Generator().manual_seed(0), range(count), count)
-            said = [f" ({done})" for done in self._run(batch, key)[1].done]
+            key = Key(torch.Generator().manual_seed(0), range(count), count)
+            said = [f" ({done})" for done in self._run(batch, self._draws(key))[1].done]
         lines = [
             f"{'tensor stage' if i % 2 else 'folded'}: {', '.join(names)}{what}"
             for i, (names, what) in enumerate(zip(passes, said, strict=True))
@@ -288,8 +304,8 @@ class Transform(nn.Module):
         """The transforms by their numbers: depth first, without Compose, which draws nothing."""
         yield self
 
-    def _draws(self, generator: torch.Generator | None, ids: Any, count: int) -> Draws:
-        return Draws(Key(generator, ids, count), [t._block_count() for t in self._chain()])
+    def _draws(self, key: Key) -> Draws:
+        return Draws(key, [t._block_count() for t in self._chain()])
 
     def _block_count(self) -> int:
         count = self.blocks
@@ -388,7 +404,7 @@ class Transform(nn.Module):
             lead=(1,),
             wrapper=None,
         )
-        result, _ = self._run(extra, self._draws(None, [0], 1))
+        result, _ = self._run(extra, self._draws(Key(None, [0], 1)))
         return batch.give_back(result[:0], False, False)
 
     def _symbolic(self, images: torch.fx.Proxy, **arguments: Any) -> torch.fx.Proxy:

@@ -8,6 +8,7 @@
 
 #include "adam/adam.h"
 #include "common/box.h"
+#include "common/tensors.h"
 #include "common/checks.h"
 
 namespace bigkernel {

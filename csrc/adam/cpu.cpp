@@ -77,7 +77,7 @@ double read_scalar(const Tensor& t, const char* op, const char* name) {
 }
 
 Tensor scalar_like(const Tensor& t, double value) {
-  Tensor result = torch::stable::new_empty(t, {}, ScalarType::Float);
+  Tensor result = empty_tensor(t, {}, ScalarType::Float);
   *static_cast<float*>(result.mutable_data_ptr()) = float(value);
   return result;
 }
@@ -168,7 +168,7 @@ Tensor adam_step_cpu(const AdamCall& call) {
     skip |= !std::isfinite(norm);
   }
   Tensor result = call.max_norm ? scalar_like(call.params[0], norm)
-                                : torch::stable::new_empty(call.params[0], {0}, ScalarType::Float);
+                                : empty_tensor(call.params[0], {0}, ScalarType::Float);
   if (skip) return result;
 
   std::vector<AdamGroup> groups(call.group_sizes.size());

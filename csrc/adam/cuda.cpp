@@ -25,7 +25,7 @@ DeviceScalar device_scalar(const std::optional<Tensor>& t, int device, const cha
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t bytes)
-      : tensor_(torch::stable::new_empty(like, {bytes}, ScalarType::Byte)),
+      : tensor_(empty_tensor(like, {bytes}, ScalarType::Byte)),
         next_(static_cast<char*>(tensor_.mutable_data_ptr())) {}
   template <class T>
   T* take(int64_t count) {
@@ -63,7 +63,7 @@ Tensor adam_norm_cuda(std::vector<Tensor> grads, std::optional<Tensor> grad_scal
   Scratch scratch(grads[0], 8 * (partials + 1));
   call.partials = scratch.take<double>(partials);
   call.partial_count = int32_t(partials);
-  Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
+  Tensor norm = empty_tensor(grads[0], {}, ScalarType::Float);
   call.norm = static_cast<float*>(norm.mutable_data_ptr());
   void* stream = current_cuda_stream(device);
   launch_adam_norm(list, call.partials, device, stream);
@@ -106,9 +106,8 @@ Tensor adam_step_cuda(const AdamCall& lists) {
   call.partial_count = int32_t(partials);
   call.scalars = scratch.take<AdamScalars>(count);
   call.control = scratch.take<AdamControl>(1);
-  Tensor norm = lists.max_norm
-                    ? torch::stable::new_empty(first, std::vector<int64_t>{}, ScalarType::Float)
-                    : torch::stable::new_empty(first, std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor norm = lists.max_norm ? empty_tensor(first, std::vector<int64_t>{}, ScalarType::Float)
+                               : empty_tensor(first, std::vector<int64_t>{0}, ScalarType::Float);
   call.norm = static_cast<float*>(norm.mutable_data_ptr());
 
   void* stream = current_cuda_stream(device);

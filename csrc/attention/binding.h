@@ -10,6 +10,7 @@
 #include "attention/attention.h"
 #include "common/box.h"
 #include "common/checks.h"
+#include "common/tensors.h"
 
 namespace bigkernel {
 
@@ -69,14 +70,13 @@ inline AttentionTensor view_lse(const Tensor& t, bool packed) {  // [B, H, S(, 2
 
 // Heads closer together than rows: stored as [B, S, H, D], else as [B, H, S, D]; no gaps.
 inline Tensor empty_like_layout(const Tensor& like, int64_t last) {
-  if (like.dim() == 4 && like.stride(1) < like.stride(2)) {
-    const Tensor t =
-        torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), last});
-    return torch::stable::transpose(t, 1, 2);
-  }
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = last;
-  return torch::stable::new_empty(like, sizes);
+  if (like.dim() == 4 && like.stride(1) < like.stride(2)) {
+    const int64_t row = sizes[1] * last;
+    return empty_tensor(like, sizes, {sizes[2] * row, last, row, 1});
+  }
+  return empty_tensor(like, sizes);
 }
 
 inline bool same_device(const Tensor& t, const Tensor& q) {
@@ -250,7 +250,7 @@ inline Tensor check_backward(const char* op, const Tensor& dout, const OptionalT
     in_pairs &= lse.size(d) <= 1 || lse.stride(d) % 2 == 0;
   BK_CHECK(in_pairs || lse.numel() == 0, op,
            "lse must hold its pairs side by side, as forward does");
-  const Tensor rows = dout.stride(dout.dim() - 1) == 1 ? dout : torch::stable::contiguous(dout);
+  const Tensor rows = dout.stride(dout.dim() - 1) == 1 ? dout : without_gaps(dout);
   check_rows(op, "dout", rows, q);
   if (dlse.has_value()) check_lse(op, "dlse", *dlse, q, lse_sizes);
   BK_CHECK(!needs_dmask || (mask != MaskKind::kNone && mask != MaskKind::kBool), op,

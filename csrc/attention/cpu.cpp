@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, c
   Call call = prepare(op, q, k, v, options);
   AttentionArgs& a = call.args;
   Tensor out = empty_like_layout(q, a.dim_v);
-  Tensor lse = torch::stable::new_empty(q, in_two(call.lse_sizes), ScalarType::Float);
+  Tensor lse = empty_tensor(q, in_two(call.lse_sizes), ScalarType::Float);
   a.out = view(out, call.packed);
   a.lse = view_lse(lse, call.packed);
 
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, c
 // The gradient of the mask, of its shape and dtype.
 Tensor mask_gradient(const Call& call, const Tensor& mask, const AttentionPlan& plan) {
   std::vector<int64_t> sizes(mask.sizes().begin(), mask.sizes().end());
-  Tensor dmask = torch::stable::new_empty(mask, sizes);
+  Tensor dmask = empty_tensor(mask, sizes);
   AttentionArgs a = call.args;
   if (dmask.numel() == 0) return dmask;
   if (a.heads_q == 0 || a.batch == 0) {
@@ -359,8 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
       }
     });
   }
-  Tensor dmask =
-      needs_dmask ? mask_gradient(call, *options.mask, plan) : torch::stable::new_empty(q, {0});
+  Tensor dmask = needs_dmask ? mask_gradient(call, *options.mask, plan) : empty_tensor(q, {0});
   return {dq, dk, dv, dmask};
 }
 

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, 
   torch::stable::accelerator::DeviceGuard guard(call.device);
   const bool packed = call.problem.packed;
   Tensor out = empty_like_layout(q, call.problem.dim_v);
-  Tensor lse = torch::stable::new_empty(q, in_two(call.problem.lse_sizes), ScalarType::Float);
+  Tensor lse = empty_tensor(q, in_two(call.problem.lse_sizes), ScalarType::Float);
   call.args.out = view(out, packed);
   call.args.lse = view_lse(lse, packed);
   split_attention_fwd(call.args, device_traits(call.device));
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, 
     launch_attention_fwd(call.args, call.device, current_cuda_stream(call.device));
     return {out, lse};
   }
-  Tensor parts = torch::stable::new_empty(
+  Tensor parts = empty_tensor(
       q, std::vector<int64_t>{call.args.splits * attention_few_part(call.args)}, ScalarType::Float);
   call.args.parts = static_cast<float*>(parts.data_ptr());
   launch_attention_few(call.args, call.device, current_cuda_stream(call.device));
@@ -125,20 +125,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   // before the kernels end.
   std::vector<int64_t> delta_sizes = p.lse_sizes;
   delta_sizes.front() *= 3;
-  Tensor delta = torch::stable::new_empty(q, delta_sizes, ScalarType::Float);
+  Tensor delta = empty_tensor(q, delta_sizes, ScalarType::Float);
   a.delta = view_lse(delta, p.packed);
-  Tensor dmask = torch::stable::new_empty(q, std::vector<int64_t>{0});
+  Tensor dmask = empty_tensor(q, std::vector<int64_t>{0});
   if (needs_dmask) {
     const Tensor& mask = *options.mask;
     const std::vector<int64_t> sizes(mask.sizes().begin(), mask.sizes().end());
-    dmask = torch::stable::new_empty(mask, sizes);
+    dmask = empty_tensor(mask, sizes);
     a.dmask = view_mask(op, dmask, q, sizes);
     if (p.packed) torch::stable::zero_(dmask);  // rows and keys that no sequence is long enough for
   }
   split_attention_bwd(a, device_traits(call.device));
-  Tensor parts = torch::stable::new_empty(
-      q, std::vector<int64_t>{a.splits > 1 ? a.splits * attention_bwd_part(a) : 0},
-      ScalarType::Float);  // scratch as well
+  Tensor parts =
+      empty_tensor(q, std::vector<int64_t>{a.splits > 1 ? a.splits * attention_bwd_part(a) : 0},
+                   ScalarType::Float);  // scratch as well
   a.parts = static_cast<float*>(parts.data_ptr());
   launch_attention_bwd(a, call.device, current_cuda_stream(call.device));
   return {dq, dk, dv, dmask};

@@ -9,6 +9,7 @@
 #include "augment/tables.h"
 #include "common/box.h"
 #include "common/checks.h"
+#include "common/tensors.h"
 #include "cpu/results.h"
 
 namespace bigkernel {
@@ -69,7 +70,7 @@ class AugmentBatch {
       const bool interleaved = t.stride(c) == 1 && t.stride(y + 1) == channels;
       return planes || interleaved;
     };
-    kept_.push_back(fits(given) ? given : torch::stable::contiguous(given));
+    kept_.push_back(fits(given) ? given : without_gaps(given));
     const Tensor& t = kept_.back();
     AugmentImage view{t.const_data_ptr(), t.size(y), t.size(y + 1), t.stride(c), t.stride(y),
                       t.stride(y + 1),    0};
@@ -118,9 +119,9 @@ struct AugmentCall {
     BK_CHECK(is_nearest || interpolation == int64_t(AugmentInterpolation::kBilinear), kAugmentName,
              "interpolation must be 0 or 1");
     BK_CHECK(out_h >= 0 && out_w >= 0, kAugmentName, "out_h and out_w must not be negative");
-    geometry = torch::stable::contiguous(geometry_);
-    color = torch::stable::contiguous(color_);
-    fill = torch::stable::contiguous(fill_);
+    geometry = without_gaps(geometry_);
+    color = without_gaps(color_);
+    fill = without_gaps(fill_);
 
     args.channels = fill.size(1);
     batch.emplace(images, n, args.channels, channels_last_in, like.is_cuda());
@@ -142,8 +143,7 @@ struct AugmentCall {
     std::vector<int64_t> shape = {n, args.channels, out_h, out_w};
     if (channels_last_out) shape = {n, out_h, out_w, args.channels};
     const ScalarType type = scalar_type_of(args.out_type);
-    out = like.is_cpu() ? Results::empty(like, shape, type)
-                        : torch::stable::new_empty(like, shape, type);
+    out = like.is_cpu() ? Results::empty(like, shape, type) : empty_tensor(like, shape, type);
     args.out = out.mutable_data_ptr();
   }
   AugmentCall(const AugmentCall&) = delete;  // args points into it
@@ -175,7 +175,7 @@ struct AugmentCall {
     BK_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 1 &&
                  t->size(0) == args.channels,
              kAugmentName, name, " must be float32 of ", args.channels, " elements on the CPU");
-    const Tensor dense = torch::stable::contiguous(*t);
+    const Tensor dense = without_gaps(*t);
     const float* p = static_cast<const float*>(dense.const_data_ptr());
     return std::vector<float>(p, p + args.channels);
   }

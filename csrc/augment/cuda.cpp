@@ -34,10 +34,10 @@ Tensor augment_cuda(std::vector<Tensor> images, Tensor geometry, Tensor color, T
                            call.colors(),      call.fill_row(0),           call.samples(),
                            call.color.size(1), call.fill.size(0),          call.antialias};
   const AugmentLaunch launch = plan_augment(input, device_traits(device));
-  Tensor scratch = torch::stable::new_empty(like, {launch.scratch_bytes}, ScalarType::Byte);
+  Tensor scratch = empty_tensor(like, {launch.scratch_bytes}, ScalarType::Byte);
   Tensor host = torch::stable::empty({launch.table_bytes}, ScalarType::Byte, std::nullopt,
                                      torch::stable::Device(torch::headeronly::kCPU), true);
-  Tensor tables = torch::stable::new_empty(like, {launch.table_bytes}, ScalarType::Byte);
+  Tensor tables = empty_tensor(like, {launch.table_bytes}, ScalarType::Byte);
   write_augment_tables(input, launch, scratch.mutable_data_ptr(), host.mutable_data_ptr());
   torch::stable::copy_(tables, host, true);
   launch_augment(input, launch, tables.const_data_ptr(), scratch.mutable_data_ptr(), device,

@@ -5,6 +5,7 @@
 
 #include "bias_act/binding.h"
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_sums.h"
 #include "cpu/row_view.h"
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> bias_act_bwd_cpu(const Tensor& dy, const Tensor& x,
     std::vector<float> run(needs_dbias ? size_t(a.dim) : 0);
     BK_CALL(bias_act_backward)(a, begin, end, needs_dbias ? dbias : nullptr, run.data());
   });
-  return {dx, needs_dbias ? sums.total(x, 0) : torch::stable::new_empty(x, {0}, ScalarType::Float)};
+  return {dx, needs_dbias ? sums.total(x, 0) : empty_tensor(x, {0}, ScalarType::Float)};
 }
 
 }  // namespace

@@ -13,6 +13,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "common/tensors.h"
+
 namespace bigkernel {
 
 class Results {
@@ -30,7 +32,7 @@ class Results {
     const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     const size_t bytes = size_t(count) * aoti_torch_dtype_element_size(code);
     void* p = bytes < kSmallest ? nullptr : take(bytes + kHeader);
-    if (p == nullptr) return torch::stable::new_empty(like, shape, type);
+    if (p == nullptr) return empty_tensor(like, shape, type);
     return torch::stable::from_blob(
         static_cast<char*>(p) + kHeader, shape, strides,
         torch::stable::Device(torch::headeronly::DeviceType::CPU), type,

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/tensors.h"
+
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 
@@ -33,7 +35,7 @@ class RowSums {
 
   // Sum `which` over all rows, fp32 [dim].
   Tensor total(const Tensor& like, int64_t which) const {
-    Tensor result = torch::stable::new_empty(like, {dim_}, ScalarType::Float);
+    Tensor result = empty_tensor(like, {dim_}, ScalarType::Float);
     float* to = static_cast<float*>(result.mutable_data_ptr());
     parallel_for(dim_, std::max<int64_t>(64, row_grain(chunks_)), [&](int64_t begin, int64_t end) {
       std::fill(to + begin, to + end, 0.0f);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/tensors.h"
 #include "cpu/results.h"
 
 namespace bigkernel {
@@ -53,7 +54,7 @@ inline RowView row_view(const Tensor& t, const char* op, const char* argument) {
   RowView v{t, nullptr, 0, t.size(t.dim() - 1), 0};
   v.rows = v.dim == 0 ? 0 : t.numel() / v.dim;
   if (v.rows > 0 && !rows_are_even(t, v.stride)) {
-    v.held = torch::stable::contiguous(t);
+    v.held = without_gaps(t);
     v.stride = v.dim;
   }
   v.data = v.held.const_data_ptr();

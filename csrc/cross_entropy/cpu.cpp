@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "cross_entropy/cross_entropy.h"
@@ -44,7 +45,7 @@ void prepare_labels(const char* op, Call& call, const Options& o) {
                labels.scalar_type() == ScalarType::Long,
            op, "labels must be int64 [", call.rows.rows, "] or probabilities [", call.rows.rows,
            ", ", a.classes, "] on the CPU");
-  if (!labels.is_contiguous()) call.labels = torch::stable::contiguous(labels);
+  call.labels = without_gaps(labels);
   a.labels = static_cast<const int64_t*>(call.labels.const_data_ptr());
   for (int64_t i = 0; i < call.rows.rows; ++i)
     BK_CHECK(a.labels[i] == o.ignore_index || (a.labels[i] >= 0 && a.labels[i] < a.classes), op,
@@ -69,7 +70,7 @@ Call prepare(const char* op, const Tensor& logits, const Tensor& labels,
     BK_CHECK(weight->is_cpu() && weight->dim() == 1 && weight->size(0) == a.classes &&
                  weight->scalar_type() == ScalarType::Float,
              op, "weight must be float32 [", a.classes, "] on the CPU");
-    call.weight = weight->is_contiguous() ? *weight : torch::stable::contiguous(*weight);
+    call.weight = without_gaps(*weight);
     a.weight = static_cast<const float*>(call.weight.const_data_ptr());
     double sum = 0;
     for (int64_t c = 0; c < a.classes; ++c) sum += a.weight[c];
@@ -88,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, c
   Call call = prepare("cross_entropy_fwd", logits, labels, weight, options);
   CrossEntropyArgs& a = call.args;
   const int64_t n = logits.size(0);
-  Tensor losses = torch::stable::new_empty(logits, {n}, ScalarType::Float);
-  Tensor total = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  Tensor stats = torch::stable::new_empty(logits, {2, n}, ScalarType::Float);
+  Tensor losses = empty_tensor(logits, {n}, ScalarType::Float);
+  Tensor total = empty_tensor(logits, {}, ScalarType::Float);
+  Tensor stats = empty_tensor(logits, {2, n}, ScalarType::Float);
   a.losses = static_cast<float*>(losses.mutable_data_ptr());
   a.peak = static_cast<float*>(stats.mutable_data_ptr());
   a.spread = a.peak + n;

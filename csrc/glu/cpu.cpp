@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "glu/glu.h"
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> glu_bwd_cpu(const Tensor& dy, const Tensor& gate,
   a.dy_stride = grads.stride;
   Tensor dgate = Results::empty(gate, shape_of_result(gate), gate.scalar_type());
   Tensor dup = up.has_value() ? Results::empty(gate, call.shape, gate.scalar_type())
-                              : torch::stable::new_empty(gate, {0});
+                              : empty_tensor(gate, {0});
   a.dgate = dgate.mutable_data_ptr();
   a.dup = up.has_value() ? dup.mutable_data_ptr()
                          : static_cast<char*>(a.dgate) + a.dim * dtype_size(a.type);

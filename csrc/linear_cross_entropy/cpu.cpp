@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "cross_entropy/cross_entropy.h"
@@ -106,15 +107,15 @@ class Job {
              " rows, got ", classes_);
     // Outside of the autocast that asked for it, the weight is as it was.
     w_ = given == type_ ? linear_weight : torch::stable::to(linear_weight, scalar_type(type_));
-    w_ = torch::stable::contiguous(w_);
+    w_ = without_gaps(w_);
     work_ = type_ == DType::kBFloat16 && multiplies_bf16() ? type_ : DType::kFloat32;
     if (linear_bias.has_value()) {
       const DType kind = float_type(*linear_bias, op, "linear_bias");
       BK_CHECK(linear_bias->dim() == 1 && linear_bias->size(0) == classes_ &&
                    (kind == type_ || kind == DType::kFloat32),
                op, "linear_bias must be [", classes_, "], fp32 or of input's dtype");
-      bias_ = torch::stable::contiguous(torch::stable::to(
-          torch::stable::to(*linear_bias, scalar_type(type_)), scalar_type(work_)));
+      bias_ = without_gaps(torch::stable::to(torch::stable::to(*linear_bias, scalar_type(type_)),
+                                             scalar_type(work_)));
     }
     prepare_target(target);
     prepare_weight();
@@ -251,7 +252,7 @@ class Job {
   int64_t row_of(int64_t i) const { return index_.empty() ? i : index_[i]; }
 
   Tensor result(bool wanted, const std::vector<int64_t>& shape, DType type) const {
-    if (!wanted) return torch::stable::new_empty(like_, {0}, scalar_type(type));
+    if (!wanted) return empty_tensor(like_, {0}, scalar_type(type));
     return Results::empty(like_, shape, scalar_type(type));
   }
 
@@ -271,7 +272,7 @@ class Job {
     BK_CHECK(
         target.dim() == 1 && target.size(0) == rows_ && target.scalar_type() == ScalarType::Long,
         op_, "target must be int64 [", rows_, "] or probabilities [", rows_, ", ", classes_, "]");
-    target_ = torch::stable::contiguous(target);
+    target_ = without_gaps(target);
     const int64_t* labels = static_cast<const int64_t*>(target_.const_data_ptr());
     std::vector<int64_t> index;
     index.reserve(rows_);
@@ -292,7 +293,7 @@ class Job {
     BK_CHECK(o_.weight->is_cpu() && o_.weight->dim() == 1 && o_.weight->size(0) == classes_ &&
                  o_.weight->scalar_type() == ScalarType::Float,
              op_, "weight must be float32 [", classes_, "] on the CPU");
-    class_weight_ = torch::stable::contiguous(*o_.weight);
+    class_weight_ = without_gaps(*o_.weight);
     z_.weight = static_cast<const float*>(class_weight_.const_data_ptr());
     double sum = 0;
     for (int64_t c = 0; c < classes_; ++c) sum += z_.weight[c];
@@ -404,9 +405,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
         op, "divisor must be one float32 on the CPU");
     by = *static_cast<const float*>(divisor->const_data_ptr());
   }
-  Tensor losses = torch::stable::new_empty(input, {job.rows()}, ScalarType::Float);
-  Tensor total = torch::stable::new_empty(input, {}, ScalarType::Float);
-  Tensor stats = torch::stable::new_empty(input, {2, job.rows()}, ScalarType::Float);
+  Tensor losses = empty_tensor(input, {job.rows()}, ScalarType::Float);
+  Tensor total = empty_tensor(input, {}, ScalarType::Float);
+  Tensor stats = empty_tensor(input, {2, job.rows()}, ScalarType::Float);
   job.allocate();
   job.scale_by(1 / by);
   job.run(true, input_gradient || weight_gradient || bias_gradient);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 
@@ -123,7 +124,7 @@ std::vector<Tensor> newton_schulz_cpu(const std::vector<Tensor>& xs, const Itera
     m.x_type = float_type(x, kOp, "xs");
     m.y_type = given.narrow ? DType::kBFloat16 : DType::kFloat32;
     const int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1);
-    results.push_back(torch::stable::new_empty(x, shape_of_result(x), scalar_type(m.y_type)));
+    results.push_back(empty_tensor(x, shape_of_result(x), scalar_type(m.y_type)));
     if (x.numel() == 0) continue;
     views.push_back(row_view(x, kOp, "xs"));
     const RowView& view = views.back();

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_sums.h"
 #include "cpu/row_view.h"
@@ -22,7 +23,7 @@ class Widened {
     if (!t.has_value()) return;
     BK_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == dim, op, argument, " must be [", dim,
              "] on the CPU");
-    tensor_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+    tensor_ = without_gaps(*t);
     type_ = float_type(tensor_, op, argument);
     if (type_ == DType::kFloat32 && offset == 0) {
       data_ = static_cast<const float*>(tensor_.const_data_ptr());
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd_cpu(const Tensor& x, const OptionalT
     sum = Results::empty(x, shape, scalar_type(a.sum_type));
     a.sum = sum.mutable_data_ptr();
   } else {
-    sum = torch::stable::new_empty(x, {0});
+    sum = empty_tensor(x, {0});
   }
   const Widened scale(weight, rows.dim, float(offset), op, "weight");
   const Widened shift(bias, rows.dim, 0, op, "bias");
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd_cpu(const Tensor& x, const OptionalT
   std::vector<int64_t> stats_shape(shape);
   stats_shape.pop_back();
   stats_shape.insert(stats_shape.begin(), center ? 2 : 1);
-  Tensor stats = torch::stable::new_empty(x, stats_shape, ScalarType::Float);
+  Tensor stats = empty_tensor(x, stats_shape, ScalarType::Float);
   a.x = rows.data;
   a.x_stride = rows.stride;
   a.y = y.mutable_data_ptr();
@@ -137,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd_cpu(const Tensor& dy, const Optional
                            needs_dbias ? to + (count - 1) * dim : nullptr, run.data());
   });
   auto total = [&](bool needed, int64_t which) {
-    return needed ? sums.total(h, which) : torch::stable::new_empty(h, {0}, ScalarType::Float);
+    return needed ? sums.total(h, which) : empty_tensor(h, {0}, ScalarType::Float);
   };
   return {dh, total(needs_dweight, 0), total(needs_dbias, count - 1)};
 }

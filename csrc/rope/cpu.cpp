@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/box.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_view.h"
 #include "rope/rope.h"
@@ -16,7 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor with_rows(const Tensor& t, const char* op, const char* name) {
   BK_CHECK(t.is_cpu(), op, name, " must be on the CPU");
   const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 || t.size(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.stride(last) == 1 || t.size(last) == 1 ? t : without_gaps(t);
 }
 
 // As the attention op lays out its results: as [B, S, H, D] in memory if x is, without gaps.
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> rope_fwd_cpu(const Tensor& q, const OptionalTensor& k
   call.add("q", q_rows, q_out);
   if (!k.has_value()) {
     call.run();
-    return {q_out, torch::stable::new_empty(q, {0})};
+    return {q_out, empty_tensor(q, {0})};
   }
   BK_CHECK(k->dim() == 4, op, "k must be [B, H, S, D]");
   const Tensor k_rows = with_rows(*k, op, "k");

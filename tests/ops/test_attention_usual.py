@@ -54,6 +54,7 @@ def arguments_of(call, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(op, "call", run)
         patched.setattr(op, "call_usual", run)
+        patched.setattr(op, "call_below", run)
         with pytest.raises(InterruptedError):
             call()
     return got[0]
@@ -381,3 +382,42 @@ def test_usual_calls_are_most_calls():
     for dtype, causal, mask, p in itertools.product(FLOATING[:3], (False, True), masks, (0.0, 0.1)):
         options = (causal, "top_left", (None, None), 0.0, p, None)
         assert usual.dense(*qkv(dtype=dtype), mask, options) is not None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_gradients_of_a_usual_call_are_those_of_the_operator(packed, monkeypatch):
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    leaves = [x[0].transpose(0, 1) if packed else x for x in qkv(keys=6)]
+
+    def out_of(*inputs):
+        return ops.attention_varlen(*inputs, cu, cu) if packed else ops.attention(*inputs)
+
+    def gradients(weight=1.0):
+        inputs = [x.detach().requires_grad_() for x in leaves]
+        out = out_of(*inputs)
+        return out, torch.autograd.grad(out, inputs, torch.full_like(out, weight).cos())
+
+    (short, found), (_, other) = gradients(), gradients(2.0)
+    assert type(short.grad_fn).__name__ == "_ForOutBackward"
+    with monkeypatch.context() as patched:
+        the_long_way(patched)
+        long, wanted = gradients()
+    assert type(long.grad_fn).__name__ == "EagerBackward"
+    for got, expected in zip((short, *found), (long, *wanted), strict=True):
+        assert torch.equal(got, expected)
+
+    inputs = [x.detach().requires_grad_() for x in leaves]
+    out = out_of(*inputs)
+    # What follows the gradient sees the operator.
+    both = torch.stack([torch.full_like(out, weight).cos() for weight in (1.0, 2.0)])
+    batched = torch.autograd.grad(out, inputs, both, retain_graph=True, is_grads_batched=True)
+    for got, one, two in zip(batched, found, other, strict=True):
+        torch.testing.assert_close(got, torch.stack([one, two]))
+    first = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first[0].sum().backward()
+    if packed:
+        out = out_of(*inputs)
+        cu[1] = 3
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()

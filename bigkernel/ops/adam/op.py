@@ -33,7 +33,7 @@ from bigkernel.ops.adam.reference import AMSGRAD, DECOUPLED, MAXIMIZE, StepArgum
 __all__ = ["AdamGroup", "adam_groups_step_", "adam_norm", "adam_step_"]
 
 _NORM, _STEP = Expect("adam_norm"), Expect("adam_step_")
-# The lists of a group.
+# The lists of a group, in the op's order.
 TENSORS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *reference.FLOAT8)
 _WIDE = (torch.float32, torch.float64)
@@ -118,7 +118,7 @@ def launch(
     ``seed`` that is a number becomes a tensor where a parameter needs it.
     """
     lists = _lists(groups)
-    params, grads = lists["params"], lists["grads"]
+    params, grads = lists[:2]
     if not params:
         return None if max_norm is None else no_norm()
     device = params[0].device
@@ -130,23 +130,24 @@ def launch(
     dtypes |= {g.dtype for g in grads}
     reason = None if dtypes.issubset(_OP.dtypes) else _OP.why_not_native([*params, *grads])
     namespace = backend.select("adam_step_", device, reason)
-    arguments = StepArguments(
-        **lists,
-        group_sizes=[len(group.params) for group in groups],
-        flags=list(map(_flags, groups)),
-        lrs=lrs,
-        lr_tensors=lr_tensors,
-        beta1s=[group.beta1 for group in groups],
-        beta2s=[group.beta2 for group in groups],
-        epss=[group.eps for group in groups],
-        weight_decays=[group.weight_decay for group in groups],
-        max_norm=max_norm,
-        total_norm=total_norm,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        seed=seed,
+    norm: Tensor = _library.call(  # with `StepArguments`
+        namespace,
+        "adam_step_",
+        *lists,
+        [len(group.params) for group in groups],
+        list(map(_flags, groups)),
+        lrs,
+        lr_tensors,
+        [group.beta1 for group in groups],
+        [group.beta2 for group in groups],
+        [group.eps for group in groups],
+        [group.weight_decay for group in groups],
+        max_norm,
+        total_norm,
+        grad_scale,
+        found_inf,
+        seed,
     )
-    norm: Tensor = _library.call(namespace, "adam_step_", *arguments)
     if not torch.compiler.is_compiling() and not params[0].is_inference():
         # The dispatcher does not know that the op wrote: without this, a backward through a graph
         # that was recorded before the step would silently use the new values.
@@ -163,11 +164,11 @@ def _flags(group: AdamGroup) -> int:
     return AMSGRAD * group.amsgrad + MAXIMIZE * group.maximize + DECOUPLED * group.decoupled
 
 
-def _lists(groups: Sequence[AdamGroup]) -> dict[str, list[Tensor]]:
-    """Those of all groups, by the names in ``TENSORS``."""
+def _lists(groups: Sequence[AdamGroup]) -> Sequence[list[Tensor]]:
+    """Those of all groups, in the order of ``TENSORS``."""
     if len(groups) == 1:
-        return {name: getattr(groups[0], name) for name in TENSORS}
-    return {name: [t for group in groups for t in getattr(group, name)] for name in TENSORS}
+        return [getattr(groups[0], name) for name in TENSORS]
+    return [[t for group in groups for t in getattr(group, name)] for name in TENSORS]
 
 
 def _learning_rates(
@@ -249,7 +250,7 @@ def adam_groups_step_(
     Raises ValueError or TypeError, naming the tensor, for anything that does not fit.
     """
     expect = _STEP
-    _check_untransformed(expect, lambda: [x for each in _lists(groups).values() for x in each])
+    _check_untransformed(expect, lambda: [x for each in _lists(groups) for x in each])
     _check_groups(expect, groups)
     device = next((p.device for group in groups for p in group.params), None)
     if device is not None:

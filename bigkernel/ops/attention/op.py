@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigkernel import registry
-from bigkernel._library import call, call_usual
+from bigkernel._library import call, call_below, call_usual, is_usual
 from bigkernel.backend import select
 from bigkernel.expect import Expect
 from bigkernel.ops.attention import blocks, contest, usual
@@ -249,8 +249,10 @@ def attention(
         options = (causal, align, window, softcap, dropout_p, scale)
         known = usual.dense(q, k, v, mask, options)
         if known is not None:
+            if not return_lse:
+                return run_for_out(q, k, v, known)
             out, lse = run_known(q, k, v, known)
-            return (out, lse.sum(-1)) if return_lse else out
+            return out, lse.sum(-1)
     expect = _DENSE
     check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     q, k, v, mask = autocast(q, k, v, mask)
@@ -357,12 +359,14 @@ def attention_varlen(
         )
         if known is not None:
             try:
+                if not return_lse:
+                    return run_for_out(q, k, v, known)
                 out, lse = run_known(q, k, v, known)
             except RuntimeError:  # the kernel has read cu_seqlens: if they are wrong, say which
                 check_cu_seqlens(_PACKED, "cu_seqlens_q", cu_seqlens_q, q, known[_MAX])
                 check_cu_seqlens(_PACKED, "cu_seqlens_k", cu_seqlens_k, k, known[_MAX + 1])
                 raise
-            return (out, lse.sum(-1)) if return_lse else out
+            return out, lse.sum(-1)
     expect = _PACKED
     check_plain(expect, q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes)
     check_plain(expect, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -403,6 +407,47 @@ def run_known(q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments) -> tuple[
     ops = select("attention_fwd", q.device)
     out: tuple[Tensor, Tensor] = call_usual(ops, "attention_fwd", q, k, v, *known)
     return out
+
+
+def run_for_out(q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments) -> Tensor:
+    """`run_known` without lse."""
+    ops = select("attention_fwd", q.device)
+    if torch.is_grad_enabled():
+        if known[0] is not None:
+            return call_usual(ops, "attention_fwd", q, k, v, *known)[0]  # type: ignore[no-any-return]
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            return _apply_for_out(ops, q, k, v, known)  # type: ignore[no-any-return]
+    return call_below(ops, "attention_fwd", q, k, v, *known)[0]  # type: ignore[no-any-return]
+
+
+class _ForOut(torch.autograd.Function):
+    """`_autograd` of a usual call without mask of which out alone is wanted.
+
+    Each argument, result and gradient of an autograd.Function takes its time, None as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: Any, q: Tensor, k: Tensor, v: Tensor, known: usual.Arguments
+    ) -> Tensor:
+        out, lse = call_below(ops, "attention_fwd", q, k, v, *known)
+        ctx.save_for_backward(q, k, v, out, lse, *known[:TENSORS])
+        ctx.ops, ctx.numbers = ops, known[TENSORS:]
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        dout = _contiguous_rows(dout)
+        saved = (dout, None, q, k, v, out, lse, *tensors, *ctx.numbers, False)
+        # A second derivative, and what follows the gradient, are for the operator to see.
+        follows = torch.is_grad_enabled() or not is_usual()
+        dq, dk, dv, _ = (call if follows else call_below)(ctx.ops, "attention_bwd", *saved)
+        return None, dq, dk, dv, None
+
+
+# Past what Function.apply asks about torch.func, of which `is_usual` knows.
+_apply_for_out = super(torch.autograd.Function, _ForOut).apply
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from bigkernel.expect import Expect, shape_of
 from bigkernel.ops.attention import usual
 from bigkernel.ops.attention.checks import Align, autocast, check_plain
-from bigkernel.ops.attention.op import attention, run_known
+from bigkernel.ops.attention.op import attention, run_for_out
 from bigkernel.ops.attention.tensors import is_causal_bias, understands_tensors
 
 _EXPECT = Expect("scaled_dot_product_attention")
@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
         options: usual.Options = (is_causal, "top_left", None, None, dropout_p, scale)
         known = usual.dense(query, key, value, attn_mask, options, grouped=enable_gqa is True)
         if known is not None:
-            return run_known(query, key, value, known)[0]
+            return run_for_out(query, key, value, known)
     align: Align = "top_left"
     if is_causal_bias(type(attn_mask)):
         _EXPECT(not is_causal, "is_causal", "False with a causal attn_mask", True)

@@ -56,10 +56,17 @@ def _rule(
 def _numbers(dtype: torch.dtype, dim: int, options: Options) -> Arguments | None:
     """The numbers of the rule, if they are plain ones and fit."""
     causal, align, window, softcap, dropout_p, scale = options
-    if not _NUMBERS.issuperset(map(type, (causal, align, softcap, dropout_p, scale))):
-        return None  # another may change, as a tensor does
     left, right = _EVERYWHERE if window is None else window
-    if not (type(left) in _SIDES and type(right) in _SIDES and 0 <= dropout_p <= 1):
+    if not (
+        type(causal) in _NUMBERS  # another may change, as a tensor does
+        and type(align) in _NUMBERS
+        and type(softcap) in _NUMBERS
+        and type(dropout_p) in _NUMBERS
+        and type(scale) in _NUMBERS
+        and type(left) in _SIDES
+        and type(right) in _SIDES
+        and 0 <= dropout_p <= 1
+    ):
         return None
     return _rule(dtype, dim, causal, align, left, right, softcap, dropout_p, scale)
 

@@ -220,6 +220,12 @@ def launch(arguments: Arguments, finite: bool) -> Tensor:
     return _library.call(namespace, "augment", *arguments)  # type: ignore[no-any-return]
 
 
+def launch_usual(device: torch.device, arguments: Sequence[Any]) -> Tensor:
+    """`launch` for who knows that the kernels take it all, and has asked `_library.is_usual`."""
+    namespace = select("augment", device)
+    return _library.call_usual(namespace, "augment", *arguments)  # type: ignore[no-any-return]
+
+
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of fill, mean and std for images of this dtype."""
     return torch.float32 if dtype in _OP.dtypes else torch.float64

@@ -105,6 +105,7 @@ def _layout(counts: tuple[int, ...]) -> tuple[Ints, Ints, Ints]:
 
 # What is added to the two halves of the seed before each of ten rounds.
 _STEPS = np.arange(10, dtype=np.uint64)[:, None] * np.asarray([0x9E3779B9, 0xBB67AE85], np.uint64)
+_STEPS_OF_ONE = [(int(first), int(second)) for first, second in _STEPS]
 _MULTIPLIERS = np.asarray([0xD2511F53, 0xCD9E8D57], dtype=np.uint64).reshape(2, 1, 1)
 _HIGH = 1 if sys.byteorder == "little" else 0
 
@@ -130,6 +131,27 @@ def _philox4x32(seed: int, c0: _Words, c1: _Words, c2: _Words, c3: _Words) -> _W
     words = np.empty((*shape[1:], 4), dtype=np.uint64)
     words[..., 0], words[..., 1], words[..., 2], words[..., 3] = even[0], odd[0], even[1], odd[1]
     return words
+
+
+def round_keys(seed: int) -> list[tuple[int, int]]:
+    """What the ten rounds of `philox4x32_of_one` take of a seed."""
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    return [((low + first) & _MASK, (high + second) & _MASK) for first, second in _STEPS_OF_ONE]
+
+
+def philox4x32_of_one(
+    rounds: list[tuple[int, int]], c0: int, c1: int, c2: int, c3: int
+) -> tuple[int, int, int, int]:
+    """`_philox4x32` of one counter, in plain numbers."""
+    for first, second in rounds:
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ first, b & _MASK, (a >> 32) ^ c3 ^ second, a & _MASK
+    return c0, c1, c2, c3
+
+
+def integer(u: float, count: int) -> int:
+    """`integers` of one number."""
+    return min(int(u * count), count - 1)
 
 
 def uniform(u: Floats, low: float | Floats, high: float | Floats) -> Floats:

@@ -20,7 +20,7 @@ from bigkernel.transforms.engine.samples import Ints
 
 _EXPECT = Expect("transforms")
 LAYOUTS = ("auto", "channels_first", "channels_last")
-_CHANNEL_COUNTS = (1, 3, 4)
+CHANNEL_COUNTS = (1, 3, 4)
 BYTE_MODES = frozenset(("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"))
 INDEXED_MODES = frozenset(("P", "1"))  # places in a palette, black and white: not to be blended
 _OF_A_SAMPLE = "Of a sample, with a label or a target, give the image alone"
@@ -224,7 +224,7 @@ def _channels_last(tensor: Tensor, layout: str) -> bool:
     """Whether the last dimension holds the channels: by ``layout``, else by the shape."""
     if layout != "auto":
         return layout == "channels_last"
-    return tensor.shape[-1] in _CHANNEL_COUNTS and tensor.shape[-3] not in _CHANNEL_COUNTS
+    return tensor.shape[-1] in CHANNEL_COUNTS and tensor.shape[-3] not in CHANNEL_COUNTS
 
 
 def _is_pil(item: object) -> bool:

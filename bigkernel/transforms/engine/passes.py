@@ -96,12 +96,17 @@ def _apply(
 def _constants(
     name: str, numbers: tuple[float, ...] | None, channels: int, dtype: torch.dtype
 ) -> Tensor | None:
-    if numbers is None:
-        return None
+    return None if numbers is None else torch.from_numpy(constants(name, numbers, channels, dtype))
+
+
+def constants(
+    name: str, numbers: tuple[float, ...], channels: int, dtype: torch.dtype
+) -> np.ndarray:
+    """[C] numbers of mean or std, as the op takes them."""
     # 0.0 and -0.0 are equal, and are not the same.
     numbers = tuple(numbers)
     signs = tuple(math.copysign(1.0, number) for number in numbers)
-    return torch.from_numpy(_row(name, numbers, signs, channels, dtype))
+    return _row(name, numbers, signs, channels, dtype)
 
 
 @lru_cache(maxsize=256)
