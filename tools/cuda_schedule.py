@@ -138,7 +138,7 @@ class Cost:
 
 def small(args: Any, role: str, plan: Any) -> bool:
     """Whether the launch has the tiles for little shared memory."""
-    return role == FORWARD and plan.shared < plan_of(args, role, ptx.DEVICES["A100"]).shared
+    return role == FORWARD and plan.tile_keys < plan_of(args, role, ptx.DEVICES["A100"]).tile_keys
 
 
 def cost_of(
@@ -282,7 +282,7 @@ def tiles(record: dict[str, Any]) -> list[dict[str, Any]]:
         for role in ROLES:
             for dim in (64, 96, 128, 192, 256) if role == FORWARD else (64, 128, 256):
                 for general in (False, True):
-                    args = arguments(Shape(1, 1, dim, (4096,)))
+                    args = arguments(Shape(16, 16, dim, (4096,)))
                     args.dtype, args.softcap = attention_ptx.TYPE_CODES[dtype], float(general)
                     attention_ptx.split(args)
                     kind = "general" if general else "plain"

@@ -77,7 +77,7 @@ def test_attention_kernel_traffic(dtype, dim, feature):
 )  # fmt: skip
 def test_attention_kernel_traffic_of_small_tiles(dtype, dim, feature):
     """The same where a multiprocessor has 100 KB of shared memory."""
-    measure_traffic(dtype, dim, feature, "RTX 4090")
+    measure_traffic(dtype, dim, feature, "one SM")
 
 
 def measure_traffic(dtype, dim, feature, device):
@@ -114,14 +114,15 @@ SMALL = {
 
 @pytest.mark.parametrize("feature", SMALL)
 @pytest.mark.parametrize(
-    ("dtype", "dim", "lengths"),
-    [("bf16", 128, (140, 107)), ("f16", 184, (70, 75)), ("bf16", 256, (70, 55)),
-     ("f32", 104, (21, 37)), ("f32", 256, (21, 19))],
+    ("dtype", "dim", "lengths", "keys"),
+    [("bf16", 128, (140, 107), 32), ("f16", 184, (70, 75), 32), ("bf16", 256, (70, 55), 16),
+     ("f32", 104, (70, 37), 16), ("f32", 256, (21, 19), 8)],
 )  # fmt: skip
-def test_attention_kernel_small_tiles(dtype, dim, lengths, feature):
+def test_attention_kernel_small_tiles(dtype, dim, lengths, keys, feature):
     """Where a multiprocessor has 100 KB of shared memory: right, and the same at each run."""
     case = Case(dtype=dtype, dim=dim, lengths=lengths, heads=(1, 1), batch=1, **SMALL[feature])
-    *_, out, inputs = forward(case, "RTX 4090")
+    plan, _, out, inputs = forward(case, "one SM")
+    assert plan.tile_keys == keys
     exact, same = (
         attention_reference(
             *(x.detach().to(kind) for x in (inputs.q, inputs.k, inputs.v)),
@@ -134,7 +135,7 @@ def test_attention_kernel_small_tiles(dtype, dim, lengths, feature):
     )
     assert_as_accurate(out, exact, same)
     if dtype == "bf16":
-        assert torch.equal(out, forward(case, "RTX 4090")[2])
+        assert torch.equal(out, forward(case, "one SM")[2])
 
 
 SMALL_AXES = {
@@ -155,7 +156,7 @@ SMALL_AXES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(all_pairs(SMALL_AXES)), ids=str)
 def test_attention_kernel_small_tiles_pairs(case):
-    with attention_ptx.emulated(ptx.DEVICES["RTX 4090"]):
+    with attention_ptx.emulated(ptx.DEVICES["one SM"]):
         compare(case)
 
 
@@ -164,7 +165,7 @@ def test_attention_kernel_small_tiles_pairs(case):
 def test_attention_kernel_tiles_by_shared_memory(device, general):
     """As many blocks as make 8 warps have room on a multiprocessor; the tiles of those with 164 KB
     and more are the same."""
-    traits = ptx.DEVICES[device]
+    traits = ptx.DEVICES[device]._replace(multiprocessors=1)  # which the blocks fill
     limits = sass.LIMITS[f"sm_{traits.capability}"]
     for dtype, dim in itertools.product(SIZE, (32, 64, 96, 128, 192, 256)):
         case = Case(dtype=dtype, dim=dim, softcap=float(general))
@@ -177,6 +178,17 @@ def test_attention_kernel_tiles_by_shared_memory(device, general):
         tiles, of_large = ((x.tile_rows, x.tile_keys, x.shared) for x in (plan, large))
         small = limits.shared < 164 << 10 and 2 * (large.shared + 1024) > limits.shared
         assert (tiles != of_large) == small, (dtype, dim)
+
+
+def test_attention_kernel_of_few_blocks_has_no_more_rows():
+    """In float32 small tiles have twice the rows: not where that would leave a multiprocessor
+    without a block."""
+    inputs = build(Case(dim=128, heads=(4, 4), batch=2))
+    call = attention_ptx.Call(inputs.q, inputs.k, inputs.v, Case().params(inputs))
+    for rows, expected in ((1024, (64, 128)), (1025, (128, 72))):
+        call.args.max_q = rows
+        plan = call.plan(ptx.DEVICES["RTX 4090"])
+        assert (plan.tile_rows, plan.blocks) == expected
 
 
 def open_tiles(mask, rows, columns):

@@ -40,6 +40,7 @@ class Device(NamedTuple):
 # Programming Guide has the shared memory, the vendor's white papers multiprocessors and L2.
 DEVICES = {
     "A100": Device(80, 163 << 10, 108, 40 << 20),
+    "one SM": Device(86, 99 << 10, 1, 1 << 20),  # none that is sold: small calls fill it
     "RTX 3090": Device(86, 99 << 10, 82, 6 << 20),
     "RTX 4090": Device(89, 99 << 10, 128, 72 << 20),
     "H100": Device(90, 227 << 10, 132, 50 << 20),
