@@ -142,13 +142,13 @@ def small(args: Any, role: str, plan: Any) -> bool:
 
 
 def cost_of(
-    record: dict[str, Any], dim: int, role: str, rows: int, columns: int, tiles: str = ""
+    record: dict[str, Any], dim: int, role: str, rows: int, columns: int, which: str = ""
 ) -> Cost:
-    """From the record's counts of one full and one causal head, as two equations. ``tiles``: what
-    the names of the cases say of them."""
+    """From the record's counts of one full and one causal head, as two equations. ``which``: what
+    the names of the cases add of the tiles."""
     found = []
     for causal in (False, True):
-        name = f"bf16 D{dim} {'causal' if causal else 'full'}{tiles}"
+        name = f"bf16 D{dim} {'causal' if causal else 'full'}{which}"
         (case,) = (x for x in record["cases"] if (x["case"], x["role"]) == (name, role))
         length = case["size"]
         blocks = -(-length // rows)

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bigkernel import registry
+from bigkernel import _library, registry
 from bigkernel.ops.attention.blocks import empty_like_layout
 from bigkernel.ops.attention.reference import Params
 from bigkernel.testing import ptx
@@ -253,6 +253,8 @@ def define() -> Any:
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=library
         )
+        operator = getattr(namespace, function.name).default
+        _library._below[NAMESPACE, function.name] = _library._below_autograd(operator)
     return namespace, library
 
 
