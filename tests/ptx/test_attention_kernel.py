@@ -122,7 +122,8 @@ def test_attention_kernel_small_tiles(dtype, dim, lengths, keys, feature):
     """Where a multiprocessor has 100 KB of shared memory: right, and the same at each run."""
     case = Case(dtype=dtype, dim=dim, lengths=lengths, heads=(1, 1), batch=1, **SMALL[feature])
     plan, _, out, inputs = forward(case, "one SM")
-    assert plan.tile_keys == keys
+    two_fit = dim == 128 and feature == "everything"  # of the general kernel's blocks
+    assert plan.tile_keys == (64 if two_fit else keys)
     exact, same = (
         attention_reference(
             *(x.detach().to(kind) for x in (inputs.q, inputs.k, inputs.v)),
