@@ -104,7 +104,7 @@ def more(two):
 
 @pytest.fixture(scope="module")
 def four(two):
-    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven", "sent")
+    two.run(4, "ddp", "fsdp2", "from_two", "from_one", "larger", "uneven", "sent")
     return two
 
 
@@ -358,8 +358,9 @@ def test_other_ways_through_the_trainer(more, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks_go_on_from_two_and_one_process_from_four(four, tmp_path):
+def test_four_ranks_go_on_from_two_or_one_and_one_process_from_four(four, tmp_path):
     assert_close(four.found("from_two", 4)["figures"], four.one)
+    assert_close(four.found("from_one", 4)["figures"], four.one)
     trainer = ranks.text_trainer(tmp_path, 1)
     trainer.train(resume_from_checkpoint=str(four.folder / "fsdp2-4" / "checkpoint-4"))
     assert_close(ranks.figures(trainer), four.one)
