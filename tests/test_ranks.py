@@ -41,11 +41,16 @@ def start(world, script, *arguments, launcher=(), variables=None):
     return launch(["torchrun", *options, str(script), *map(str, arguments)], variables)
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run",
+    "accelerate": "accelerate.commands.accelerate_cli",
+}
+
+
 def launch(words, variables=None):
-    """Run a command that begins with torchrun, without looking for it on the path."""
-    assert words[0] == "torchrun"
+    """Run a command that begins with a launcher, without looking for it on the path."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+        [sys.executable, "-m", LAUNCHERS[words[0]], *words[1:]],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
@@ -131,6 +136,22 @@ def test_two_ranks_train_as_one_process(two, kind):
     assert_close(found["figures"], two.one)
     wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
     assert found["held"]["model"] == wrapped[kind]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_torchrun(two, tmp_path):
+    """By the documented options; on CPUs too, whatever their name says."""
+    page = (HERE.parent / "docs" / "cluster.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("accelerate launch"))
+    *options, script = line.split()
+    assert script == "script.py"
+    done = launch([*options, str(HERE / "ranks.py"), str(tmp_path), "ddp", "fsdp2"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    for kind in ("ddp", "fsdp2"):
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{kind}-2-{rank}.json").read_text())
+            assert found["figures"] == two.found(kind)["figures"]
+            assert all(cut == (kind == "fsdp2") for cut in found["held"]["cut"])
 
 
 @pytest.mark.slow
