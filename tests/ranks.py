@@ -18,6 +18,7 @@ import test_trainer
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from families import DECODER, build, image_model, text_model
 from streams import Stream
 from test_trainer import arguments, image_data, losses, scale_only
@@ -510,6 +511,8 @@ def refused(folder):
     note("version 1", configured(fsdp_version=1))
     note("offload", configured(cpu_offload=True))
     note("sharded", configured(state_dict_type="SHARDED_STATE_DICT"))
+    hybrid = {"parallelism_config": ParallelismConfig(dp_replicate_size=2), **KINDS["fsdp2"]}
+    note("hybrid", lambda: text_trainer(run, ranks, **hybrid))
     options = {"save_strategy": "steps", **KINDS["fsdp2"]}
     note("batch norm", lambda: text_trainer(run, ranks, model=Normed(), packing=False,
                                             **options).train())  # fmt: skip
@@ -522,6 +525,17 @@ def refused(folder):
             del os.environ["ACCELERATE_USE_FSDP"]
 
     note("launcher", launched)
+
+    def launched_as_mesh():
+        names = ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_TP_SIZE")
+        os.environ.update(zip(names, ("true", "2"), strict=True))
+        try:
+            text_trainer(run, ranks, **KINDS["fsdp2"])
+        finally:
+            for name in names:
+                del os.environ[name]
+
+    note("mesh", launched_as_mesh)
 
     def mixed_up():
         first = text_trainer(run, ranks, **options)
