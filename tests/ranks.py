@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from benchmarks import scaling
 from bigkernel import Trainer
+from bigkernel import transforms as T
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, PaddingCollator, build_tokenizer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
@@ -68,6 +69,18 @@ def text_trainer(out, ranks, cls=Trainer, data=None, model=None, trainer=None, *
     )
 
 
+def drawn():
+    """Transforms that draw for each image, by its place in the dataset and not in the batch."""
+    return T.Compose(
+        [
+            T.RandomResizedCrop(8, antialias=True),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(0.4, 0.4),
+            T.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
 def image_trainer(out, ranks, **changes):
     return Trainer(
         image_model(),
@@ -75,7 +88,7 @@ def image_trainer(out, ranks, **changes):
         train_dataset=image_data(32),
         eval_dataset=image_data(6),
         data_collator=collate_images,
-        augmentation=scale_only,
+        augmentation=drawn(),
         eval_augmentation=scale_only,
     )
 
@@ -216,6 +229,11 @@ def from_one(folder):
 
 def from_two(folder):
     return resumed(folder, folder / "fsdp2-2" / "checkpoint-4")
+
+
+def from_one_from_two(folder):
+    """Go on where one process stopped that had gone on from two ranks."""
+    return resumed(folder, folder / "from-two" / "checkpoint-4")
 
 
 def ddp_from_pieces(folder):

@@ -109,7 +109,10 @@ def more(two):
 
 @pytest.fixture(scope="module")
 def four(two):
-    two.run(4, "ddp", "fsdp2", "from_two", "from_one", "larger", "uneven", "sent")
+    one = ranks.text_trainer(two.folder / "from-two", 1, save_strategy="steps")
+    one.train(resume_from_checkpoint=str(two.folder / "fsdp2-2" / "checkpoint-2"))
+    parts = "ddp fsdp2 from_two from_one from_one_from_two larger uneven sent"
+    two.run(4, *parts.split())
     return two
 
 
@@ -382,6 +385,7 @@ def test_other_ways_through_the_trainer(more, tmp_path):
 def test_four_ranks_go_on_from_two_or_one_and_one_process_from_four(four, tmp_path):
     assert_close(four.found("from_two", 4)["figures"], four.one)
     assert_close(four.found("from_one", 4)["figures"], four.one)
+    assert_close(four.found("from_one_from_two", 4)["figures"], four.one)
     trainer = ranks.text_trainer(tmp_path, 1)
     trainer.train(resume_from_checkpoint=str(four.folder / "fsdp2-4" / "checkpoint-4"))
     assert_close(ranks.figures(trainer), four.one)
@@ -390,6 +394,7 @@ def test_four_ranks_go_on_from_two_or_one_and_one_process_from_four(four, tmp_pa
 
 
 def test_weights_saved_under_other_names_and_the_best_model(two, tmp_path):
+    """Of images that are augmented, each with the random numbers of its place in the dataset."""
     found = two.found("images")
     assert found["again"] == found["figures"]
     evaluated = [value for _, name, value in found["figures"] if name == "eval_loss"]
