@@ -10,6 +10,7 @@ Only the standard library is needed here: the command line uses this while torch
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -61,6 +62,7 @@ class StopRequest:
         self._process = os.getpid()
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
+        self._shields: set[_Shield] = set()
 
     @property
     def signals(self) -> tuple[signal.Signals, ...]:
@@ -79,6 +81,14 @@ class StopRequest:
             if signal.getsignal(number) == self._note:  # else replaced meanwhile: not ours any more
                 signal.signal(number, before)
         self._before = {}
+        for shield in self._shields:
+            shield.held.value = 0
+        self._shields = set()
+
+    def hold(self, shield: _Shield) -> None:
+        """Have the workers behind a shield live on until the end of the block."""
+        shield.held.value = 1
+        self._shields.add(shield)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -147,11 +157,15 @@ def shield_workers(loader: Any, request: StopRequest) -> None:
     """Let the worker processes of a DataLoader live on when a signal goes to the whole group.
 
     Schedulers and terminals signal every process of a job. The step that is being finished needs
-    its workers; they end with the process that they work for.
+    its workers; they end with the process that they work for. After the request a signal ends them
+    too: where they have outlived it, the interpreter ends them by one SIGTERM and waits.
     """
-    then = getattr(loader, "worker_init_fn", None)
-    if getattr(loader, "num_workers", 0) > 0 and request.signals and not isinstance(then, _Shield):
-        loader.worker_init_fn = _Shield(then, request.signals)
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's, which starts the workers
+    if getattr(loader, "num_workers", 0) == 0 or not request.signals:
+        return
+    if not isinstance(loader.worker_init_fn, _Shield):
+        loader.worker_init_fn = _Shield(loader.worker_init_fn, request.signals)
+    request.hold(loader.worker_init_fn)
 
 
 class _Shield:
@@ -160,6 +174,7 @@ class _Shield:
     def __init__(self, then: Callable[[int], None] | None, signals: tuple[int, ...]) -> None:
         self.then = then
         self.signals = signals
+        self.held = multiprocessing.RawValue("b")  # one for all processes
         self._first: float | None = None
 
     def __call__(self, worker: int) -> None:
@@ -171,6 +186,10 @@ class _Shield:
 
     def _pass(self, number: int, frame: FrameType | None) -> None:
         """Do nothing; but a second SIGTERM is the parent's, which waits for a stuck worker."""
+        if number == signal.SIGINT:
+            return  # the terminal sent it to the whole group, and the parent decides
+        if not self.held.value:
+            os._exit(0)  # as without a shield: another status is an error to the loader
         if number != signal.SIGTERM:
             return
         now = time.monotonic()

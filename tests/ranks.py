@@ -18,6 +18,7 @@ import test_trainer
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from families import DECODER, build, image_model, text_model
 from streams import Stream
 from test_trainer import arguments, image_data, losses, scale_only
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from benchmarks import scaling
 from bigkernel import Trainer
+from bigkernel import transforms as T
 from bigkernel.data import ImageData, ImageDataset, PackedDataset, PaddingCollator, build_tokenizer
 from bigkernel.data.images import collate_images
 from bigkernel.integrations import sharding
@@ -67,6 +69,18 @@ def text_trainer(out, ranks, cls=Trainer, data=None, model=None, trainer=None, *
     )
 
 
+def drawn():
+    """Transforms that draw for each image, by its place in the dataset and not in the batch."""
+    return T.Compose(
+        [
+            T.RandomResizedCrop(8, antialias=True),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(0.4, 0.4),
+            T.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
 def image_trainer(out, ranks, **changes):
     return Trainer(
         image_model(),
@@ -74,7 +88,7 @@ def image_trainer(out, ranks, **changes):
         train_dataset=image_data(32),
         eval_dataset=image_data(6),
         data_collator=collate_images,
-        augmentation=scale_only,
+        augmentation=drawn(),
         eval_augmentation=scale_only,
     )
 
@@ -215,6 +229,11 @@ def from_one(folder):
 
 def from_two(folder):
     return resumed(folder, folder / "fsdp2-2" / "checkpoint-4")
+
+
+def from_one_from_two(folder):
+    """Go on where one process stopped that had gone on from two ranks."""
+    return resumed(folder, folder / "from-two" / "checkpoint-4")
 
 
 def ddp_from_pieces(folder):
@@ -510,6 +529,8 @@ def refused(folder):
     note("version 1", configured(fsdp_version=1))
     note("offload", configured(cpu_offload=True))
     note("sharded", configured(state_dict_type="SHARDED_STATE_DICT"))
+    hybrid = {"parallelism_config": ParallelismConfig(dp_replicate_size=2), **KINDS["fsdp2"]}
+    note("hybrid", lambda: text_trainer(run, ranks, **hybrid))
     options = {"save_strategy": "steps", **KINDS["fsdp2"]}
     note("batch norm", lambda: text_trainer(run, ranks, model=Normed(), packing=False,
                                             **options).train())  # fmt: skip
@@ -522,6 +543,17 @@ def refused(folder):
             del os.environ["ACCELERATE_USE_FSDP"]
 
     note("launcher", launched)
+
+    def launched_as_mesh():
+        names = ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_TP_SIZE")
+        os.environ.update(zip(names, ("true", "2"), strict=True))
+        try:
+            text_trainer(run, ranks, **KINDS["fsdp2"])
+        finally:
+            for name in names:
+                del os.environ[name]
+
+    note("mesh", launched_as_mesh)
 
     def mixed_up():
         first = text_trainer(run, ranks, **options)

@@ -1,7 +1,8 @@
 """Signals that ask a program to end: noted once, in the main thread, where nobody else answers.
 
 Feature list: the four signals; a second one; handlers of users in Python and in native code;
-ignored signals; threads; forked children and data-loading workers; streams that nobody reads.
+ignored signals; threads; forked children and data-loading workers, also at the end; streams that
+nobody reads.
 """
 
 import faulthandler
@@ -14,6 +15,7 @@ import time
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from bigkernel import interrupts
@@ -145,10 +147,14 @@ def started(worker):
     assert torch.utils.data.get_worker_info().id == worker
 
 
-@pytest.mark.parametrize("number", STOPPING, ids=NAMES)
-def test_data_loading_workers_work_on(number):
-    """As when a scheduler signals every process of the job."""
+@pytest.mark.parametrize(
+    ("number", "prepared"), [*((n, False) for n in STOPPING), (signal.SIGTERM, True)]
+)
+def test_data_loading_workers_work_on(number, prepared):
+    """As when a scheduler signals every process of the job; also those of accelerate's loader."""
     loader = DataLoader(Slow(), batch_size=1, num_workers=1, worker_init_fn=started)
+    if prepared:
+        loader = prepare_data_loader(loader, put_on_device=False)
     with StopRequest(lambda number: None) as request:
         shield_workers(loader, request)
         shield_workers(loader, request)  # once is enough
@@ -161,6 +167,33 @@ def test_data_loading_workers_work_on(number):
     assert len({pid for _, pid in rows}) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(rows[0][1], 0)  # ended with its loader
+
+
+OUTLIVES = """
+import signal, sys, time
+from torch.utils.data import DataLoader
+from bigkernel.interrupts import StopRequest, shield_workers
+
+loader = DataLoader(range(20), num_workers=1, persistent_workers=True)
+with StopRequest(lambda number: None) as request:
+    shield_workers(loader, request)
+    batches = iter(loader)
+    next(batches)
+if sys.argv[1:]:
+    raise RuntimeError("an error")
+"""
+
+
+@pytest.mark.parametrize("error", [(), ("error",)], ids=["end", "error"])
+def test_workers_that_outlive_the_request_end_with_the_program(error):
+    """The interpreter ends them by one SIGTERM, and waits until they are gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVES, *error], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == len(error)
+    said = done.stderr.splitlines()
+    assert said[-1:] == ["RuntimeError: an error"] * len(error), done.stderr
+    assert done.stderr.count("Traceback") == len(error)
 
 
 def test_streams_that_nobody_reads_are_dropped():

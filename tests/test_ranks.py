@@ -9,6 +9,7 @@ The ranks are started once (`ranks.py`); each test reads what one part of their 
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,11 +41,16 @@ def start(world, script, *arguments, launcher=(), variables=None):
     return launch(["torchrun", *options, str(script), *map(str, arguments)], variables)
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run",
+    "accelerate": "accelerate.commands.accelerate_cli",
+}
+
+
 def launch(words, variables=None):
-    """Run a command that begins with torchrun, without looking for it on the path."""
-    assert words[0] == "torchrun"
+    """Run a command that begins with a launcher, without looking for it on the path."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+        [sys.executable, "-m", LAUNCHERS[words[0]], *words[1:]],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
@@ -103,7 +109,10 @@ def more(two):
 
 @pytest.fixture(scope="module")
 def four(two):
-    two.run(4, "ddp", "fsdp2", "from_two", "larger", "uneven", "sent")
+    one = ranks.text_trainer(two.folder / "from-two", 1, save_strategy="steps")
+    one.train(resume_from_checkpoint=str(two.folder / "fsdp2-2" / "checkpoint-2"))
+    parts = "ddp fsdp2 from_two from_one from_one_from_two larger uneven sent"
+    two.run(4, *parts.split())
     return two
 
 
@@ -130,6 +139,22 @@ def test_two_ranks_train_as_one_process(two, kind):
     assert_close(found["figures"], two.one)
     wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
     assert found["held"]["model"] == wrapped[kind]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_torchrun(two, tmp_path):
+    """By the documented options; on CPUs too, whatever their name says."""
+    page = (HERE.parent / "docs" / "cluster.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("accelerate launch"))
+    *options, script = line.split()
+    assert script == "script.py"
+    done = launch([*options, str(HERE / "ranks.py"), str(tmp_path), "ddp", "fsdp2"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    for kind in ("ddp", "fsdp2"):
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{kind}-2-{rank}.json").read_text())
+            assert found["figures"] == two.found(kind)["figures"]
+            assert all(cut == (kind == "fsdp2") for cut in found["held"]["cut"])
 
 
 @pytest.mark.slow
@@ -357,8 +382,10 @@ def test_other_ways_through_the_trainer(more, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks_go_on_from_two_and_one_process_from_four(four, tmp_path):
+def test_four_ranks_go_on_from_two_or_one_and_one_process_from_four(four, tmp_path):
     assert_close(four.found("from_two", 4)["figures"], four.one)
+    assert_close(four.found("from_one", 4)["figures"], four.one)
+    assert_close(four.found("from_one_from_two", 4)["figures"], four.one)
     trainer = ranks.text_trainer(tmp_path, 1)
     trainer.train(resume_from_checkpoint=str(four.folder / "fsdp2-4" / "checkpoint-4"))
     assert_close(ranks.figures(trainer), four.one)
@@ -367,6 +394,7 @@ def test_four_ranks_go_on_from_two_and_one_process_from_four(four, tmp_path):
 
 
 def test_weights_saved_under_other_names_and_the_best_model(two, tmp_path):
+    """Of images that are augmented, each with the random numbers of its place in the dataset."""
     found = two.found("images")
     assert found["again"] == found["figures"]
     evaluated = [value for _, name, value in found["figures"] if name == "eval_loss"]
@@ -391,6 +419,8 @@ def test_what_is_not_supported_in_pieces_is_refused(two):
         "version 1": "on CPUs that would end as DistributedDataParallel",
         "launcher": "version 1 of FSDP is not supported on CPUs",
         "offload": "nowhere to offload to",
+        "hybrid": "a mesh of its own (dp_replicate_size=2; HSDP is such a one)",
+        "mesh": "a mesh of its own (tp_size=2;",
         "sharded": "the optimizer in pieces anyway",
         "batch norm": "running statistics (norm, a BatchNorm1d)",
         "another Trainer": "another Trainer of this process has made accelerate work without",
@@ -412,23 +442,32 @@ DIES = """
 import json, os, signal, sys, time
 from pathlib import Path
 import ranks, torch
-from bigkernel.integrations import sharding
+from bigkernel import Trainer
 
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-save = sharding.save_optimizer
+folder, kind, moment, dying, late = Path(sys.argv[1]), *sys.argv[2:]
+rank = os.environ["RANK"]
+step, save = Trainer.training_step, Trainer._save_rng_state
 
-def die_once(model, optimizer, into):
-    if "checkpoint-4" in str(into) and rank == "1" and not (folder / "died").exists():
+def die_once():
+    if rank == dying and not (folder / "died").exists():
         (folder / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(model, optimizer, into)
 
-sharding.save_optimizer = die_once
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and rank == sys.argv[2]:
+def training_step(self, *arguments):
+    if moment == "step" and self.state.global_step == 5 and self.accelerator.sync_gradients:
+        die_once()
+    return step(self, *arguments)
+
+def save_rng_state(self, into):
+    if moment == "save" and "checkpoint-4" in str(into):
+        die_once()
+    save(self, into)
+
+Trainer.training_step, Trainer._save_rng_state = training_step, save_rng_state
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and rank == late:
     time.sleep(5)  # the others look for it where it was before
 torch.distributed.init_process_group("gloo")
-options = {**ranks.KINDS["fsdp2"], "save_strategy": "steps"}
-trainer = ranks.text_trainer(folder / "run", 2, **options)
+trainer = ranks.text_trainer(folder / "run", 2, **ranks.KINDS[kind], save_strategy="steps")
 trainer.train(resume_from_checkpoint="auto")
 if rank == "0":
     (folder / "figures.json").write_text(json.dumps(ranks.figures(trainer)))
@@ -437,22 +476,40 @@ os._exit(0)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(two, tmp_path, late):
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "dying", "late"),
+    [
+        slow("ddp", "step", 1, None),
+        slow("ddp", "step", 0, None),
+        slow("ddp", "save", 0, 1),
+        slow("ddp", "save", 1, None),
+        slow("fsdp2", "step", 1, None),
+        slow("fsdp2", "save", 0, None),
+        slow("fsdp2", "save", 1, 0),
+        slow("fsdp2", "save", 1, 1),
+    ],
+)
+def test_a_rank_that_is_killed_leaves_the_checkpoint_before(
+    two, tmp_path, kind, moment, dying, late
+):
     """torchrun starts all again, which go on from it as if nothing had been."""
     script = tmp_path / "dies.py"
     script.write_text(DIES)
     fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the Trainer asks for
     restarts = ("--max-restarts", "1")
-    done = start(2, script, tmp_path, str(late), launcher=restarts, variables=fresh)
+    case = (tmp_path, kind, moment, dying, late)
+    done = start(2, script, *case, launcher=restarts, variables=fresh)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "keeps the addresses" not in done.stderr
     assert (tmp_path / "died").exists()
-    assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in done.stderr
+    before = tmp_path / "run" / f"checkpoint-{4 if moment == 'step' else 2}"
+    assert f"resuming from {before}" in done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    whole = two.found("fsdp2")["figures"]
-    assert curve(figures) == curve(whole)
+    assert curve(figures) == curve(two.found(kind)["figures"])
     left = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
@@ -596,7 +653,7 @@ def test_the_slurm_script_trains_on_two_nodes_as_in_one_process(settings, tmp_pa
 
 
 FAILS = """
-import os, sys
+import os, signal, sys
 import bigkernel.trainer
 from bigkernel.cli import command
 
@@ -604,6 +661,8 @@ step = bigkernel.trainer.Trainer.training_step
 
 def fail(self, *arguments, **keywords):
     if os.environ["RANK"] == os.environ["FAILS"] and self.state.global_step == 2:
+        if "KILLED" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the third batch of this rank cannot be read")
     return step(self, *arguments, **keywords)
 
@@ -625,6 +684,27 @@ def test_an_error_on_one_rank_ends_all_with_its_message(settings, tmp_path, kind
     who = "process 1: " if rank else ""
     assert errors == [f"Error: {who}the third batch of this rank cannot be read"]
     assert "Gloo" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("fsdp2", 1), ("fsdp2", 0)])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(settings, tmp_path, kind, rank):
+    """The launcher names it; the other one says no more than that it is gone."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    command = [*settings, "--save-steps", "1", "--out", str(tmp_path / "run")]
+    options = ("--max-steps", "4", "--parallel", kind)
+    variables = {"FAILS": str(rank), "KILLED": "1"}
+    done = start(2, script, *command, *options, variables=variables)
+    assert done.returncode == 1
+    root = done.stderr.partition("Root Cause")[2]
+    assert re.search(rf"rank +: {rank} ", root), done.stderr
+    assert "Signal 9 (SIGKILL)" in root
+    assert "gloo" not in done.stderr.partition("torch/distributed/elastic")[0].lower()
+    assert done.stderr.count("Traceback (most recent call last)") == 1  # the launcher's own
+    checkpoint.verify_checkpoint(tmp_path / "run" / "checkpoint-2")
+    assert main([*command, "--max-steps", "4", "--parallel", "ddp", "--resume", "auto"]) == 0
+    assert metrics(tmp_path / "run")[-1][0] == 4
 
 
 def ranks_of(launcher):

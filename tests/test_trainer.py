@@ -1099,13 +1099,14 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, told, signalled, number, m
 
 
 def signalled_in_group(out):
-    """Train with workers, and get SIGTERM in step 3 together with them."""
+    """Train with workers, and get SIGTERM in step 3 together with them, from another process."""
     torch.set_num_threads(1)
 
     class Group(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                os.killpg(0, signal.SIGTERM)
+                # Of their parent's own signal torch's workers would end as if all were well.
+                subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"], start_new_session=True)
 
     text_trainer(
         out, max_steps=6, dataloader_num_workers=2, trainer={"callbacks": [Group()]}

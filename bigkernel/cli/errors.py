@@ -41,6 +41,11 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory. Try a smaller --batch-size or --max-length, or a smaller --model."
     text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "gloo/transport/" in text:
+        return (
+            "another process of the run is gone or does not answer; the launcher says which one "
+            "ended first. The last whole checkpoint is intact: continue with --resume auto."
+        )
     if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text}"

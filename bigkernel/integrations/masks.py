@@ -78,7 +78,8 @@ def with_documents(mask: Tensor, position_ids: Tensor) -> Tensor:
         return mask
     known: Tensor | None = getattr(mask, "_bigkernel_with_documents", None)
     if known is None:
-        within, document = _places_in_documents(position_ids.expand(mask.shape[0], -1))
+        starts = document_starts(position_ids.expand(mask.shape[0], -1))
+        within, document = _places_in_documents(starts)
         function = masking_utils.and_masks(
             masking_utils.remap_positions_for_packed_sequence(arguments["mask_function"], within),
             masking_utils.packed_sequence_mask_function(document),
@@ -129,7 +130,7 @@ def _with_our_documents(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     starts = document_starts(positions)
     if is_tracing(positions) or bool(starts[:, 1:].any()):
-        function = _replace_documents(function, *_places_in_documents(positions))
+        function = _replace_documents(function, *_places_in_documents(starts))
         return {**arguments, "mask_function": function}
     function = _replace_documents(function, None, None)
     # What transformers turned off because of the packing.
@@ -137,9 +138,8 @@ def _with_our_documents(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "mask_function": function, "allow_is_causal_skip": skip}
 
 
-def _places_in_documents(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _places_in_documents(starts: Tensor) -> tuple[Tensor, Tensor]:
     """(places of the tokens within their documents, numbers of the documents): [B, S] each."""
-    starts = document_starts(position_ids)
     places = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
     return places - torch.where(starts, places, 0).cummax(-1).values, starts.cumsum(-1)
 

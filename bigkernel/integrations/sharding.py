@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def check_request(args: Any, asked: int | None) -> None:
     if asked is None or args.device.type != "cpu":
         return
     config = args.fsdp_config or {}
+    meshes = [f"{name}={size}" for name, size in _sizes(args) if size not in ("", "1")]
     refused = {
         "version 1 of FSDP": (
             asked == 1,
@@ -139,6 +140,10 @@ def check_request(args: Any, asked: int | None) -> None:
             "SHARDED" in str(config.get("state_dict_type", "")),
             "weights are saved whole and the optimizer in pieces anyway; leave it out",
         ),
+        f"a mesh of its own ({', '.join(meshes)}; HSDP is such a one)": (
+            meshes,
+            "weights are cut over all processes; leave parallelism_config out",
+        ),
         "a CPU beside a GPU": (
             torch.accelerator.is_available(),
             "fully_shard would take the GPU; hide it (CUDA_VISIBLE_DEVICES=) or train on it",
@@ -147,6 +152,17 @@ def check_request(args: Any, asked: int | None) -> None:
     for what, (is_so, why) in refused.items():
         if is_so:
             raise ShardingError(f"FSDP with {what} is not supported on CPUs: {why}.")
+
+
+def _sizes(args: Any) -> Iterator[tuple[str, str]]:
+    """Over what else than data in pieces the arguments or the launcher spread the model."""
+    config = getattr(args, "parallelism_config", None)
+    by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size"):
+        if config is not None:
+            yield name, str(getattr(config, name, 1))
+        elif by_launcher:
+            yield name, os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
 
 
 def check_model(model: nn.Module, args: Any) -> None:

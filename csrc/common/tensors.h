@@ -7,6 +7,10 @@
 
 #include "common/checks.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has the one that does not say why
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace bigkernel {
 
 // Uninitialised, on the device of `like`, and of its dtype if none is given.

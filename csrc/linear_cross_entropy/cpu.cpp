@@ -20,10 +20,6 @@
 #include "cross_entropy/cross_entropy.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has the one that does not say why
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace bigkernel {
 namespace {
 
