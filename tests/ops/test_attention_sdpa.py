@@ -231,8 +231,8 @@ def test_sdpa_in_the_place_of_torchs(backend, monkeypatch):
 def test_sdpa_mask_and_causal_together_raise_as_in_torch():
     q, k, v = draw(*SHAPES["4d"])
     mask = torch.zeros(17, 23)
-    # Before 2.13 some calls of torch's pass over one of the two.
-    theirs = [functional.scaled_dot_product_attention] * (torch.__version__ >= "2.13")
+    # Before 2.14 some calls of torch's pass over one of the two.
+    theirs = [functional.scaled_dot_product_attention] * (torch.__version__ >= "2.14")
     for function in (*theirs, sdpa):
         with pytest.raises(RuntimeError, match="is_causal=True"):
             function(q, k, v, attn_mask=mask, is_causal=True)
