@@ -41,7 +41,7 @@ ROOMS: list[tuple[str, ...]] = [
         "bigkernel.precision",
         "bigkernel.random",
     ),
-    # The standard library alone, and no tensor: files, signals, words.
+    # The standard library alone, and no tensor: files, signals, memory, words.
     (
         "bigkernel._command",
         "bigkernel.checkpoint",
@@ -49,6 +49,7 @@ ROOMS: list[tuple[str, ...]] = [
         "bigkernel.escape",
         "bigkernel.extras",
         "bigkernel.files",
+        "bigkernel.heap",
         "bigkernel.interrupts",
         "bigkernel.measure",
         "bigkernel.run_lock",
