@@ -195,6 +195,16 @@ class InPlace(Other):
         return y + self.b(x)
 
 
+class WithinOne(Other):
+    def forward(self, x):
+        return self.a(x) + x.add_(1) + self.b(x)
+
+
+class Walrus(Other):
+    def forward(self, x):
+        return self.a(x) + (x := x + 1) + self.b(x)
+
+
 class Stored(Other):
     def forward(self, x):
         y = self.a(x)
@@ -261,6 +271,8 @@ class AcrossOthers(Other):
         (Overwritten, []),
         (InPlace, []),
         (Stored, []),
+        (WithinOne, []),
+        (Walrus, []),
         (Perhaps, []),
         (InBranches, []),
         (Deleted, []),

@@ -469,15 +469,17 @@ def _is_copy_of(statement: ast.stmt, name: str) -> bool:
 
 def _certain_calls(statement: ast.stmt, layers: frozenset[str]) -> list[ast.Call]:
     """The calls ``self.layer(name)`` that a simple statement makes whatever happens."""
-    if not isinstance(statement, (ast.Assign, ast.Expr, ast.Return)):
+    if not isinstance(statement, (ast.Assign, ast.Expr, ast.Return)) or any(
+        isinstance(node, ast.NamedExpr)
+        or (isinstance(node, ast.Attribute) and node.attr.endswith("_"))
+        for node in ast.walk(statement)  # perhaps one call is given what another one was not
+    ):
         return []
     found: list[ast.Call] = []
     open_nodes: list[ast.AST] = [statement]
     while open_nodes:
         node = open_nodes.pop()
-        if isinstance(
-            node, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.comprehension, ast.NamedExpr, ast.Compare)
-        ):
+        if isinstance(node, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.comprehension, ast.Compare)):
             continue
         if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             continue
