@@ -467,11 +467,17 @@ def _is_copy_of(statement: ast.stmt, name: str) -> bool:
     )
 
 
+# Parts of an expression that are perhaps not evaluated, or more than once.
+_UNCERTAIN = (
+    *(ast.IfExp, ast.BoolOp, ast.Compare, ast.Lambda),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
+
+
 def _certain_calls(statement: ast.stmt, layers: frozenset[str]) -> list[ast.Call]:
     """The calls ``self.layer(name)`` that a simple statement makes whatever happens."""
     if not isinstance(statement, (ast.Assign, ast.Expr, ast.Return)) or any(
-        isinstance(node, ast.NamedExpr)
-        or (isinstance(node, ast.Attribute) and node.attr.endswith("_"))
+        isinstance(node, ast.NamedExpr) or _is_in_place(node)
         for node in ast.walk(statement)  # perhaps one call is given what another one was not
     ):
         return []
@@ -479,14 +485,17 @@ def _certain_calls(statement: ast.stmt, layers: frozenset[str]) -> list[ast.Call
     open_nodes: list[ast.AST] = [statement]
     while open_nodes:
         node = open_nodes.pop()
-        if isinstance(node, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.comprehension, ast.Compare)):
-            continue
-        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        if isinstance(node, _UNCERTAIN):
             continue
         if _own_call(node) in layers and isinstance(node.args[0], ast.Name):  # type: ignore[attr-defined]
             found.append(node)  # type: ignore[arg-type]
         open_nodes += reversed(list(ast.iter_child_nodes(node)))
     return found
+
+
+def _is_in_place(node: ast.AST) -> bool:
+    """Whether the name is one of torch's methods that change a tensor."""
+    return isinstance(node, ast.Attribute) and node.attr.endswith("_")
 
 
 def _keeps(statement: ast.stmt, name: str) -> bool:
@@ -496,8 +505,8 @@ def _keeps(statement: ast.stmt, name: str) -> bool:
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load):
             return False
-        if isinstance(node, ast.Attribute) and node.attr.endswith("_"):
-            return False  # perhaps changed in place
+        if _is_in_place(node):
+            return False
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
             return False  # perhaps of it, or another layer
     return True
